@@ -1,0 +1,83 @@
+"""CLIP's image tower, a vision transformer, and the two towers together.
+
+InstructPix2Pix uses CLIP twice: its text tower conditions the UNet, and both towers measure whether a generated pair
+of pictures is a good edit (Sec. 3.1.2: image-image, image-caption and directional similarity).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clip_text import Block, CLIPText
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class CLIPImageConfig:
+    """Everything that may differ between two image towers."""
+
+    size: int = 224  # pixels a side
+    patch: int = 14  # pixels a side of what becomes one token
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    activation: str = "quick_gelu"
+    projection: int = 768  # width of the space shared with the texts
+
+
+CLIP_L_IMAGE = CLIPImageConfig()
+
+
+class CLIPImage(nn.Module):
+    """Pictures to CLIP's image feature."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        tokens = 1 + (config.size // config.patch) ** 2
+        self.patch_embedding = nn.Conv2d(3, config.width, config.patch, stride=config.patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.zeros(config.width))
+        self.position_embedding = nn.Embedding(tokens, config.width)
+        self.norm_in = nn.LayerNorm(config.width, eps=1e-5)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.activation) for _ in range(config.layers))
+        self.norm_out = nn.LayerNorm(config.width, eps=1e-5)
+        self.projection = nn.Linear(config.width, config.projection, bias=False)
+
+    def forward(self, x):
+        """Normalised pictures x [B, 3, size, size] (see `preprocess`) -> projected class token [B, projection]."""
+        patches = self.patch_embedding(x).flatten(2).transpose(1, 2)  # [B, N, C]
+        first = self.class_embedding.expand(len(x), 1, -1)
+        h = self.norm_in(torch.cat([first, patches], dim=1) + self.position_embedding.weight)
+        for block in self.blocks:
+            h = block(h)
+        return self.projection(self.norm_out(h[:, 0]))
+
+    def preprocess(self, images):
+        """Pictures [B, 3, H, W] in [0, 1] of any size -> what `forward` takes: squeezed to a square, not cropped."""
+        size = (self.config.size, self.config.size)
+        x = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
+        mean, std = (torch.tensor(values, device=x.device, dtype=x.dtype)[:, None, None] for values in (MEAN, STD))
+        return (x - mean) / std
+
+    def features(self, images):
+        """Pictures [B, 3, H, W] in [0, 1] -> unit vectors [B, projection]."""
+        return F.normalize(self(self.preprocess(images)), dim=-1)
+
+
+class CLIP(nn.Module):
+    """Both towers, and the learned temperature of their contrastive loss."""
+
+    def __init__(self, text_config, image_config):
+        super().__init__()
+        self.config = (text_config, image_config)
+        self.text = CLIPText(text_config)
+        self.image = CLIPImage(image_config)
+        self.logit_scale = nn.Parameter(torch.tensor(0.07).reciprocal().log())
+
+    def forward(self, ids, images):
+        """ids [B, L], pictures [B, 3, H, W] in [0, 1] -> logits [B images, B texts] (Radford et al. 2021, Fig. 3)."""
+        return self.logit_scale.exp() * self.image.features(images) @ self.text.features(ids).T

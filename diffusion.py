@@ -1,0 +1,143 @@
+"""Noise schedule and samplers. A sampler is a function of (denoise, x, sigmas, noise) and knows no network.
+
+Two coordinate systems meet here. Training mixes z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps (Ho et al. 2020, Eq. 4).
+Sampling follows Karras et al. 2022 and works on x = z_t / sqrt(abar_t) = z + sigma eps, where
+sigma = sqrt((1 - abar) / abar): the same picture, with noise of standard deviation sigma on top.
+
+    denoise(x, sigma) -> the network's guess of the clean x      x [B, C, H, W], sigma a float
+    sigmas: noise levels [N + 1], falling, the last one 0
+    noise: an iterator of standard normal draws shaped like x, so that pairs can share them and tests can fix them
+    callback(step, sigma, denoised): called once a step, if given
+"""
+
+from itertools import pairwise
+
+import torch
+
+
+class NoiseSchedule:
+    """Stable Diffusion's 1000 noise levels; beta is linear in its square root ("scaled linear")."""
+
+    def __init__(self, steps=1000, beta_start=0.00085, beta_end=0.0120):
+        betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64) ** 2
+        self.alphas_cumprod = (1 - betas).cumprod(0).float()  # abar_t [steps]; the networks were trained on float32
+        abar = self.alphas_cumprod.double()
+        self.log_sigmas = ((1 - abar) / abar).sqrt().log()  # [steps], rising with t
+
+    def sigma(self, t):
+        """Noise level at the times t, fractions allowed: linear in log sigma between whole times. float64."""
+        t = torch.as_tensor(t, dtype=torch.float64).clamp(0, len(self.log_sigmas) - 1)
+        low = t.floor().long().clamp(max=len(self.log_sigmas) - 2)
+        return torch.lerp(self.log_sigmas[low], self.log_sigmas[low + 1], t - low).exp()
+
+    def t(self, sigma):
+        """Time, with fraction, of a noise level; the inverse of `sigma`. Clamped to [0, steps - 1]. float64."""
+        log_sigma = torch.as_tensor(sigma, dtype=torch.float64).log()
+        low = (torch.searchsorted(self.log_sigmas, log_sigma, right=True) - 1).clamp(0, len(self.log_sigmas) - 2)
+        below, above = self.log_sigmas[low], self.log_sigmas[low + 1]
+        return low + ((log_sigma - below) / (above - below)).clamp(0, 1)
+
+    def sigmas(self, n):
+        """The authors' n noise levels, at evenly spaced fractional times, and a closing 0: [n + 1], float64."""
+        t = torch.linspace(len(self.log_sigmas) - 1, 0, n, dtype=torch.float64)
+        return torch.cat([self.sigma(t), torch.zeros(1, dtype=torch.float64)])
+
+    def karras_sigmas(self, n, rho=7.0):
+        """n noise levels that crowd towards the small ones, and a closing 0 (Karras et al. 2022, Eq. 5): [n + 1]."""
+        low, high = self.log_sigmas[[0, -1]].exp() ** (1 / rho)
+        levels = torch.lerp(high, low, torch.linspace(0, 1, n, dtype=torch.float64)) ** rho
+        return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
+
+    def add_noise(self, z, noise, t):
+        """z_t = sqrt(abar_t) z + sqrt(1 - abar_t) noise, for z and noise [B, C, H, W] and whole times t [B]."""
+        abar = self.alphas_cumprod.to(z.device)[t][:, None, None, None].to(z.dtype)
+        return abar.sqrt() * z + (1 - abar).sqrt() * noise
+
+    def denoiser(self, predict_eps):
+        """Make `denoise(x, sigma)` of a network eps = predict_eps(z_t, t): z_t [B, C, H, W], t [B] fractional."""
+
+        def denoise(x, sigma):
+            t = self.t(sigma).float().to(x.device).expand(len(x))
+            return x - sigma * predict_eps(x / (sigma**2 + 1) ** 0.5, t)
+
+        return denoise
+
+
+def seeded_noise(shape, seeds, device="cpu"):
+    """Yield batches [len(seeds), *shape] of normal draws; row i is what a run with seed i alone would draw.
+
+    On one device it is the stream of torch.manual_seed(seed) and one randn a draw, as in the authors' edit_cli.py.
+    """
+    generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    while True:
+        yield torch.cat([torch.randn(1, *shape, generator=generator, device=device) for generator in generators])
+
+
+def ancestral_split(sigma, next_sigma, eta=1.0):
+    """Split the way to `next_sigma`: go down to `sigma_down` without noise, then add noise of `sigma_up`.
+
+    sigma_down^2 + sigma_up^2 = next_sigma^2. eta 1: as much new noise as the diffusion itself has there; 0: none.
+    Returns (sigma_down, sigma_up).
+    """
+    sigma_up = min(next_sigma, eta * (next_sigma**2 * (sigma**2 - next_sigma**2) / sigma**2) ** 0.5)
+    return (next_sigma**2 - sigma_up**2) ** 0.5, sigma_up
+
+
+def euler_ancestral(denoise, x, sigmas, noise, callback=None):
+    """The paper's sampler: an Euler step down to sigma_down, then fresh noise. One draw a step, none after the last."""
+    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        if callback:
+            callback(step, sigma, denoised)
+        sigma_down, sigma_up = ancestral_split(sigma, next_sigma)
+        slope = (x - denoised) / sigma  # dx / dsigma, which is eps
+        x = x + slope * (sigma_down - sigma)
+        if next_sigma > 0:
+            x = x + next(noise) * sigma_up
+    return x
+
+
+def euler(denoise, x, sigmas, noise=None, callback=None):
+    """Euler's method on dx / dsigma = eps (Karras et al. 2022, Alg. 1 without its second order). Draws no noise."""
+    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        if callback:
+            callback(step, sigma, denoised)
+        x = x + (x - denoised) / sigma * (next_sigma - sigma)
+    return x
+
+
+def ddim(denoise, x, sigmas, noise=None, callback=None, eta=0.0):
+    """DDIM (Song et al. 2021, Eq. 12) in these coordinates: the clean guess, the old noise at a lower level, new noise.
+
+    It shows how the samplers hang together: with eta 0 it equals `euler`, with eta 1 `euler_ancestral`.
+    """
+    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        if callback:
+            callback(step, sigma, denoised)
+        eps = (x - denoised) / sigma
+        sigma_down, sigma_up = ancestral_split(sigma, next_sigma, eta)
+        x = denoised + sigma_down * eps
+        if sigma_up > 0:
+            x = x + next(noise) * sigma_up
+    return x
+
+
+def ddim_inversion(denoise, x, sigmas, noise=None, callback=None, iterations=1):
+    """From a clean x to the noise that `ddim` (eta 0) turns back into it: the same steps, taken backwards.
+
+    A step back asks for eps at the noisier end, which is not known yet. One iteration takes eps of the cleaner end
+    in its place, the usual approximation (Dhariwal and Nichol 2021; Mokady et al. 2023); more iterations solve for the
+    noisier end as a fixed point. `sigmas` as for `ddim`, falling; returns x at sigmas[0]. Draws no noise.
+    """
+    rising = sigmas.flip(0).tolist()
+    for step, (sigma, next_sigma) in enumerate(pairwise(rising)):
+        guess = x
+        for _ in range(iterations):
+            denoised = denoise(guess, next_sigma)
+            guess = x + (guess - denoised) / next_sigma * (next_sigma - sigma)
+        if callback:
+            callback(step, next_sigma, denoised)
+        x = guess
+    return x

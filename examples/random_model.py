@@ -1,0 +1,81 @@
+"""Write a small editor with RANDOM weights, to try the programs on: it turns every picture into noise.
+
+    python examples/random_model.py runs/random_model
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from checkpoint import Model, save_folder  # noqa: E402
+from clip_text import END, START, CLIPText, CLIPTextConfig, CLIPTokenizer  # noqa: E402
+from errors import UserError, run_program  # noqa: E402
+from settings import Sampling  # noqa: E402
+from unet import Level, UNet, UNetConfig  # noqa: E402
+from vae import VAE, VAEConfig  # noqa: E402
+
+MERGES = [("t", "h"), ("th", "e</w>"), ("i", "n"), ("in", "g</w>"), ("n", "i"), ("g", "h"), ("gh", "t</w>")]
+
+
+def small_tokenizer(tokens=24):
+    """A tokenizer in CLIP's format: every byte, with and without the end of a word, and a few merges."""
+    letters = sorted(ByteLevel.alphabet())
+    pieces = letters + [letter + "</w>" for letter in letters] + [a + b for a, b in MERGES] + [START, END]
+    return CLIPTokenizer({piece: number for number, piece in enumerate(pieces)}, MERGES, tokens)
+
+
+def randomise(network, seed):
+    """Give every weight of a network a seeded random value, none zero or trivial, and sizes that keep signals sane."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.dim() > 1 and "embedding.weight" not in name:
+                weight.copy_(noise * (weight.numel() // len(weight)) ** -0.5)  # one over the root of the fan-in
+            else:
+                weight.copy_(0.1 * noise + ("norm" in name and name.endswith("weight")))
+    return network
+
+
+def random_model(seed=0, in_channels=8):
+    """A small Model whose UNet has three levels, the last without attention."""
+    tokenizer = small_tokenizer()
+    text = CLIPTextConfig(
+        vocabulary=len(tokenizer.vocabulary),
+        tokens=tokenizer.tokens,
+        width=32,
+        layers=2,
+        heads=2,
+        end_token=tokenizer.end,
+    )
+    unet = UNetConfig(
+        levels=(Level(32, True, 2), Level(64, True, 4), Level(64, False, 4)),
+        resblocks=1,
+        in_channels=in_channels,
+        context_width=text.width,
+        groups=8,
+    )
+    vae = VAEConfig(channels=(16, 32, 32), resblocks=1, groups=8, scaling=0.5)
+    return Model(
+        unet=randomise(UNet(unet), seed).eval(),
+        vae=randomise(VAE(vae), seed + 1).eval(),
+        text_encoder=randomise(CLIPText(text), seed + 2).eval(),
+        tokenizer=tokenizer,
+        sampling=Sampling(steps=10, text_guidance=4.0, image_guidance=1.5, resolution=128),
+    )
+
+
+def main():
+    """Write the model to the folder that the command line names."""
+    if len(sys.argv) != 2:
+        raise UserError("say where to: python examples/random_model.py FOLDER")
+    save_folder(random_model(), sys.argv[1])
+    print(f"a small model with RANDOM weights is in {sys.argv[1]}: it can only make noise")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,41 @@
+"""The settings of an edit: a model's own defaults, and what is allowed.
+
+Imports nothing heavy, so that programs can answer a mistake at once.
+"""
+
+from dataclasses import dataclass
+
+from errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A model's sampling defaults, kept in a folder's `sampling.json`; these here are the released code's."""
+
+    steps: int = 100
+    text_guidance: float = 7.5  # s_T of Eq. 3: how strongly to follow the instruction
+    image_guidance: float = 1.5  # s_I of Eq. 3: how closely to keep to the picture
+    resolution: int = 512  # pixels of the longer side, about
+
+
+def check_sampling(steps, text_guidance, image_guidance, resolution):
+    """Raise UserError for a value out of range; None stands for the model's default and passes."""
+    if steps is not None and not 1 <= steps <= 1000:
+        raise UserError(f"the steps should be between 1 and 1000, not {steps}")
+    for name, scale in (("text", text_guidance), ("image", image_guidance)):
+        if scale is not None and not 0 <= scale <= 100:
+            raise UserError(f"the {name} guidance should be between 0 and 100, not {scale}")
+    if resolution is not None and not 64 <= resolution <= 4096:
+        raise UserError(f"the resolution should be between 64 and 4096 pixels, not {resolution}")
+
+
+def check_instruction(instruction):
+    """Raise UserError for an empty one."""
+    if not instruction.strip():
+        raise UserError('the instruction is empty; say what to change, such as "make it night"')
+
+
+def check_seeds(seeds):
+    """Raise UserError unless there are seeds and the random generators take them all."""
+    if not seeds or not all(0 <= seed < 2**63 for seed in seeds):
+        raise UserError(f"a seed should be a whole number from 0 to {2**63 - 1}")
