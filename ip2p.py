@@ -17,8 +17,6 @@ from errors import UserError
 from images import check_size, fit, to_image, to_tensor
 from settings import check_instruction, check_sampling, check_seeds
 
-DECODER_TILE = 40  # latents a side, when memory is low
-
 
 def guided_eps(eps_full, eps_image, eps_null, text_guidance, image_guidance):
     """Eq. 3: walk from the unconditional guess towards the input picture, and from there towards the instruction.
@@ -101,10 +99,10 @@ class InstructPix2Pix:
         return self.vae.encode(x.to(self.device, self.dtype)).mode().float()
 
     @torch.no_grad()
-    def decode(self, latent, tile=None):
+    def decode(self, latent, low_memory=False):
         """A denoised latent [B, C, h, w], as the sampler leaves it -> pictures [B, 3, H, W], about in [-1, 1]."""
         z = (latent / self.vae.config.scaling).to(self.dtype)
-        return torch.cat([self.vae.decode(one[None], tile) for one in z]).float()
+        return torch.cat([self.vae.decode(one[None], low_memory) for one in z]).float()
 
     def denoiser(self, text, image_latent, text_guidance, image_guidance, low_memory=False, attend=fused):
         """Make the sampler's `denoise(x, sigma)` from the UNet under both guidances.
@@ -192,7 +190,7 @@ class InstructPix2Pix:
 
             latent = sampler(denoise, next(noise) * sigmas[0].item(), sigmas, noise, step_done)
 
-        pictures = self.decode(latent, DECODER_TILE if low_memory else None)
+        pictures = self.decode(latent, low_memory)
         if not pictures.isfinite().all():
             hint = "" if self.dtype == torch.float32 else f", or {self.dtype} is too coarse for them: try float32"
             raise UserError(f"the networks gave values that are not numbers: the weights are damaged{hint}")

@@ -5,7 +5,6 @@ the input picture conditions the UNet by the MODE of its latent distribution, un
 a SAMPLE, times `scaling` (0.18215), and must be divided by it before decoding.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,13 +65,12 @@ class VAE(nn.Module):
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return Gaussian(mean, logvar.clamp(-30, 20))
 
-    def decode(self, z, tile=None):
+    def decode(self, z, low_memory=False):
         """Unscaled latents z [B, latent_channels, H, W] -> pictures [B, 3, factor*H, factor*W], about in [-1, 1].
 
-        `tile`: decode in overlapping tiles of that many latents a side, for a peak memory that does not grow with the
-        picture (see `Decoder.in_tiles`).
+        low_memory: the same picture, a band of rows at a time.
         """
-        return self.decoder(self.post_quant_conv(z), tile)
+        return self.decoder(self.post_quant_conv(z), low_memory)
 
 
 class Encoder(nn.Module):
@@ -112,7 +110,6 @@ class Decoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.factor = config.factor
         width = config.channels[-1]
         self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
         self.middle = Middle(width, config.groups)
@@ -128,38 +125,17 @@ class Decoder(nn.Module):
         self.norm_out = nn.GroupNorm(config.groups, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
-    def forward(self, z, tile=None):
+    def forward(self, z, low_memory=False):
         """z [B, latent_channels, H, W] -> [B, 3, factor*H, factor*W]."""
         h = self.middle(self.conv_in(z))  # [B, C, H, W]
-        return self.to_pixels(h) if tile is None else self.in_tiles(h, tile)
-
-    def to_pixels(self, h):
-        """The wide, memory-hungry part: [B, C, H, W] -> [B, 3, factor*H, factor*W]."""
+        if low_memory:
+            return to_pixels_in_bands(self, h)
         for stage in self.up:
             for resblock in stage.resblocks:
                 h = resblock(h)
             if stage.upsample is not None:
-                h = stage.upsample(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+                h = upsample(h, stage.upsample)
         return self.conv_out(F.silu(self.norm_out(h)))
-
-    def in_tiles(self, h, tile):
-        """`to_pixels` in square tiles that overlap by at least two fifths and are blended by a ramp.
-
-        The middle, whose attention joins the whole picture, has already run on all of it. What differs from the whole
-        is the statistics of the GroupNorms, tile by tile, and the ramp spreads that difference so that no edge shows.
-        """
-        height, width = h.shape[-2:]
-        picture = h.new_zeros(h.shape[0], 3, height * self.factor, width * self.factor)
-        weight = torch.zeros_like(picture[:1, :1])
-        for top in tile_starts(height, tile):
-            for left in tile_starts(width, tile):
-                part = self.to_pixels(h[:, :, top : top + tile, left : left + tile])
-                ramp = tent(part.shape[-2], h)[:, None] * tent(part.shape[-1], h)
-                rows = slice(top * self.factor, top * self.factor + part.shape[-2])
-                columns = slice(left * self.factor, left * self.factor + part.shape[-1])
-                picture[:, :, rows, columns] += part * ramp
-                weight[:, :, rows, columns] += ramp
-        return picture / weight
 
 
 class Middle(nn.Module):
@@ -212,13 +188,52 @@ class Attention(nn.Module):
         return x + h[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:])
 
 
-def tile_starts(length, tile):
-    """Where tiles of `tile` begin that cover `length`, evenly spread, neighbours overlapping by two fifths or more."""
-    count = 1 + math.ceil(max(0, length - tile) / (0.6 * tile))
-    return [round(i * (length - tile) / (count - 1)) for i in range(count)] if count > 1 else [0]
+def upsample(h, conv):
+    """Double the size of h [B, C, H, W], then smooth it by a convolution."""
+    return conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
 
 
-def tent(length, like):
-    """Weights [length] that rise evenly from the ends to the middle and are nowhere zero."""
-    distance = torch.arange(length, device=like.device, dtype=like.dtype)
-    return torch.minimum(distance + 1, length - distance)
+# ---- decoding in bands: nothing new about the method from here on ----
+
+
+def to_pixels_in_bands(decoder, h):
+    """The decoder after its middle, in a fraction of the memory: h [B, C, H, W] -> [B, 3, factor*H, factor*W].
+
+    Every layer runs on a band of rows at a time, with as many rows around it as its convolution looks at, so that
+    inputs and outputs are whole but nothing in between. The GroupNorms' statistics are taken over the whole picture
+    first. So the picture is the same as without bands, and there can be no seams.
+    """
+
+    def normed(norm, x):
+        """norm(x), for any band of x."""
+        variance, mean = torch.var_mean(x.unflatten(1, (norm.num_groups, -1)), dim=(2, 3, 4), unbiased=False)
+        spread = (variance + norm.eps).rsqrt()  # [B, groups]
+        per_group = x.shape[1] // norm.num_groups
+        scale = spread.repeat_interleave(per_group, dim=1) * norm.weight  # [B, C]
+        shift = norm.bias - mean.repeat_interleave(per_group, dim=1) * scale
+        return lambda band: band * scale[:, :, None, None] + shift[:, :, None, None]
+
+    for stage in decoder.up:
+        for block in stage.resblocks:
+            norm = normed(block.norm1, h)
+            inner = in_bands(lambda x, b=block, n=norm: b.conv1(F.silu(n(x))), h)
+            norm = normed(block.norm2, inner)
+            h = in_bands(lambda x, y, b=block, n=norm: b.skip(x) + b.conv2(F.silu(n(y))), h, inner)
+        if stage.upsample is not None:
+            h = in_bands(lambda x, conv=stage.upsample: upsample(x, conv), h)
+    norm = normed(decoder.norm_out, h)
+    return in_bands(lambda x: decoder.conv_out(F.silu(norm(x))), h)
+
+
+def in_bands(layer, *maps, rows=32):
+    """layer(*maps) for maps [B, C, H, W] and a layer that looks at most one row up and down, `rows` rows at a time."""
+    height, out = maps[0].shape[-2], None
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        first, last = max(top - 1, 0), min(bottom + 1, height)
+        band = layer(*(x[:, :, first:last] for x in maps))
+        factor = band.shape[-2] // (last - first)  # 2 where the layer upsamples
+        if out is None:
+            out = band.new_empty(*band.shape[:2], height * factor, band.shape[-1])
+        out[:, :, top * factor : bottom * factor] = band[:, :, (top - first) * factor : (bottom - first) * factor]
+    return out

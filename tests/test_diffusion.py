@@ -1,0 +1,204 @@
+"""Noise schedule and samplers, against closed forms and diffusers' schedulers."""
+
+import warnings
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from reference import relative_error
+
+from diffusion import (
+    NoiseSchedule,
+    ancestral_split,
+    ddim,
+    ddim_inversion,
+    euler,
+    euler_ancestral,
+    seeded_noise,
+)
+
+SCHEDULE = NoiseSchedule()
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+def gaussian_denoiser(mean=0.7, deviation=0.5):
+    """The exact denoiser of data that are normal: x shrinks towards the mean."""
+
+    def denoise(x, sigma):
+        return mean + (x - mean) * deviation**2 / (deviation**2 + sigma**2)
+
+    return denoise
+
+
+def draws(shape=(2, 4, 8, 8), seed=0):
+    return seeded_noise(shape[1:], range(seed, seed + shape[0]))
+
+
+def test_schedule_is_stable_diffusions():
+    theirs = diffusers.DDIMScheduler(**BETAS)
+    assert relative_error(SCHEDULE.alphas_cumprod, theirs.alphas_cumprod) <= 1e-6
+    sigmas = SCHEDULE.log_sigmas.exp()
+    assert sigmas[-1].item() == pytest.approx(14.6146, abs=1e-4)
+    assert sigmas[0].item() == pytest.approx(0.0291675, abs=1e-6)
+
+
+def test_the_authors_sigmas():
+    sigmas = SCHEDULE.sigmas(3)
+    assert SCHEDULE.t(sigmas[:-1]).tolist() == pytest.approx([999, 499.5, 0], abs=1e-6)
+    assert sigmas[1].item() ** 2 == pytest.approx(SCHEDULE.sigma(499).item() * SCHEDULE.sigma(500).item())
+    assert sigmas[-1] == 0
+    assert SCHEDULE.sigmas(1).tolist() == pytest.approx([14.6146, 0], abs=1e-4)
+    assert (SCHEDULE.sigmas(100).diff() < 0).all()
+
+
+def test_time_and_noise_level_are_inverse_to_each_other():
+    t = torch.rand(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 999
+    assert (SCHEDULE.t(SCHEDULE.sigma(t)) - t).abs().max() < 1e-8
+    assert SCHEDULE.t([1e-9, 1e9]).tolist() == [0, 999]
+
+
+def test_karras_sigmas_agree_with_diffusers():
+    theirs = diffusers.EulerDiscreteScheduler(**BETAS, use_karras_sigmas=True)
+    theirs.set_timesteps(12)
+    assert relative_error(SCHEDULE.karras_sigmas(12), theirs.sigmas) <= 1e-5
+
+
+def test_add_noise_agrees_with_diffusers():
+    noise = draws()
+    z, eps, t = next(noise), next(noise), torch.tensor([3, 977])
+    theirs = diffusers.DDPMScheduler(**BETAS).add_noise(z, eps, t)
+    assert relative_error(SCHEDULE.add_noise(z, eps, t), theirs) <= 1e-6
+
+
+def test_denoiser_scales_its_input_and_gives_the_fractional_time():
+    seen = []
+
+    def predict_eps(z, t):
+        seen.append((z, t))
+        return torch.ones_like(z)
+
+    x = next(draws())
+    sigma = SCHEDULE.sigma(250.25).item()
+    denoised = SCHEDULE.denoiser(predict_eps)(x, sigma)
+    torch.testing.assert_close(denoised, x - sigma)
+    torch.testing.assert_close(seen[0][0], x / (1 + sigma**2) ** 0.5)
+    torch.testing.assert_close(seen[0][1], torch.tensor([250.25, 250.25]))
+
+
+@pytest.mark.parametrize("sampler", [euler_ancestral, euler])
+def test_euler_samplers_agree_with_diffusers(sampler):
+    kind = diffusers.EulerAncestralDiscreteScheduler if sampler is euler_ancestral else diffusers.EulerDiscreteScheduler
+    theirs = kind(**BETAS)
+    theirs.set_timesteps(9)
+    sigmas, denoise = theirs.sigmas.double(), gaussian_denoiser()
+    first, *rest = [draw for draw, _ in zip(draws(), range(10), strict=False)]
+    expected = first * sigmas[0].float()
+    for step, t in enumerate(theirs.timesteps):
+        theirs.scale_model_input(expected, t)
+        sigma = sigmas[step].item()
+        eps = (expected - denoise(expected, sigma)) / sigma
+        with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+            warnings.simplefilter("ignore")
+            module = __import__(kind.__module__, fromlist=["randn_tensor"])
+            patch.setattr(module, "randn_tensor", lambda *_, step=step, **__: rest[step])
+            expected = theirs.step(eps, t, expected).prev_sample
+    ours = sampler(denoise, first * sigmas[0].float(), sigmas, iter(rest))
+    assert relative_error(ours, expected) <= 1e-5
+
+
+def test_ddim_agrees_with_diffusers():
+    """In diffusers' coordinates, at whole times."""
+    theirs = diffusers.DDIMScheduler(**BETAS, set_alpha_to_one=True, clip_sample=False)
+    theirs.set_timesteps(10)
+    sigmas = torch.cat([SCHEDULE.sigma(theirs.timesteps), torch.zeros(1, dtype=torch.float64)])
+    denoise, x = gaussian_denoiser(), next(draws()) * sigmas[0].float()
+    z = x / (1 + sigmas[0].float() ** 2) ** 0.5
+    for step, t in enumerate(theirs.timesteps):
+        sigma = sigmas[step].float()
+        here = z * (1 + sigma**2) ** 0.5
+        z = theirs.step((here - denoise(here, sigma)) / sigma, t, z).prev_sample
+    assert relative_error(ddim(denoise, x, sigmas), z) <= 1e-5
+
+
+def test_ddim_spans_euler_and_euler_ancestral():
+    sigmas, denoise = SCHEDULE.sigmas(12), gaussian_denoiser()
+    x = next(draws()) * sigmas[0].item()
+    torch.testing.assert_close(ddim(denoise, x, sigmas), euler(denoise, x, sigmas))
+    ancestral = euler_ancestral(denoise, x, sigmas, draws(seed=7))
+    torch.testing.assert_close(ddim(denoise, x, sigmas, draws(seed=7), eta=1.0), ancestral)
+
+
+def test_ancestral_split():
+    for sigma, following in [(14.6, 12.0), (1.0, 0.9), (0.03, 0.0)]:
+        down, up = ancestral_split(sigma, following)
+        assert down**2 + up**2 == pytest.approx(following**2)
+        assert (up > 0) == (following > 0)
+    assert ancestral_split(2.0, 1.0, eta=0.0) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("sampler", [euler_ancestral, euler, ddim])
+def test_samplers_reach_the_data(sampler):
+    """From pure noise to the distribution that the denoiser knows."""
+    sigmas = SCHEDULE.sigmas(400)
+    x = 0.7 + next(draws((8, 4, 32, 32))) * (sigmas[0].item() ** 2 + 0.5**2) ** 0.5
+    out = sampler(gaussian_denoiser(0.7, 0.5), x, sigmas, draws((8, 4, 32, 32), seed=50))
+    assert out.mean().item() == pytest.approx(0.7, abs=0.02)
+    assert out.std().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_ancestral_sampling_draws_once_a_step_but_the_last():
+    drawn = []
+
+    def counted():
+        for draw in draws():
+            drawn.append(1)
+            yield draw
+
+    x = next(draws())
+    euler_ancestral(gaussian_denoiser(), x, SCHEDULE.sigmas(7), counted())
+    assert len(drawn) == 6
+
+
+@pytest.mark.parametrize("sampler", [euler_ancestral, euler, ddim, ddim_inversion])
+def test_samplers_report_every_step(sampler):
+    steps = []
+    sampler(gaussian_denoiser(), next(draws()), SCHEDULE.sigmas(5), draws(), lambda *report: steps.append(report))
+    assert [step for step, _, _ in steps] == [0, 1, 2, 3, 4]
+    assert all(sigma > 0 and denoised.shape == (2, 4, 8, 8) for _, sigma, denoised in steps)
+
+
+def test_ddim_inversion_leads_back():
+    """One iteration comes near; solved as a fixed point, inversion and sampling are exact opposites."""
+    sigmas, denoise = SCHEDULE.sigmas(50), gaussian_denoiser()
+    clean = 0.7 + 0.5 * next(draws()).double()
+    near = ddim(denoise, ddim_inversion(denoise, clean, sigmas), sigmas)
+    exact = ddim(denoise, ddim_inversion(denoise, clean, sigmas, iterations=60), sigmas)
+    assert relative_error(exact, clean) < 1e-4
+    assert relative_error(exact, clean) < relative_error(near, clean) < 0.3
+
+
+def test_seeded_noise_is_the_stream_of_a_lone_seed():
+    """Row i of a batch is what torch.manual_seed(i) and randn_like give, as in the authors' script."""
+    batch = seeded_noise((4, 8, 6), [5, 9])
+    first, second = next(batch), next(batch)
+    for row, seed in enumerate((5, 9)):
+        torch.manual_seed(seed)
+        latent = torch.zeros(1, 4, 8, 6)
+        assert torch.equal(first[row], torch.randn_like(latent)[0])
+        assert torch.equal(second[row], torch.randn_like(latent)[0])
+
+
+def test_the_authors_rule_in_numpy():
+    """The ancestral step as numerics have it, computed apart, step by step."""
+    sigmas, denoise = SCHEDULE.sigmas(4), gaussian_denoiser()
+    noise = [draw.double().numpy() for draw, _ in zip(draws(), range(5), strict=False)]
+    x, drawn = noise[0] * 14.6, 1
+    for s, following in zip(sigmas.numpy(), sigmas.numpy()[1:], strict=False):
+        up = min(following, np.sqrt(following**2 * (s**2 - following**2) / s**2))
+        down = np.sqrt(following**2 - up**2)
+        x = x + (x - denoise(x, s)) / s * (down - s)
+        if following > 0:
+            x, drawn = x + noise[drawn] * up, drawn + 1
+    ours = euler_ancestral(denoise, torch.tensor(noise[0] * 14.6), sigmas, iter(map(torch.tensor, noise[1:])))
+    assert relative_error(ours, torch.tensor(x)) <= 1e-9

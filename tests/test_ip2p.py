@@ -1,0 +1,237 @@
+"""The edit as a whole against diffusers' pipeline, guidance, and the training loss."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from random_model import random_model, randomise
+from reference import edit_reference, real_vocabulary, relative_error
+
+from checkpoint import Model, save_folder, save_single_file
+from clip_text import CLIP_L_TEXT, CLIPText, CLIPTokenizer
+from diffusion import NoiseSchedule, ddim, seeded_noise
+from errors import UserError
+from images import fit, to_tensor
+from ip2p import InstructPix2Pix, drop_conditions, guided_eps, loss
+from settings import Sampling
+from unet import INSTRUCT_PIX2PIX, UNet
+from vae import STABLE_DIFFUSION_VAE, VAE
+
+INSTRUCTION = "make it the night, while nothing is moving"
+
+
+def picture(width=192, height=128, seed=0):
+    """Coarse random colours, smooth as photographs are."""
+    colours = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "folder"
+    model = random_model(seed=1)
+    save_folder(model, folder)
+    save_single_file(model, folder / "single.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return InstructPix2Pix.load(folder)
+
+
+def difference(ours, theirs):
+    """The largest difference of two uint8 pictures."""
+    return np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int)).max()
+
+
+def test_an_edit_equals_that_of_diffusers(folder, model):
+    """Its own pipeline, opened from our folder, at equal noise levels and noise; and our single file gives the same."""
+    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(folder)
+    for seed, size in ((0, (192, 128)), (7, (128, 128))):
+        image = picture(*size, seed=seed)
+        edited = model.edit(image, INSTRUCTION, seed=seed, resolution=max(size))
+        assert edited.size == size
+        assert np.asarray(edited).std() > 20
+        assert difference(edited, edit_reference(pipeline, model, image, INSTRUCTION, seed)) <= 1
+    single = InstructPix2Pix.load(folder / "single.safetensors")
+    assert difference(single.edit(image, INSTRUCTION, seed=7), edited) == 0
+
+
+@pytest.mark.slow
+def test_a_full_size_edit_equals_that_of_diffusers(tmp_path):
+    """Stable Diffusion's sizes and CLIP's vocabulary, three steps at 256x192."""
+    networks = UNet(INSTRUCT_PIX2PIX), VAE(STABLE_DIFFUSION_VAE), CLIPText(CLIP_L_TEXT)
+    networks = [randomise(network, seed).eval() for seed, network in enumerate(networks)]
+    sampling = Sampling(steps=3, resolution=256)
+    save_folder(Model(*networks, CLIPTokenizer(*real_vocabulary()), sampling), tmp_path / "model")
+    del networks
+    model = InstructPix2Pix.load(tmp_path / "model")
+    image = picture(256, 192)
+    edited = model.edit(image, INSTRUCTION, seed=3)
+    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "model")
+    assert np.asarray(edited).std() > 20
+    assert difference(edited, edit_reference(pipeline, model, image, INSTRUCTION, 3)) <= 1
+
+
+def test_a_batch_of_seeds_equals_them_one_by_one(model):
+    image = picture()
+    together = model.edit(image, INSTRUCTION, seed=[3, 11, 3])
+    alone = [model.edit(image, INSTRUCTION, seed=seed) for seed in (3, 11)]
+    assert difference(together[0], together[2]) <= 1
+    assert difference(together[0], alone[0]) <= 1
+    assert difference(together[1], alone[1]) <= 1
+    assert difference(alone[0], alone[1]) > 20
+
+
+def test_guidance_may_differ_within_a_batch(model):
+    image = picture()
+    pair = model.edit(image, INSTRUCTION, text_guidance=[1, 9], image_guidance=[2.0, 1.0], seed=[5, 5])
+    assert difference(pair[0], model.edit(image, INSTRUCTION, 1, 2.0, seed=5)) <= 1
+    assert difference(pair[1], model.edit(image, INSTRUCTION, 9, 1.0, seed=5)) <= 1
+    assert difference(*pair) > 20
+
+
+def test_low_memory_gives_the_same(model):
+    """One branch after another, and the decoder in bands."""
+    batches = []
+
+    def counted(module, args):
+        batches.append(len(args[0]))
+
+    hook = model.unet.register_forward_pre_hook(counted)
+    usual = model.edit(picture(), INSTRUCTION, seed=2)
+    assert batches == [3] * 10
+    batches.clear()
+    frugal = model.edit(picture(), INSTRUCTION, seed=2, low_memory=True)
+    assert batches == [1] * 30
+    hook.remove()
+    assert difference(usual, frugal) <= 1
+
+
+def test_the_callback_sees_the_picture_appear(model):
+    steps = []
+    edited = model.edit(picture(), INSTRUCTION, callback=lambda *report: steps.append(report))
+    assert [step for step, _, _ in steps] == list(range(10))
+    assert [sigma for _, sigma, _ in steps] == model.schedule.sigmas(10)[:-1].tolist()
+    last = model.decode(steps[-1][2])[0]  # the last step goes all the way to the guess
+    assert difference(((last + 1) / 2).clamp(0, 1).mul(255).byte().permute(1, 2, 0).numpy(), edited) == 0
+
+
+def test_another_sampler_and_no_guidance(model):
+    """With both scales 1, Eq. 3 leaves the plain conditional guess."""
+    image = picture()
+    edited = model.edit(image, INSTRUCTION, 1, 1, seed=4, sampler=ddim)
+    image_latent = model.encode_image(to_tensor(fit(image, 128))[None])
+    text = model.encode_text([INSTRUCTION])
+
+    def predict_eps(z, t):
+        return model.unet(torch.cat([z, image_latent], 1), t, text)
+
+    sigmas = model.schedule.sigmas(10)
+    noise = next(seeded_noise(image_latent.shape[1:], [4]))
+    with torch.no_grad():
+        latent = ddim(model.schedule.denoiser(predict_eps), noise * sigmas[0].item(), sigmas)
+        x = model.vae.decode(latent / model.vae.config.scaling)[0]
+    assert difference(((x + 1) / 2).clamp(0, 1).mul(255).byte().permute(1, 2, 0).numpy(), edited) <= 1
+
+
+def test_the_image_latent_is_the_unscaled_mode(model):
+    x = to_tensor(picture())[None]
+    with torch.no_grad():
+        assert torch.equal(model.encode_image(x), model.vae.encode(x).mode())
+
+
+def test_eq_3():
+    full, image, null = torch.randn(3, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(guided_eps(full, image, null, 1, 1), full)
+    torch.testing.assert_close(guided_eps(full, image, null, 0, 1), image)
+    torch.testing.assert_close(guided_eps(full, image, null, 0, 0), null)
+    torch.testing.assert_close(guided_eps(full, image, null, 7.5, 1.5), 7.5 * full - 6 * image - 0.5 * null)
+
+
+def test_dropping_conditions():
+    """One draw an example: text only, both, image only, none."""
+    u = torch.tensor([0.0, 0.049, 0.05, 0.099, 0.10, 0.149, 0.15, 0.99])
+    text, image, null = torch.ones(8, 3, 2), torch.ones(8, 4, 2, 2), torch.full((1, 3, 2), 7.0)
+    new_text, new_image = drop_conditions(text, image, null, u)
+    assert new_text[:, 0, 0].tolist() == [7, 7, 7, 7, 1, 1, 1, 1]
+    assert new_image[:, 0, 0, 0].tolist() == [1, 1, 0, 0, 0, 0, 1, 1]
+    assert torch.equal(text, torch.ones(8, 3, 2))
+
+    many = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    text, image = drop_conditions(torch.ones(100_000, 1, 1), torch.ones(100_000, 1, 1, 1), torch.zeros(1, 1, 1), many)
+    text, image = text.flatten() == 1, image.flatten() == 1
+    for share in (~text & image, ~text & ~image, text & ~image):
+        assert share.float().mean().item() == pytest.approx(0.05, abs=0.003)
+
+
+def test_eq_1_equals_a_step_written_with_diffusers():
+    """The loss and its gradient, computed apart with diffusers' UNet and scheduler."""
+    from reference import unet_reference
+
+    model = random_model(seed=8)
+    unet = model.unet.requires_grad_(True)
+    generator = torch.Generator().manual_seed(0)
+    latent, image, noise = torch.randn(3, 4, 4, 16, 16, generator=generator)
+    text, null = torch.randn(4, 24, 32, generator=generator), torch.randn(1, 24, 32, generator=generator)
+    t, u = torch.tensor([0, 300, 700, 999]), torch.tensor([0.5, 0.01, 0.07, 0.12])
+    ours = loss(unet, NoiseSchedule(), latent, image, text, null, t, noise, u)
+    assert ours.shape == (4,)
+    ours.mean().backward()
+
+    theirs = unet_reference(random_model(seed=8).unet).requires_grad_(True)
+    scheduler = diffusers.DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    text_seen = torch.stack([text[0], null[0], null[0], text[3]])
+    image_seen = torch.stack([image[0], image[1], torch.zeros_like(image[2]), torch.zeros_like(image[3])])
+    noisy = scheduler.add_noise(latent, noise, t)
+    eps = theirs(torch.cat([noisy, image_seen], 1), t, text_seen).sample
+    expected = torch.nn.functional.mse_loss(eps, noise)
+    expected.backward()
+    assert ours.mean().item() == pytest.approx(expected.item(), rel=1e-5)
+    assert relative_error(unet.conv_in.weight.grad, theirs.conv_in.weight.grad) <= 1e-5
+    assert relative_error(unet.conv_out.weight.grad, theirs.conv_out.weight.grad) <= 1e-5
+
+
+def test_pictures_of_any_kind_are_accepted(model):
+    assert model.edit(picture().convert("L"), INSTRUCTION, steps=1).mode == "RGB"
+    assert model.edit(picture(333, 200), INSTRUCTION, steps=1, resolution=128).size == (192, 128)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"text_guidance": -1}, "text guidance"),
+        ({"image_guidance": float("nan")}, "image guidance"),
+        ({"resolution": 8}, "resolution"),
+        ({"seed": -1}, "seed"),
+        ({"seed": []}, "seed"),
+        ({"text_guidance": [1, 2], "seed": [1, 2, 3]}, "2 guidance scales"),
+    ],
+)
+def test_settings_out_of_range(model, settings, message):
+    with pytest.raises(UserError, match=message):
+        model.edit(picture(), INSTRUCTION, **settings)
+
+
+def test_damaged_weights_are_noticed(folder):
+    model = InstructPix2Pix.load(folder)
+    model.unet.conv_out.bias.data[0] = float("nan")
+    with pytest.raises(UserError, match="not numbers"):
+        model.edit(picture(), INSTRUCTION, steps=1)
+
+
+def test_other_checkpoints_are_named():
+    for channels, kind in ((4, "text-to-image"), (9, "inpainting"), (5, "another")):
+        with pytest.raises(UserError, match=kind):
+            InstructPix2Pix(random_model(in_channels=channels))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_an_edit_on_a_gpu(folder, dtype):
+    model = InstructPix2Pix.load(folder, "cuda", dtype)
+    edited = np.asarray(model.edit(picture(), INSTRUCTION)).astype(float)
+    assert edited.std() > 20
