@@ -5,13 +5,16 @@ sizes are noted in `configs.py`.
 """
 
 import json
+import os
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 import configs
+import hub
 from clip_image import CLIP
 from clip_text import CLIP_L_TEXT, CLIPText, CLIPTokenizer
 from configs import Config
@@ -26,6 +29,8 @@ PUBLIC = "timbrooks/instruct-pix2pix"
 CLIP_L = "openai/clip-vit-large-patch14"
 SUPPORTED = "only Stable Diffusion 1.x and InstructPix2Pix made from it are supported"
 UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
+
+
 @dataclass
 class Model:
     """A latent diffusion model: text-to-image (UNet with 4 input channels) or an editor (8)."""
@@ -57,7 +62,7 @@ def load(path, device="cpu", dtype=torch.float32, tokenizer=None, vae=None):
 
 def load_clip(path, device="cpu", dtype=torch.float32):
     """Read CLIP's two towers and the tokenizer from a folder in transformers' layout or a hub id: (CLIP, tokenizer)."""
-    folder = find(path)
+    folder = find(path, hub.CLIP)
     config = configs.clip_from(Config.read(folder / "config.json"))
     tensors = read_component(folder)
     clip = fill(lambda: CLIP(*config), tensors, lambda name: aliases(name.diffusers), folder)
@@ -66,34 +71,14 @@ def load_clip(path, device="cpu", dtype=torch.float32):
     return clip.to(device=device, dtype=dtype), tokenizer
 
 
-def find(path):
+def find(path, kind=hub.MODEL):
     """A path that exists, or the local folder of a hub id. Raises UserError."""
-    if Path(path).exists():
+    if os.path.exists(path):  # where Path.exists() raises for a name that is too long
         return Path(path)
     looks_like_file = Path(path).suffix in (".safetensors", ".ckpt", ".bin", ".pt") or Path(path).parent.is_dir()
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not looks_like_file:
-        return hub_folder(str(path))
+        return hub.find(str(path), kind)
     raise UserError(f"there are no weights at {path}; give a folder, a .safetensors file or a hub id such as {PUBLIC}")
-
-
-def hub_folder(repository):
-    """The local copy of a hub repository: from the cache if it is whole there, else downloaded first."""
-    from huggingface_hub import snapshot_download  # it takes a second to import, and most runs do not need it
-
-    parts = ("", "unet/", "vae/", "text_encoder/")
-    wanted = [f"{part}{stem}.safetensors" for part in parts for stem in ("diffusion_pytorch_model", "model")]
-    wanted += ["*.json", "*/*.json", "merges.txt", "*/merges.txt"]
-    try:
-        folder = Path(snapshot_download(repository, allow_patterns=wanted, local_files_only=True))
-        if all((folder / part).is_dir() for part in parts[1:]) or (folder / "model.safetensors").exists():
-            return folder
-    except Exception:  # not in the cache; the library has many exceptions for that
-        pass
-    try:
-        return Path(snapshot_download(repository, allow_patterns=wanted))
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{repository} is not in this machine's hub cache and cannot be fetched: {reason}") from error
 
 
 def load_folder(folder, tokenizer=None, vae=None):
@@ -129,7 +114,7 @@ def load_single_file(path, tokenizer=None, vae=None):
     if "ip2p" in metadata:  # written by `save_single_file`, which notes what the names do not tell
         try:
             values = json.loads(metadata["ip2p"])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: its header is damaged: {error}") from error
         noted = {key: Config(Config(values, path).values.get(key), path) for key in ("unet", "vae", "text_encoder")}
         unet_config, vae_config = configs.unet_from(noted["unet"]), configs.vae_from(noted["vae"])
@@ -147,14 +132,11 @@ def load_single_file(path, tokenizer=None, vae=None):
     else:
         unet = fill(lambda: UNet(unet_config), pick(tensors, raw), lambda n: [UNET_PREFIX + n.original], path)
 
-    def part(make, prefix):
-        mine = pick(tensors, {name for name in tensors if name.startswith(prefix)})
-        return fill(make, mine, lambda n: aliases(prefix + n.original), path)
-
-    text_encoder = part(lambda: CLIPText(text_config), TEXT_PREFIX)
+    text = pick(tensors, {name for name in tensors if name.startswith(TEXT_PREFIX)})
+    text_encoder = fill(lambda: CLIPText(text_config), text, lambda n: aliases(TEXT_PREFIX + n.original), path)
     return Model(
         unet=unet,
-        vae=load_vae(vae) if vae else part(lambda: VAE(vae_config), VAE_PREFIX),
+        vae=load_vae(vae) if vae else original_vae(tensors, VAE_PREFIX, vae_config, path),
         text_encoder=text_encoder,
         tokenizer=load_tokenizer(tokenizer or tokenizer_beside(path), text_encoder.config),
         sampling=sampling,
@@ -170,32 +152,39 @@ def load_vae(path):
         return fill(lambda: VAE(config), read_component(folder), lambda name: aliases(name.diffusers), folder)
     tensors, _ = read_tensors(path)
     prefix = VAE_PREFIX if any(name.startswith(VAE_PREFIX) for name in tensors) else ""
-    wanted = {name for name in tensors if name.startswith(tuple(prefix + p for p in ("enc", "dec", "quant", "post_")))}
-    return fill(lambda: VAE(STABLE_DIFFUSION_VAE), pick(tensors, wanted), lambda n: aliases(prefix + n.original), path)
+    return original_vae(tensors, prefix, STABLE_DIFFUSION_VAE, path)
+
+
+def original_vae(tensors, prefix, config, path):
+    """The autoencoder among the tensors of an original file; such files may hold parts of its training loss as well."""
+    parts = tuple(prefix + part for part in ("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))
+    mine = pick(tensors, {name for name in tensors if name.startswith(parts)})
+    return fill(lambda: VAE(config), mine, lambda n: aliases(prefix + n.original), path)
 
 
 def load_tokenizer(path, text_config):
     """The tokenizer in a folder, or in its `tokenizer/`, checked against the text encoder it is for."""
     folder = Path(path)
-    folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+    folder = folder / "tokenizer" if os.path.isdir(folder / "tokenizer") else folder
     tokenizer = CLIPTokenizer.load(folder, text_config.tokens)
     check_vocabulary(tokenizer, text_config, folder)
     return tokenizer
 
 
 def tokenizer_beside(path):
-    """Where the tokenizer of a single file is: beside it, else CLIP's own in the hub's cache."""
+    """Where the tokenizer of a single file is: beside it, else CLIP's own, from the hub's cache or the hub."""
     for folder in (path.parent / "tokenizer", path.parent):
         if (folder / "vocab.json").exists() or (folder / "tokenizer.json").exists():
             return folder
-    for repository in (PUBLIC, CLIP_L):
-        try:
-            return hub_folder(repository)
-        except UserError:
-            continue
+    for source in (hub.cached, hub.find):
+        for repository in (CLIP_L, PUBLIC):
+            with suppress(UserError):
+                folder = source(repository, hub.TOKENIZER)
+                if folder:
+                    return folder
     raise UserError(
-        f"a single file holds no tokenizer: put a folder tokenizer/ with vocab.json and merges.txt beside {path.name}, "
-        f"or name one with --tokenizer (it comes with {CLIP_L})"
+        f"{path} holds no tokenizer: put a folder tokenizer/ with vocab.json and merges.txt beside it, or name one "
+        f"with --tokenizer (the hub's {CLIP_L} has it, but cannot be reached)"
     )
 
 
@@ -247,7 +236,10 @@ def parse_sampling(config):
     """A Config -> Sampling."""
     values = {field: config.values.get(field, getattr(Sampling, field)) for field in asdict(Sampling())}
     config.must(all(type(value) in (int, float) for value in values.values()), "numbers are needed")
-    check_sampling(**values)
+    try:
+        check_sampling(**values)
+    except UserError as error:
+        raise UserError(f"{config.name}: {error}") from error
     return Sampling(int(values.pop("steps")), resolution=int(values.pop("resolution")), **values)
 
 

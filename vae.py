@@ -185,7 +185,8 @@ class Attention(nn.Module):
         """x [B, C, H, W] -> [B, C, H, W]."""
         h = self.norm(x).flatten(2).transpose(1, 2)[:, None]  # [B, 1, N, C]: one head
         h = self.to_out(fused(self.to_q(h), self.to_k(h), self.to_v(h)))
-        return x + h[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:])
+        h = h[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:])
+        return h + x  # h first: the sum then lies channels last in memory, which the convolutions after it prefer
 
 
 def upsample(h, conv):

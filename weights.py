@@ -19,6 +19,7 @@ from errors import UserError
 from names import foreign_names
 from unet import UNet
 
+HARMLESS = ("position_ids", "text_projection.weight")  # what files may hold beyond what the networks here need
 WEIGHTS = [  # file names in a component's folder, best first
     f"{stem}{variant}{ending}"
     for ending in (".safetensors", ".bin")
@@ -80,7 +81,7 @@ def fill(make, tensors, candidates, where):
     if missing:
         count = f"{len(missing)} of {len(names)} tensors are" if len(missing) > 1 else "a tensor is"
         raise UserError(f"{where}: {count} missing: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}")
-    extra = sorted(name for name in tensors if name not in taken and not name.endswith("position_ids"))
+    extra = sorted(name for name in tensors if name not in taken and not name.endswith(HARMLESS))
     if extra:
         raise UserError(f"{where}: unknown tensors: {', '.join(extra[:3])}{', ...' if len(extra) > 3 else ''}")
     network.load_state_dict(weights, assign=True)

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import configs
-from checkpoint import Model, load, load_clip, save_clip, save_folder, save_single_file
+import hub
+from checkpoint import Model, load, load_clip, load_tokenizer, save_clip, save_folder, save_single_file
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIP_L_TEXT, CLIPText, CLIPTextConfig, CLIPTokenizer
 from configs import Config
@@ -292,8 +293,12 @@ def test_a_hub_id_comes_from_the_cache(model, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert same_weights(load("someone/editor"), model)
+    assert load_tokenizer(hub.find("someone/editor", hub.TOKENIZER), model.text_encoder.config)
     with pytest.raises(UserError, match="someone/absent is not in"):
         load("someone/absent")
+    (snapshot / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="someone/editor is not whole"):  # not whole, and cannot be completed offline
+        load("someone/editor")
 
 
 def test_extending_the_input_adds_zeros_only():
