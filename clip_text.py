@@ -161,9 +161,12 @@ class CLIPTokenizer:
             raise UserError(
                 f"{folder} holds no tokenizer: vocab.json and merges.txt, or tokenizer.json, are needed"
             ) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
-        return cls(vocabulary, pairs, tokens)
+        try:
+            return cls(vocabulary, pairs, tokens)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
 
     def save(self, folder):
         """Write `vocab.json`, `merges.txt` and the configuration that transformers reads into an existing folder."""

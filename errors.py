@@ -3,17 +3,22 @@
 import os
 import shutil
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 class UserError(Exception):
     """Something the user can put right. The text is one line: what was wrong, and what to do."""
 
+    def __init__(self, message):
+        super().__init__(" ".join(str(message).splitlines()))  # a file's name may hold line breaks, too
+
 
 def run_program(main):
     """Call `main()`; turn a UserError into one line and exit code 2, Ctrl-C into a quiet exit 130."""
     name = Path(sys.argv[0]).name
+    if sys.stdout:  # None where it was closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of a file's name
     try:
         main()
     except UserError as error:
@@ -22,6 +27,9 @@ def run_program(main):
     except KeyboardInterrupt:
         print(f"\n{name}: stopped; nothing half-written is left behind", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has gone; let Python's own last flush go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
 
 
 @contextmanager
@@ -32,14 +40,13 @@ def written_whole(path):
     the system refuses the writing (no such folder, no permission, disk full).
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # no longer than a file's name may be
     try:
         yield beside
         os.replace(beside, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            beside.unlink(missing_ok=True)
+        with suppress(OSError):  # there may be nothing to remove, nor a folder where it could have been
+            beside.unlink()
+        shutil.rmtree(beside, ignore_errors=True)

@@ -4,6 +4,7 @@ Inside the program a picture is an RGB PIL image, or a tensor [3, H, W] with val
 """
 
 import json
+import logging
 import warnings
 
 import numpy as np
@@ -13,8 +14,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from errors import UserError, written_whole
 
-# What people have; not every format that Pillow knows, since some (EPS) start other programs.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+# What people have; not every format that Pillow knows, since some (EPS) start other programs. JPEG covers MPO, which
+# many telephones write.
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # it would tell a user what the exception says as well
 SMALLEST_SIDE = 8
 LARGEST_ASPECT = 8
 
@@ -29,7 +32,7 @@ def open_image(path):
             warnings.simplefilter("ignore")  # doubts about damaged metadata; a damaged picture raises
             with Image.open(path, formats=FORMATS) as file:
                 image = to_rgb(ImageOps.exif_transpose(file))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"there is no picture {path}") from error
     except IsADirectoryError as error:
         raise UserError(f"{path} is a folder; a picture file is needed") from error
@@ -56,14 +59,16 @@ def check_size(image, name="the picture"):
 def to_rgb(image):
     """Any PIL image -> RGB, transparency over white, the full range of deep pictures brought to 8 bits."""
     if image.mode.startswith("I") or image.mode == "F":  # deeper than 8 bits; Pillow's own conversion would clip
-        values = np.asarray(image, dtype=np.float64)
+        values = np.array(image, dtype=np.float32)
         if image.mode == "F" and values.min() >= 0 and values.max() <= 1:
             full = 1.0
         else:
             full = 255.0 if values.max() <= 255 and not image.mode.startswith("I;16") else 65535.0
         if not np.isfinite(values).all():
             raise ValueError("it holds values that are not numbers")
-        image = Image.fromarray((values / full * 255).clip(0, 255).round().astype(np.uint8))
+        values[values == image.info.get("transparency")] = full  # a 16-bit PNG may name one level
+        values *= 255 / full  # in place, since such pictures are large
+        image = Image.fromarray(values.clip(0, 255, out=values).round(out=values).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -103,7 +108,9 @@ def save_png(image, path, settings=None):
     """Write a PNG, whole or not at all; `settings` (anything JSON can hold) goes along as its text field "ip2p"."""
     info = PngInfo()
     if settings is not None:
-        info.add_itxt("ip2p", json.dumps(settings, ensure_ascii=False))
+        text = json.dumps(settings, ensure_ascii=False)
+        # a file name that is no UTF-8 holds lone surrogates, which only JSON's own escapes can carry
+        info.add_itxt("ip2p", text.encode("utf-8", "backslashreplace").decode())
     with written_whole(path) as beside:
         image.save(beside, format="PNG", pnginfo=info)
 
@@ -114,7 +121,7 @@ def read_settings(path):
         with Image.open(path, formats=("PNG",)) as file:
             file.load()  # text may also stand behind the pixels
             return json.loads(file.text["ip2p"])
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"there is no file {path}") from error
     except KeyError as error:
         raise UserError(f"{path} carries no settings; only a PNG written by sample.py can be repeated") from error

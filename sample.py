@@ -40,6 +40,14 @@ DEFAULTS = {
     "low_memory": False,
 }
 PATHS = ("image", "weights", "tokenizer", "vae")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+KINDS = {  # what the settings are once an edit was made
+    (str,): ("image", "instr", "device", "dtype"),
+    (str, type(None)): ("weights", "tokenizer", "vae"),
+    (int,): ("steps", "resolution", "seed", "num"),
+    (int, float): ("cfg_text", "cfg_image"),
+    (bool,): ("sweep", "compile", "low_memory"),
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,7 +88,7 @@ def parse(arguments=None):
 
     add = parser.add_argument_group("the machine").add_argument
     add("--device", metavar="D", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], help="number format of the networks")
+    add("--dtype", choices=DTYPES, help="number format of the networks")
     add("--compile", action="store_true", default=None, help="compile the UNet first, which pays over many steps")
     add("--low-memory", action="store_true", default=None, help="slower, in less memory")
     return parser.parse_args(arguments)
@@ -104,8 +112,11 @@ def main(arguments=None):
     now = {"image": hashlib.sha256(image.tobytes()).hexdigest()}
     compare(prints, now, "image", settings["image"])
     model = load_model(settings)
-    now["weights"] = fingerprint(model)
+    unet, vae = model.unet, model.vae
+    now["weights"] = fingerprint(unet.conv_in, unet.conv_out, model.text_encoder.norm_out)
+    now["vae"] = fingerprint(vae.encoder.conv_in, vae.decoder.conv_out)
     compare(prints, now, "weights", settings["weights"] or BUNDLED)
+    compare(prints, now, "vae", settings["vae"] or settings["weights"] or BUNDLED)
     fill_in(settings, model)
     cut_off = model.tokenizer.cut_off(settings["instr"])
     if cut_off:
@@ -132,16 +143,22 @@ def recorded(path, given):
     try:
         settings = {key: note["settings"][key] for key in DEFAULTS}
         prints, only = dict(note["fingerprints"]), note["edit"]
+        right = all(type(settings[key]) in kinds for kinds, keys in KINDS.items() for key in keys)
+        right &= settings["dtype"] in DTYPES
+        right &= only is None or (type(only) is int and 0 <= only < settings["num"])
+        if not right:
+            raise ValueError("a value that sample.py does not write")
         for key in PATHS:
             local = Path(path).parent / str(settings[key])
-            if settings[key] is not None and local.exists():
+            if settings[key] is not None and os.path.exists(local):
                 settings[key] = str(local)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} carries settings of another kind; it cannot be repeated") from error
     if {"num", "sweep"} & set(given):
         only = None
-    # what was chosen anew need not be what it was; the numbers of weights differ with their format
-    chosen = {*given, "weights"} if "dtype" in given else set(given)
+    chosen = set(given)  # and need not be what it was
+    if {"weights", "dtype"} & chosen:  # the numbers of weights differ with their format
+        chosen |= {"weights", "vae"}
     return {**settings, **given}, {key: value for key, value in prints.items() if key not in chosen}, only
 
 
@@ -163,20 +180,21 @@ def check(settings, out):
 
     if out.suffix.lower() != ".png":
         raise UserError(f"the output {out} should end in .png, which keeps the settings along with the picture")
-    if out.is_dir():
-        raise UserError(f"the output {out} is a folder; name a file")
-    if not out.parent.is_dir():
-        raise UserError(f"there is no folder {out.parent} to write to; make it first")
     variants = settings["num"] if settings["num"] > 1 else 0
     written = [out, *(variant_path(out, settings["seed"] + i) for i in range(variants))]
-    image = Path(settings["image"])
-    if image.exists() and any(path.exists() and path.samefile(image) for path in written):
-        raise UserError(f"the output would overwrite the input {image}; choose another --out")
+    image = settings["image"]
     try:
+        if out.is_dir():
+            raise UserError(f"the output {out} is a folder; name a file")
+        if not out.parent.is_dir():
+            raise UserError(f"there is no folder {out.parent} to write to; make it first")
+        replaced = [path for path in written if path.exists()]
+        if os.path.exists(image) and any(path.samefile(image) for path in replaced):
+            raise UserError(f"the output would overwrite the input {image}; choose another --out")
         with tempfile.TemporaryFile(dir=out.parent):
             pass
     except OSError as error:
-        raise UserError(f"cannot write to the folder {out.parent}: {error.strerror}") from error
+        raise UserError(f"cannot write {out}: {error.strerror}") from error
 
 
 def load_model(settings):
@@ -188,8 +206,8 @@ def load_model(settings):
     if settings["device"] == "auto":
         settings["device"] = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=settings["device"])
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=settings["device"]).item()
+    except Exception as error:  # torch has another one for every device that it was not made for
         raise UserError(f"this machine or this torch has no device {settings['device']}; try --device cpu") from error
     if settings["dtype"] == "auto":
         settings["dtype"] = "float16" if settings["device"].startswith("cuda") else "float32"
@@ -304,11 +322,11 @@ def relative(path, picture):
         return str(Path(path).resolve())
 
 
-def fingerprint(model):
-    """A short name for a model's weights: training changes every layer, so its first and last tell."""
+def fingerprint(*layers):
+    """A short name for weights. Training changes every layer, so a network's first and last tell enough."""
     import torch
 
-    ends = torch.cat([layer.weight.detach().float().flatten() for layer in (model.unet.conv_in, model.unet.conv_out)])
+    ends = torch.cat([layer.weight.detach().float().flatten() for layer in layers])
     return hashlib.sha256(ends.cpu().numpy().tobytes()).hexdigest()
 
 
@@ -320,7 +338,7 @@ def compare(then, now, key, path):
 
 def say(message):
     """Tell the user something, on stderr: stdout is for the paths of what was written."""
-    print(f"sample.py: {message}", file=sys.stderr)
+    print(f"sample.py: {' '.join(message.splitlines())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

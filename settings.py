@@ -30,9 +30,11 @@ def check_sampling(steps, text_guidance, image_guidance, resolution):
 
 
 def check_instruction(instruction):
-    """Raise UserError for an empty one."""
+    """Raise UserError for an empty one, and for bytes that were no text when the command line was read."""
     if not instruction.strip():
         raise UserError('the instruction is empty; say what to change, such as "make it night"')
+    if any("\ud800" <= letter <= "\udfff" for letter in instruction):
+        raise UserError("the instruction is not valid UTF-8 text; check the terminal's encoding")
 
 
 def check_seeds(seeds):

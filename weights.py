@@ -7,6 +7,8 @@ shape and be wanted; what is not so is named.
 
 import json
 import struct
+import warnings
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,7 +45,10 @@ def read_tensors(path):
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(path)  # files from before 2020 are no archives, and must be read whole
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it doubts pickles that it reads well
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except (SafetensorError, struct.error) as error:
         raise UserError(f"{path} is damaged or cut short ({error}); fetch it again") from error
     except OSError as error:

@@ -1,0 +1,122 @@
+"""What the tests of the programs share: tiny models on disk, and sample.py run inside the test's own process."""
+
+import os
+import re
+import struct
+import sys
+import tempfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+# Before anything imports huggingface_hub: no test may look at the network, nor at what its user has downloaded.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_CACHE"] = str(Path(tempfile.gettempdir()) / "no-hub-cache-for-tests")
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from random_model import randomise, small_tokenizer
+
+import sample
+from checkpoint import Model, save_folder, save_single_file
+from clip_text import CLIPText, CLIPTextConfig
+from errors import run_program
+from settings import Sampling
+from unet import Level, UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tiny_model(in_channels=8, seed=0):
+    """The smallest model that has every kind of layer; one step at 64 pixels takes a hundredth of a second."""
+    tokenizer = small_tokenizer()
+    size = len(tokenizer.vocabulary)
+    text = CLIPTextConfig(size, tokenizer.tokens, width=16, layers=1, heads=2, end_token=tokenizer.end)
+    unet = UNetConfig((Level(8, True, 2), Level(16, False, 2)), 1, in_channels, context_width=16, groups=4)
+    vae = VAEConfig(channels=(8, 8, 8), resblocks=1, groups=4, scaling=0.5)
+    return Model(
+        unet=randomise(UNet(unet), seed).eval(),
+        vae=randomise(VAE(vae), seed + 1).eval(),
+        text_encoder=randomise(CLIPText(text), seed + 2).eval(),
+        tokenizer=tokenizer,
+        sampling=Sampling(steps=2, text_guidance=4.0, image_guidance=1.5, resolution=64),
+    )
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A tiny editor as a folder. Shared: copy it before changing it."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_folder(tiny_model(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def single_file(tmp_path_factory):
+    """The same editor as a single file, its tokenizer/ beside it. Shared: copy it before changing it."""
+    folder = tmp_path_factory.mktemp("models")
+    model = tiny_model()
+    save_single_file(model, folder / "tiny.safetensors")
+    (folder / "tokenizer").mkdir()
+    model.tokenizer.save(folder / "tokenizer")
+    return folder / "tiny.safetensors"
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tiny networks gain nothing from threads, and on a busy machine threads wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def colourful(width, height, seed=0):
+    """A smooth RGB picture without symmetry."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def png_header(width, height):
+    """A PNG file as far as its size, and a beginning of data."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000)))
+
+
+class Run(NamedTuple):
+    """How a program ended: its exit code, the lines of stdout, and those of stderr without the progress bar."""
+
+    code: int
+    out: list[str]
+    err: list[str]
+
+
+def lines_of(stderr):
+    """stderr's lines, without those that are empty or belong to the progress bar."""
+    lines = re.split(r"[\r\n]", stderr)
+    return [line for line in lines if line.strip() and not line.startswith("editing:")]
+
+
+@pytest.fixture
+def run_sample(capsys, monkeypatch):
+    """sample.py with the arguments given, as its own `__main__` runs it, but in this process."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            run_program(sample.main)
+        except SystemExit as end:
+            code = end.code
+        captured = capsys.readouterr()
+        return Run(code, captured.out.splitlines(), lines_of(captured.err))
+
+    return run

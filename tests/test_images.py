@@ -1,0 +1,612 @@
+"""Pictures: every kind that people have, the resize rule, pixels to numbers and back, grids, and PNGs with settings."""
+
+import errno
+import io
+import json
+import math
+import struct
+import zlib
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from conftest import colourful, png_header
+from PIL import Image, TiffImagePlugin, features
+
+from errors import UserError, written_whole
+from images import edit_size, fit, grid, open_image, read_settings, save_png, to_image, to_rgb, to_tensor
+
+# ---- opening ----
+
+
+def opened(image, path, **options):
+    """Save a picture and open it as the programs do: uint8 [H, W, 3]."""
+    image.save(path, **options)
+    return np.array(open_image(path))
+
+
+def difference(a, b):
+    """The largest difference between two pictures, in levels."""
+    a, b = np.asarray(a, dtype=int), np.asarray(b, dtype=int)
+    assert a.shape == b.shape
+    return abs(a - b).max()
+
+
+# What the EXIF standard says about the tag: where row 0 and column 0 of the stored pixels are in the upright picture.
+ORIENTATIONS = {
+    1: ("top", "left"),
+    2: ("top", "right"),
+    3: ("bottom", "right"),
+    4: ("bottom", "left"),
+    5: ("left", "top"),
+    6: ("right", "top"),
+    7: ("right", "bottom"),
+    8: ("left", "bottom"),
+}
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_exif_orientation_is_applied(orientation, tmp_path):
+    upright = np.array(colourful(48, 32))
+    rows, columns = ORIENTATIONS[orientation]
+    stored = upright if rows in ("top", "bottom") else upright.transpose(1, 0, 2)
+    stored = stored[::-1] if rows in ("bottom", "right") else stored
+    stored = stored[:, ::-1] if columns in ("right", "bottom") else stored
+    stored = Image.fromarray(np.ascontiguousarray(stored))
+    exif = Image.Exif()
+    exif[274] = orientation
+    assert np.array_equal(opened(stored, tmp_path / "x.png", exif=exif), upright)
+    assert np.array_equal(opened(stored, tmp_path / "x.webp", exif=exif, lossless=True), upright)
+    assert difference(opened(stored, tmp_path / "x.jpg", exif=exif, quality=100, subsampling=0), upright) <= 4
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    tags[274] = orientation
+    assert np.array_equal(opened(stored, tmp_path / "x.tif", tiffinfo=tags), upright)
+
+
+def test_damaged_exif_does_not_matter(tmp_path):
+    image = colourful(20, 20)
+    assert np.array_equal(opened(image, tmp_path / "x.png", exif=b"Exif\0\0MM\0*\0\0\xff\xff" + bytes(8)), image)
+
+
+def over_white(colours, alpha):
+    """Exact alpha compositing: colours [H, W, 3] and alpha [H, W], both 0..255."""
+    alpha = alpha[..., None] / 255
+    return colours * alpha + 255 * (1 - alpha)
+
+
+def test_alpha_is_laid_over_white(tmp_path):
+    colours, alpha = np.array(colourful(40, 30)), np.array(colourful(40, 30, seed=1).convert("L"))
+    alpha[:8], alpha[8:16] = 0, 255
+    mask = Image.fromarray(alpha)
+    rgba = Image.fromarray(colours)
+    rgba.putalpha(mask)
+    for ending, options in [("png", {}), ("webp", {"lossless": True, "exact": True}), ("tif", {})]:
+        assert difference(opened(rgba, tmp_path / f"rgba.{ending}", **options), over_white(colours, alpha)) <= 1
+
+    grey = Image.fromarray(colours).convert("L")
+    la = Image.merge("LA", [grey, mask])
+    greys = np.repeat(np.array(grey)[..., None], 3, axis=2)
+    for ending in ("png", "tif"):
+        assert difference(opened(la, tmp_path / f"la.{ending}"), over_white(greys, alpha)) <= 1
+
+    palette = Image.fromarray(colours).quantize(32)
+    pa = palette.convert("PA")
+    pa.putalpha(mask)
+    assert pa.mode == "PA"
+    expected = over_white(np.array(palette.convert("RGB")), alpha)
+    assert difference(to_rgb(pa), expected) <= 1
+    assert difference(opened(pa, tmp_path / "pa.tif"), expected) <= 1
+
+
+def test_single_transparent_colours_become_white(tmp_path):
+    colours = np.zeros((16, 24, 3), np.uint8)
+    colours[:, :12] = (250, 20, 30)
+    colours[:8, 12:] = (10, 200, 30)
+    image = Image.fromarray(colours)
+    expected = colours.copy()
+    expected[:, :12] = 255
+    assert np.array_equal(opened(image, tmp_path / "rgb.png", transparency=(250, 20, 30)), expected)
+
+    palette = image.quantize(4)
+    index = palette.getpixel((0, 0))
+    assert np.array_equal(opened(palette, tmp_path / "p.png", transparency=index), expected)
+    assert np.array_equal(opened(palette, tmp_path / "p.gif", transparency=index), expected)
+    half = bytes(128 if i == index else 255 for i in range(256))
+    expected[:, :12] = over_white(np.array([[[250, 20, 30]]]), np.array([[128]]))[0, 0].round()
+    assert difference(opened(palette, tmp_path / "half.png", transparency=half), expected) <= 1
+
+    grey = image.convert("L")
+    expected = np.repeat(np.array(grey)[..., None], 3, axis=2)
+    expected[:, :12] = 255
+    assert np.array_equal(opened(grey, tmp_path / "l.png", transparency=grey.getpixel((0, 0))), expected)
+
+    deep = np.array(grey).astype(np.uint16) * 257
+    expected = np.repeat(np.array(grey)[..., None], 3, axis=2)
+    expected[:, :12] = 255
+    path = tmp_path / "deep.png"
+    assert np.array_equal(opened(Image.fromarray(deep), path, transparency=int(deep[0, 0])), expected)
+
+
+def test_palette_grey_and_bilevel(tmp_path):
+    image = colourful(33, 21)
+    palette, grey, bilevel = image.quantize(16), image.convert("L"), image.convert("1")
+    for ending in ("png", "gif", "bmp", "tif"):
+        assert np.array_equal(opened(palette, tmp_path / f"p.{ending}"), palette.convert("RGB"))
+        assert np.array_equal(opened(grey, tmp_path / f"l.{ending}"), grey.convert("RGB"))
+        assert np.array_equal(opened(bilevel, tmp_path / f"b.{ending}"), bilevel.convert("RGB"))
+    assert difference(opened(grey, tmp_path / "l.jpg", quality=100), grey.convert("RGB")) <= 2
+    assert np.array_equal(opened(grey, tmp_path / "l.pgm"), grey.convert("RGB"))
+    assert np.array_equal(opened(image, tmp_path / "rgb.ppm"), image)
+    assert np.array_equal(opened(image, tmp_path / "rgb.bmp"), image)
+
+
+def test_deep_pictures_keep_their_range(tmp_path):
+    deep = np.linspace(0, 65535, 40 * 25).reshape(25, 40).round().astype(np.uint16)
+    expected = np.repeat((deep / 65535 * 255).round()[..., None], 3, axis=2)
+    for ending in ("png", "tif"):
+        assert np.array_equal(opened(Image.fromarray(deep), tmp_path / f"deep.{ending}"), expected)
+    big_endian = Image.frombytes("I;16B", (40, 25), deep.astype(">u2").tobytes())
+    assert np.array_equal(opened(big_endian, tmp_path / "big.tif"), expected)
+    dark = np.full((10, 10), 200, np.uint16)
+    assert opened(Image.fromarray(dark), tmp_path / "dark.png").max() == 1  # and not 200 of 255
+
+    whole = Image.fromarray(deep.astype(np.int32))
+    assert np.array_equal(opened(whole, tmp_path / "i.tif"), expected)
+    small = np.array(colourful(20, 20).convert("L")).astype(np.int32)
+    assert np.array_equal(opened(Image.fromarray(small), tmp_path / "i8.tif")[..., 0], small)
+    beyond = Image.fromarray(np.array([[-5, 70000], [65535, 0]], np.int32)).resize((8, 8), Image.Resampling.NEAREST)
+    assert sorted(set(opened(beyond, tmp_path / "beyond.tif").flatten().tolist())) == [0, 255]
+
+
+def test_floating_point_pictures(tmp_path):
+    unit = np.linspace(0, 1, 40 * 25, dtype=np.float32).reshape(25, 40)
+    expected = np.repeat((unit.astype(np.float64) * 255).round()[..., None], 3, axis=2)
+    assert np.array_equal(opened(Image.fromarray(unit), tmp_path / "unit.tif"), expected)
+    assert difference(opened(Image.fromarray(unit * 255), tmp_path / "bytes.tif"), expected) <= 1
+    assert difference(opened(Image.fromarray(unit * 65535), tmp_path / "deep.tif"), expected) <= 1
+    assert opened(Image.fromarray(unit * 300 - 20), tmp_path / "beyond.tif").min() == 0
+    for bad in (np.nan, np.inf):
+        unit[3, 4] = bad
+        with pytest.raises(UserError, match="not numbers"):
+            opened(Image.fromarray(unit), tmp_path / "bad.tif")
+
+
+def test_cmyk_jpeg(tmp_path):
+    inks = np.array(colourful(32, 32).convert("CMYK")).astype(int)
+    inks[..., 3] = np.array(colourful(32, 32, seed=3).convert("L")) // 2
+    image = Image.fromarray(inks.astype(np.uint8), mode="CMYK")
+    expected = (255 - inks[..., :3]) * (255 - inks[..., 3:]) / 255
+    assert difference(opened(image, tmp_path / "cmyk.jpg", quality=100, subsampling=0), expected) <= 6
+    assert difference(opened(image, tmp_path / "cmyk.tif"), expected) <= 1
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "png", "tif"])
+def test_first_frame(ending, tmp_path):
+    frames = [Image.new("RGB", (16, 12), colour) for colour in ("#c81e1e", "#1ec81e", "#1e1ec8")]
+    options = {"lossless": True} if ending == "webp" else {}
+    pixels = opened(frames[0], tmp_path / f"x.{ending}", save_all=True, append_images=frames[1:], **options)
+    assert np.array_equal(pixels, frames[0])
+
+
+@pytest.mark.parametrize("name", ["밤 하늘.png", "été à la mer.png", "a  b.png", "🦊.png", "#1 100%.png", "日本.PNG"])
+def test_file_names(name, tmp_path):
+    (tmp_path / "폴더 1").mkdir()
+    image = colourful(16, 16)
+    assert np.array_equal(opened(image, tmp_path / "폴더 1" / name), image)
+    assert np.array_equal(open_image(str(tmp_path / "폴더 1" / name)), image)
+
+
+def test_the_ending_does_not_decide(tmp_path):
+    image = colourful(16, 16)
+    assert np.array_equal(opened(image, tmp_path / "x.jpg", format="PNG"), image)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif(tmp_path):
+    image = colourful(64, 48)
+    assert difference(opened(image, tmp_path / "x.avif", quality=95), image) <= 16
+
+
+def test_other_colour_spaces(tmp_path):
+    image = colourful(16, 16)
+    assert difference(opened(image.convert("YCbCr"), tmp_path / "ycc.tif"), image) <= 4
+    middle_grey = Image.merge("LAB", [Image.new("L", (9, 9), 128)] * 3)  # L* 50 is sRGB 119
+    assert difference(opened(middle_grey, tmp_path / "lab.tif"), np.full((9, 9, 3), 119)) <= 1
+
+
+def test_what_cannot_be_opened_is_named(tmp_path):
+    whole = io.BytesIO()
+    colourful(100, 100).save(whole, "PNG")
+    files = {
+        "empty.png": b"",
+        "truncated.png": whole.getvalue()[: len(whole.getvalue()) // 2],
+        "text.png": b"hello, this is no picture",
+        "script.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n",
+        "bomb.png": png_header(30000, 30000),
+        "small.png": png_header(100, 100),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=name) as caught:
+            open_image(tmp_path / name)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="there is no picture .*missing.png"):
+        open_image(tmp_path / "missing.png")
+    with pytest.raises(UserError, match="is a folder"):
+        open_image(tmp_path)
+    with pytest.raises(UserError, match="178 million pixels"):
+        open_image(tmp_path / "bomb.png")
+    with pytest.raises(UserError, match="there is no picture"):
+        open_image(tmp_path / "text.png" / "below.png")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 40), (40, 7), (4000, 20), (20, 4000), (8, 65), (65, 8)])
+def test_sizes_that_cannot_be_edited(size, tmp_path):
+    colourful(*size).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match=f"x.png is {size[0]}x{size[1]}"):
+        open_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("size", [(8, 8), (8, 64), (64, 8), (4000, 500)])
+def test_extreme_sizes_that_can(size, tmp_path):
+    colourful(*size).save(tmp_path / "x.png")
+    assert open_image(tmp_path / "x.png").size == size
+
+
+# ---- the resize rule ----
+
+
+def authors_rule(width, height, resolution):
+    """edit_cli.py's lines in floating point; and whether each of its roundings was far from a whole number."""
+    factor = resolution / max(width, height)
+    before_ceil = min(width, height) * factor / 64
+    factor = math.ceil(before_ceil) * 64 / min(width, height)
+    sides = int((width * factor) // 64) * 64, int((height * factor) // 64) * 64
+    # exact arithmetic says where a float that should be whole may have fallen on the wrong side
+    exact = Fraction(resolution * min(width, height), max(width, height) * 64)
+    k = math.ceil(exact)
+    longer = Fraction(k * max(width, height), min(width, height))
+    whole = [value for value in (exact, longer) if value.denominator == 1]
+    return sides, not whole and min(width, height) * factor / 64 == k
+
+
+@pytest.mark.parametrize(
+    ("size", "resolution", "expected"),
+    [
+        ((100, 150), 128, (128, 192)),
+        ((150, 100), 128, (192, 128)),
+        ((98, 98), 128, (128, 128)),
+        ((49, 49), 512, (512, 512)),
+        ((98, 500), 256, (64, 320)),
+        ((512, 512), 512, (512, 512)),
+        ((1024, 768), 512, (512, 384)),
+        ((768, 1024), 512, (384, 512)),
+        ((1920, 1080), 512, (512, 320)),
+        ((500, 333), 512, (512 + 64, 384)),
+        ((8, 64), 64, (64, 512)),
+        ((8, 8), 4096, (4096, 4096)),
+        ((13000, 13000), 64, (64, 64)),
+    ],
+)
+def test_sizes_of_edits(size, resolution, expected):
+    assert edit_size(*size, resolution) == expected
+
+
+def test_the_authors_rule_is_kept_wherever_it_is_sane():
+    rng = np.random.default_rng(0)
+    sizes = [(w, h) for w in range(8, 200, 7) for h in range(8, 200, 5)]
+    sizes += [tuple(size) for size in rng.integers(8, 6000, (4000, 2)).tolist()]
+    compared = 0
+    for width, height in sizes:
+        for resolution in (64, 128, 256, 300, 512, 768, 1000):
+            theirs, sane = authors_rule(width, height, resolution)
+            if sane:
+                assert edit_size(width, height, resolution) == theirs, (width, height, resolution)
+                compared += 1
+    assert compared > 20_000
+
+
+def test_their_losses_are_not_ours():
+    """The float rule drops 64 pixels for these; the exact one does not."""
+    for width, height, resolution in [(98, 98, 128), (49, 49, 512), (98, 500, 256)]:
+        theirs, sane = authors_rule(width, height, resolution)
+        assert not sane or theirs == edit_size(width, height, resolution)
+        assert theirs != edit_size(width, height, resolution)
+
+
+def test_sizes_are_never_degenerate():
+    rng = np.random.default_rng(1)
+    sizes = [(w, h) for w in range(8, 80) for h in range(8, 80)] + rng.integers(8, 13000, (20_000, 2)).tolist()
+    for number, (width, height) in enumerate(sizes):
+        resolution = (64, 100, 128, 500, 512, 1024, 4096)[number % 7]
+        new_width, new_height = edit_size(width, height, resolution)
+        assert edit_size(height, width, resolution) == (new_height, new_width)
+        assert new_width % 64 == new_height % 64 == 0
+        assert min(new_width, new_height) >= 64
+        assert (new_width >= new_height) == (width >= height) or new_width == new_height
+        short, long = sorted((width, height))
+        new_short, new_long = sorted((new_width, new_height))
+        wanted = Fraction(resolution * short, long)  # the shorter side, were the longer exactly at `resolution`
+        assert wanted <= new_short < wanted + 64
+        exact_long = Fraction(new_short * long, short)
+        assert exact_long - 64 < new_long <= exact_long
+
+
+def test_fit_crops_evenly():
+    image = Image.new("RGB", (300, 100), "white")
+    image.paste("red", (100, 0, 200, 100))
+    fitted = np.array(fit(image, 64))
+    assert fitted.shape == (64, 192, 3)
+    red = (fitted[32, :, 1] < 128).nonzero()[0]
+    assert abs(red.min() - 64) <= 1
+    assert abs(red.max() - 127) <= 1
+
+    wide = Image.new("RGB", (199, 100), "white")  # becomes 3:2, so more than 24 columns a side go
+    wide.paste("red", (0, 0, 20, 100))
+    wide.paste("blue", (30, 0, 169, 100))
+    fitted = np.array(fit(wide, 128))
+    assert fitted.shape == (128, 192, 3)
+    assert (fitted[:, 0] > 250).all()
+    assert np.array_equal(fitted, fitted[:, ::-1])
+
+
+def test_fit_leaves_a_fitting_picture_alone():
+    image = colourful(192, 128)
+    assert np.array_equal(fit(image, 192), image)
+
+
+# ---- pixels and numbers ----
+
+
+def test_to_tensor_is_the_authors_formula():
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    x = to_tensor(Image.fromarray(np.stack([levels, levels.T, levels], axis=2)))
+    assert x.shape == (3, 16, 16)
+    assert x.dtype == torch.float32
+    assert x.min() == -1
+    assert x.max() == 1
+    theirs = 2 * torch.tensor(levels).float() / 255 - 1
+    assert torch.equal(x[0], theirs)
+    assert torch.equal(x[1], theirs.T)
+
+
+def test_to_image_is_the_authors_formula():
+    values = torch.cat([torch.linspace(-1.5, 1.5, 100_001), torch.tensor([-1.0, 1.0, 0.0, 1e30, -1e30])])
+    x = values.expand(3, 1, -1)
+    theirs = (255.0 * torch.clamp((x + 1.0) / 2.0, min=0.0, max=1.0)).type(torch.uint8).permute(1, 2, 0).numpy()
+    assert np.array_equal(np.array(to_image(x)), theirs)
+
+
+def test_to_image_truncates_and_clamps():
+    def level(value):
+        return np.array(to_image(torch.full((3, 1, 1), value, dtype=torch.float64)))[0, 0, 0]
+
+    assert level(2 * 100.9 / 255 - 1) == 100
+    assert level(2 * 100.1 / 255 - 1) == 100
+    assert level(1 - 1e-4) == 254
+    assert (level(-7.0), level(7.0), level(-1.0), level(1.0)) == (0, 255, 0, 255)
+
+
+def test_pixels_to_numbers_and_back():
+    """Truncation makes the authors' way there and back lose one level here and there; ours loses the very same."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    x = 2 * levels.float() / 255 - 1
+    theirs = (255.0 * torch.clamp((x + 1.0) / 2.0, min=0.0, max=1.0)).type(torch.uint8)
+    lost = levels.int() - theirs.int()
+    assert set(lost.tolist()) == {0, 1}
+
+    image = Image.fromarray(levels.view(16, 16, 1).expand(-1, -1, 3).numpy())
+    back = np.array(to_image(to_tensor(image)))
+    assert np.array_equal(back[..., 0].flatten(), theirs)
+
+
+def test_half_precision_and_gradients_are_taken():
+    x = to_tensor(colourful(16, 16))
+    expected = np.array(to_image(x))
+    assert np.array_equal(to_image(x.clone().requires_grad_()), expected)
+    assert difference(to_image(x.half()), expected) <= 1
+    assert to_image(x[:, :, :5]).size == (5, 16)
+
+
+# ---- grids ----
+
+COLOURS = ["#e02020", "#20b020", "#2040e0", "#e0a020", "#a020c0", "#20c0c0", "#805030", "#ff80c0", "#708090", "#90ee90"]
+BESIDE = "#123456"
+
+
+def place(sheet, colour):
+    """Where the pixels of one colour are, as (left, top, right, bottom), and that they fill this box."""
+    rgb = np.array(Image.new("RGB", (1, 1), colour))[0, 0]
+    rows, columns = (np.array(sheet) == rgb).all(axis=2).nonzero()
+    box = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+    assert len(rows) == (box[2] - box[0]) * (box[3] - box[1]), f"{colour} is covered in part"
+    return tuple(int(edge) for edge in box)
+
+
+def ink(sheet, left, top, right, bottom):
+    """Whether there is writing in a box."""
+    box = np.array(sheet.convert("L"))[max(0, int(top)) : int(bottom), max(0, int(left)) : int(right)]
+    return bool((box < 100).any())
+
+
+@pytest.mark.parametrize("size", [(64, 64), (128, 192), (512, 320)])
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (3, 3), (4, 2), (5, 4), (9, 4)])
+@pytest.mark.parametrize("labelled", [False, True])
+def test_pictures_lie_row_by_row(size, count, columns, labelled):
+    images = [Image.new("RGB", size, colour) for colour in COLOURS[:count]]
+    labels = [f"seed {number}" for number in range(count)] if labelled else None
+    sheet = grid(images, columns, labels)
+    boxes = [place(sheet, colour) for colour in COLOURS[:count]]
+    for number, (left, top, right, bottom) in enumerate(boxes):
+        assert (right - left, bottom - top) == size
+        row, column = divmod(number, columns)
+        assert left == boxes[column][0]
+        assert top == boxes[row * columns][1]
+        assert column == 0 or left > boxes[number - 1][2]
+        assert row == 0 or top > boxes[number - columns][3]
+        end = sheet.height if number + columns >= count else boxes[number + columns][1]
+        assert ink(sheet, left, bottom, right, end) == labelled
+    assert min(min(box[:2]) for box in boxes) > 0
+    assert sheet.width > boxes[columns - 1][2]
+    assert sheet.height > boxes[-1][3]
+
+
+def test_every_kind_of_writing():
+    width, height = 128, 64
+    images = [Image.new("RGB", (width, height), colour) for colour in COLOURS[:6]]
+    sheet = grid(
+        images,
+        3,
+        labels=[f"number {i}" for i in range(6)],
+        column_titles=["s_T = 3", "s_T = 5.25", "s_T = 7.5"],
+        row_titles=["s_I = 1.05", "s_I = 1.5"],
+        title="make it night (seed 0, 100 steps)",
+        beside=("input", Image.new("RGB", (width, height), BESIDE)),
+    )
+    boxes = [place(sheet, colour) for colour in COLOURS[:6]]
+    beside = place(sheet, BESIDE)
+    assert (beside[2] - beside[0], beside[3] - beside[1]) == (width, height)
+    assert beside[2] < boxes[0][0]
+    assert boxes[0][1] < (beside[1] + beside[3]) / 2 < boxes[-1][3]
+    for left, _, right, bottom in boxes:
+        assert ink(sheet, left, bottom, right, bottom + 20)
+    for left, top, right, _ in boxes[:3]:
+        assert ink(sheet, left, top - 16, right, top)  # a column's title
+    for left, top, _, bottom in (boxes[0], boxes[3]):
+        assert ink(sheet, max(beside[2], left - 80), top, left, bottom)  # a row's
+    assert ink(sheet, beside[0], beside[1] - 16, beside[2], beside[1])
+    assert ink(sheet, 0, 0, sheet.width, boxes[0][1] - 20)
+
+
+@pytest.mark.parametrize("words", ["more words than fit into one line of so narrow a picture", "x" * 200, "밤 " * 40])
+def test_long_writing_covers_no_picture(words):
+    images = [Image.new("RGB", (64, 64), colour) for colour in COLOURS[:4]]
+    sheet = grid(images, 2, labels=[words] * 4, title=words)
+    boxes = [place(sheet, colour) for colour in COLOURS[:4]]
+    assert all((right - left, bottom - top) == (64, 64) for left, top, right, bottom in boxes)
+    assert sheet.width < 200
+
+
+@pytest.mark.parametrize("words", ["", "   ", "\n", "two\nlines", "tab\there", "\u202eright to left", "\x00", "🦊"])
+def test_odd_writing(words):
+    images = [Image.new("RGB", (64, 64), colour) for colour in COLOURS[:2]]
+    sheet = grid(images, 2, labels=[words, "b"], title=words)
+    for colour in COLOURS[:2]:
+        place(sheet, colour)
+
+
+# ---- PNGs that carry settings ----
+
+SETTINGS = [
+    {"instr": "make it night", "seed": 0, "cfg_text": 7.5, "sweep": False, "weights": None},
+    {"instr": "밤으로 바꿔 줘 🌙", "paths": ["été/ß.png", "日本"]},
+    {"instr": 'quotes " and \\ and \n new lines \t \x00 \x1f \u2028'},
+    {"image": b"caf\xe9.png".decode("utf-8", "surrogateescape")},  # a file name that is not UTF-8
+    {"long": "x" * 100_000},
+    {},
+    [1, 2.5, None, "x"],
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=range(len(SETTINGS)))
+def test_settings_come_back(settings, tmp_path):
+    image = colourful(20, 10)
+    save_png(image, tmp_path / "x.png", settings)
+    assert read_settings(tmp_path / "x.png") == settings
+    assert np.array_equal(Image.open(tmp_path / "x.png"), image)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_settings_can_be_read_without_us(tmp_path):
+    save_png(colourful(20, 10), tmp_path / "x.png", {"instr": "밤"})
+    with Image.open(tmp_path / "x.png") as file:
+        assert json.loads(file.text["ip2p"]) == {"instr": "밤"}
+        assert "밤" in file.text["ip2p"]
+
+
+def test_settings_behind_the_pixels_are_found(tmp_path):
+    """As some programs move text there when they save a PNG again."""
+    save_png(colourful(20, 10), tmp_path / "x.png", {"a": 1})
+    content = (tmp_path / "x.png").read_bytes()
+    start = content.index(b"iTXt") - 4
+    end = start + 12 + struct.unpack(">I", content[start : start + 4])[0]
+    tail = content.index(b"IEND") - 4
+    moved = content[:start] + content[end:tail] + content[start:end] + content[tail:]
+    (tmp_path / "x.png").write_bytes(moved)
+    assert read_settings(tmp_path / "x.png") == {"a": 1}
+
+
+def test_files_without_settings_are_named(tmp_path):
+    save_png(colourful(20, 10), tmp_path / "plain.png")
+    colourful(20, 10).save(tmp_path / "photo.jpg")
+    (tmp_path / "text.png").write_text("hello")
+    for name in ("plain.png", "photo.jpg", "text.png", "missing.png", "."):
+        with pytest.raises(UserError) as caught:
+            read_settings(tmp_path / name)
+        assert str(tmp_path / name) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_damaged_settings_are_refused(tmp_path):
+    save_png(colourful(20, 10), tmp_path / "x.png", {"a": 1})
+    content = (tmp_path / "x.png").read_bytes()
+    start = content.index(b"iTXt")
+    length = struct.unpack(">I", content[start - 4 : start])[0]
+    for text in (b"", b"{", b"not json", b"\xff\xfe", b"[" * 100_000):
+        data = b"ip2p\0\0\0\0\0" + text
+        chunk = struct.pack(">I", len(data)) + b"iTXt" + data + struct.pack(">I", zlib.crc32(b"iTXt" + data))
+        (tmp_path / "x.png").write_bytes(content[: start - 4] + chunk + content[start + 8 + length :])
+        with pytest.raises(UserError, match="x.png"):
+            read_settings(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_a_picture_is_written_whole_or_not_at_all(failure, tmp_path, monkeypatch):
+    save_png(colourful(20, 10), tmp_path / "x.png", {"first": True})
+    before = (tmp_path / "x.png").read_bytes()
+
+    def half(image, path, **options):
+        path.write_bytes(before[:50])
+        raise failure
+
+    monkeypatch.setattr(Image.Image, "save", half)
+    expected = UserError if isinstance(failure, OSError) else KeyboardInterrupt
+    with pytest.raises(expected) as caught:
+        save_png(colourful(30, 30), tmp_path / "x.png")
+    if expected is UserError:
+        assert "x.png" in str(caught.value)
+        assert "No space left" in str(caught.value)
+    assert (tmp_path / "x.png").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder.png").mkdir()
+    for path in (
+        tmp_path / "missing" / "x.png",
+        tmp_path / "file" / "x.png",
+        tmp_path / "folder.png",
+        tmp_path / ("x" * 300 + ".png"),
+    ):
+        with pytest.raises(UserError, match="cannot write") as caught:
+            save_png(colourful(20, 10), path)
+        assert path.name in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    with written_whole(tmp_path / "good") as beside:
+        (beside / "a").mkdir(parents=True)
+        assert not (tmp_path / "good").exists()
+    assert (tmp_path / "good" / "a").is_dir()
+
+    def fail():
+        with written_whole(tmp_path / "bad") as beside:
+            (beside / "a").mkdir(parents=True)
+            (beside / "a" / "x").write_text("half")
+            raise ZeroDivisionError
+
+    pytest.raises(ZeroDivisionError, fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
