@@ -31,7 +31,7 @@ def open_image(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # doubts about damaged metadata; a damaged picture raises
             with Image.open(path, formats=FORMATS) as file:
-                image = to_rgb(ImageOps.exif_transpose(file))
+                image = to_rgb(file)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"there is no picture {path}") from error
     except IsADirectoryError as error:
@@ -57,7 +57,8 @@ def check_size(image, name="the picture"):
 
 
 def to_rgb(image):
-    """Any PIL image -> RGB, transparency over white, the full range of deep pictures brought to 8 bits."""
+    """Any PIL image -> upright RGB, transparency over white, the full range of deep pictures brought to 8 bits."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # deeper than 8 bits; Pillow's own conversion would clip
         values = np.array(image, dtype=np.float32)
         if image.mode == "F" and values.min() >= 0 and values.max() <= 1:

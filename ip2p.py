@@ -14,7 +14,7 @@ import checkpoint
 from attention import fused
 from diffusion import NoiseSchedule, euler_ancestral, seeded_noise
 from errors import UserError
-from images import check_size, fit, to_image, to_tensor
+from images import check_size, fit, to_image, to_rgb, to_tensor
 from settings import check_instruction, check_sampling, check_seeds
 
 
@@ -172,7 +172,7 @@ class InstructPix2Pix:
         check_size(image)
 
         text = self.encode_text([instruction]).expand(len(seeds), -1, -1)
-        x = to_tensor(fit(image, sampling.resolution))[None]
+        x = to_tensor(fit(to_rgb(image), sampling.resolution))[None]
         image_latent = self.encode_image(x).expand(len(seeds), -1, -1, -1)
 
         sigmas = self.schedule.sigmas(sampling.steps)

@@ -188,12 +188,12 @@ class Transformer(nn.Module):
         self_layer = Layer(self.index, self.place, False, tuple(size))
         cross_layer = Layer(self.index, self.place, True, tuple(size))
 
-        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # [B, N, C], N = H W
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2).contiguous()  # [B, N, C], N = H W
         own = self.norm1(h)
         h = h + self.self_attention(own, own, attend, self_layer)
         h = h + self.cross_attention(self.norm2(h), context, attend, cross_layer)
         h = h + self.feed_forward(self.norm3(h))
-        h = h.transpose(1, 2).unflatten(2, size)  # [B, C, H, W]
+        h = h.transpose(1, 2).unflatten(2, size).contiguous()  # [B, C, H, W]
         return x + self.proj_out(h)
 
 

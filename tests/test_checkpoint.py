@@ -412,18 +412,21 @@ def test_an_existing_folder_is_not_overwritten(model, folder):
 
 
 MEASURE = """
-import resource, sys, torch
+import re, sys
 sys.path.insert(0, sys.argv[2])
 import checkpoint
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():  # not getrusage's, which a process inherits from the one that starts it
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+before = peak()
 model = checkpoint.load(sys.argv[1])
 total = sum(float(weight.sum()) for n in (model.unet, model.vae, model.text_encoder) for weight in n.parameters())
 assert total == total
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+print(peak() - before)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak")
 def test_loading_a_full_size_file_takes_its_size_in_memory(tmp_path):
     """4.3 GB in float32, every weight touched: under 1.15 times the file."""
     tokenizer = CLIPTokenizer(*real_vocabulary())
@@ -442,4 +445,4 @@ def test_loading_a_full_size_file_takes_its_size_in_memory(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, str(path), str(ROOT)], capture_output=True, text=True, check=True
     )
-    assert int(run.stdout) < 1.15 * path.stat().st_size
+    assert 0.9 * path.stat().st_size < int(run.stdout) < 1.15 * path.stat().st_size

@@ -195,7 +195,14 @@ def test_eq_1_equals_a_step_written_with_diffusers():
 
 
 def test_pictures_of_any_kind_are_accepted(model):
-    assert model.edit(picture().convert("L"), INSTRUCTION, steps=1).mode == "RGB"
+    grey = picture().convert("L")
+    edited = model.edit(grey.convert("RGB"), INSTRUCTION, steps=1)
+    transparent = Image.new("RGBA", (256, 128), "red")
+    assert difference(model.edit(grey, INSTRUCTION, steps=1), edited) == 0
+    assert difference(model.edit(grey.convert("P"), INSTRUCTION, steps=1), edited) == 0
+    transparent.putalpha(0)
+    white = Image.new("RGB", (256, 128), "white")
+    assert difference(model.edit(transparent, INSTRUCTION, steps=1), model.edit(white, INSTRUCTION, steps=1)) == 0
     assert model.edit(picture(333, 200), INSTRUCTION, steps=1, resolution=128).size == (192, 128)
 
 
