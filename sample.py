@@ -16,7 +16,7 @@ from errors import UserError, run_program
 from settings import check_instruction, check_sampling, check_seeds
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "mini" / "editor"
-BATCH = 4  # edits made at once by --num and --sweep
+BATCH = 4  # edits made at once by --num and --sweep; one at a time with --low-memory
 SWEEP_TEXT = (0.4, 0.7, 1, 1.5)  # times --cfg-text: the columns of Fig. 4
 SWEEP_IMAGE = (0.7, 1, 1.4)  # times --cfg-image: its rows
 
@@ -126,7 +126,7 @@ def main(arguments=None):
     before = fit(image, settings["resolution"])
     say(f"editing at {before.width}x{before.height}, {settings['steps']} steps, on {settings['device']}")
     start = time.monotonic()
-    wanted = range(len(edits)) if only is None else batch_of(only, len(edits))
+    wanted = range(len(edits)) if only is None else batch_of(only, len(edits), settings["low_memory"])
     pictures = make(model, image, settings, edits, wanted)
     write(out, settings, now, edits, pictures, before, only)
     say(f"{len(pictures)} {'edit' if len(pictures) == 1 else 'edits'} in {time.monotonic() - start:.1f} s")
@@ -243,10 +243,11 @@ def plan(settings):
     return [(seed + i, text, image) for i in range(settings["num"])]
 
 
-def batch_of(number, count):
+def batch_of(number, count, low_memory):
     """The numbers of the edits that are made in a batch with edit `number`: equal batches, equal pixels."""
-    start = number // BATCH * BATCH
-    return range(start, min(start + BATCH, count))
+    size = 1 if low_memory else BATCH
+    start = number // size * size
+    return range(start, min(start + size, count))
 
 
 def make(model, image, settings, edits, wanted):
@@ -254,8 +255,8 @@ def make(model, image, settings, edits, wanted):
     import torch
 
     pictures = {}
-    for start in range(wanted.start, wanted.stop, BATCH):
-        numbers = batch_of(start, wanted.stop)
+    while len(pictures) < len(wanted):
+        numbers = batch_of(wanted[len(pictures)], wanted.stop, settings["low_memory"])
         chosen_seeds, text, image_scales = zip(*(edits[number] for number in numbers), strict=True)
         try:
             made = model.edit(

@@ -779,7 +779,8 @@ def test_variants(edit, tmp_path):
 
 def test_a_repeated_variant_is_made_in_the_batch_it_was_made_in():
     """Sums in a batch of another size may be rounded otherwise."""
-    assert [list(sample.batch_of(number, 6)) for number in range(6)] == 4 * [[0, 1, 2, 3]] + 2 * [[4, 5]]
+    assert [list(sample.batch_of(number, 6, False)) for number in range(6)] == 4 * [[0, 1, 2, 3]] + 2 * [[4, 5]]
+    assert [list(sample.batch_of(number, 3, True)) for number in range(3)] == [[0], [1], [2]]
 
 
 def contains(sheet, picture):
