@@ -267,6 +267,16 @@ def save_folder(model, folder, dtype=None):
         write_json(beside / "model_index.json", configs.index_json(model.unet.config.in_channels))
 
 
+def save_vae(vae, folder, dtype=None):
+    """Write an autoencoder alone as a folder that `load_vae` and diffusers open. Raises UserError if it exists."""
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} exists already; name a new folder, or remove it first")
+    with written_whole(folder) as beside:
+        write_json(beside / "config.json", configs.vae_json(vae.config))
+        write_tensors(beside / "diffusion_pytorch_model.safetensors", renamed(vae, "diffusers", dtype))
+
+
 def save_single_file(model, path, dtype=None):
     """Write a Model as one .safetensors file with the original names. The tokenizer is not part of such a file."""
     tensors = {

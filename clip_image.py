@@ -81,3 +81,20 @@ class CLIP(nn.Module):
     def forward(self, ids, images):
         """ids [B, L], pictures [B, 3, H, W] in [0, 1] -> logits [B images, B texts] (Radford et al. 2021, Fig. 3)."""
         return self.logit_scale.exp() * self.image.features(images) @ self.text.features(ids).T
+
+    @torch.no_grad()
+    def edit_similarities(self, before, after, ids_before, ids_after):
+        """How good an edit is (Sec. 3.1.2): cosines by the names of the authors' metadata, each [B].
+
+        before and after: pictures [B, 3, H, W] in [0, 1]; ids_before and ids_after: their captions [B, L]. clip_sim_0
+        and clip_sim_1: picture and caption, clip_sim_dir: the change of the picture and the change of the caption (Gal
+        et al. 2022), clip_sim_image: both pictures.
+        """
+        image0, image1 = self.image.features(before), self.image.features(after)
+        text0, text1 = self.text.features(ids_before), self.text.features(ids_after)
+        return {
+            "clip_sim_0": F.cosine_similarity(image0, text0),
+            "clip_sim_1": F.cosine_similarity(image1, text1),
+            "clip_sim_dir": F.cosine_similarity(image1 - image0, text1 - text0),
+            "clip_sim_image": F.cosine_similarity(image0, image1),
+        }

@@ -53,6 +53,15 @@ class NoiseSchedule:
         abar = self.alphas_cumprod.to(z.device)[t][:, None, None, None].to(z.dtype)
         return abar.sqrt() * z + (1 - abar).sqrt() * noise
 
+    def min_snr(self, t, most=5.0):
+        """Weights of the loss that keep nearly clean times from ruling it: min(snr, 5) / snr [B], for times t [B].
+
+        Hang et al. 2023, Eq. 7, for networks that predict eps.
+        """
+        abar = self.alphas_cumprod.to(t.device)[t]
+        snr = abar / (1 - abar)
+        return snr.clamp(max=most) / snr
+
     def denoiser(self, predict_eps):
         """Make `denoise(x, sigma)` of a network eps = predict_eps(z_t, t): z_t [B, C, H, W], t [B] fractional."""
 

@@ -1,5 +1,6 @@
 """Failing cleanly: a mistake of the user's ends in one line, and no file is ever left half-written."""
 
+import argparse
 import os
 import shutil
 import sys
@@ -12,6 +13,14 @@ class UserError(Exception):
 
     def __init__(self, message):
         super().__init__(" ".join(str(message).splitlines()))  # a file's name may hold line breaks, too
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, answering a mistake in one line."""
+
+    def error(self, message):
+        """Say what was wrong and leave with exit code 2."""
+        self.exit(2, f"{self.prog}: {message} (--help shows what is possible)\n")
 
 
 def run_program(main):

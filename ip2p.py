@@ -130,6 +130,37 @@ class InstructPix2Pix:
         return self.schedule.denoiser(predict_eps)
 
     @torch.no_grad()
+    def sample(
+        self,
+        text,
+        image_latent,
+        seeds,
+        text_guidance,
+        image_guidance,
+        steps,
+        *,
+        sampler=euler_ancestral,
+        low_memory=False,
+        callback=None,
+        attend=fused,
+    ):
+        """Edit B pictures by B instructions in one batch: `edit` without its files, checks and defaults.
+
+        text [B, L, E] from `encode_text`, image_latent [B, C, h, w] from `encode_image`, seeds: B whole numbers, the
+        scales numbers or tensors [B, 1, 1, 1]; the rest as in `edit`. Returns pictures [B, 3, H, W], about in [-1, 1].
+        Raises UserError where the networks give values that are not numbers.
+        """
+        sigmas = self.schedule.sigmas(steps)
+        noise = seeded_noise(image_latent.shape[1:], seeds, self.device)
+        denoise = self.denoiser(text, image_latent, text_guidance, image_guidance, low_memory, attend)
+        latent = sampler(denoise, next(noise) * sigmas[0].item(), sigmas, noise, callback)
+        pictures = self.decode(latent, low_memory)
+        if not pictures.isfinite().all():
+            hint = "" if self.dtype == torch.float32 else f", or {self.dtype} is too coarse for them: try float32"
+            raise UserError(f"the networks gave values that are not numbers: the weights are damaged{hint}")
+        return pictures
+
+    @torch.no_grad()
     def edit(
         self,
         image,
@@ -171,15 +202,10 @@ class InstructPix2Pix:
             check_sampling(sampling.steps, *scales, sampling.resolution)
         check_size(image)
 
-        text = self.encode_text([instruction]).expand(len(seeds), -1, -1)
         x = to_tensor(fit(to_rgb(image), sampling.resolution))[None]
+        text = self.encode_text([instruction]).expand(len(seeds), -1, -1)
         image_latent = self.encode_image(x).expand(len(seeds), -1, -1, -1)
-
-        sigmas = self.schedule.sigmas(sampling.steps)
-        noise = seeded_noise(image_latent.shape[1:], seeds, self.device)
         scales = torch.tensor([text_scales, image_scales], dtype=torch.float32, device=self.device)
-        scales = scales[:, :, None, None, None]  # [2, B, 1, 1, 1]
-        denoise = self.denoiser(text, image_latent, *scales, low_memory=low_memory, attend=attend)
 
         with tqdm(total=sampling.steps, desc="editing", unit="step", disable=not progress, leave=False) as bar:
 
@@ -188,12 +214,17 @@ class InstructPix2Pix:
                 if callback:
                     callback(step, sigma, denoised)
 
-            latent = sampler(denoise, next(noise) * sigmas[0].item(), sigmas, noise, step_done)
-
-        pictures = self.decode(latent, low_memory)
-        if not pictures.isfinite().all():
-            hint = "" if self.dtype == torch.float32 else f", or {self.dtype} is too coarse for them: try float32"
-            raise UserError(f"the networks gave values that are not numbers: the weights are damaged{hint}")
+            pictures = self.sample(
+                text,
+                image_latent,
+                seeds,
+                *scales[:, :, None, None, None],  # [2, B, 1, 1, 1]
+                sampling.steps,
+                sampler=sampler,
+                low_memory=low_memory,
+                callback=step_done,
+                attend=attend,
+            )
         pictures = [to_image(picture) for picture in pictures]
         return pictures if isinstance(seed, (list, tuple, range)) else pictures[0]
 

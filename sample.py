@@ -4,7 +4,6 @@
 """
 
 # Nothing heavy is imported before the arguments are read, so that --help and mistakes are answered at once.
-import argparse
 import hashlib
 import os
 import sys
@@ -12,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from errors import UserError, run_program
+from errors import Parser, UserError, run_program
 from settings import check_instruction, check_sampling, check_seeds
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "mini" / "editor"
@@ -48,14 +47,6 @@ KINDS = {  # what the settings are once an edit was made
     (int, float): ("cfg_text", "cfg_image"),
     (bool,): ("sweep", "compile", "low_memory"),
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, answering a mistake in one line."""
-
-    def error(self, message):
-        """Say what was wrong and leave with exit code 2."""
-        self.exit(2, f"{self.prog}: {message} (--help shows what is possible)\n")
 
 
 def parse(arguments=None):

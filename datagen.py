@@ -1,0 +1,195 @@
+"""Generate training data the paper's way: captions and instructions, then pairs of pictures, then a filter (Sec. 3.1).
+
+    python datagen.py text   --writer rules --count 5000 --out runs/mini/edits.jsonl
+    python datagen.py images --edits runs/mini/edits.jsonl --out runs/mini/pairs --samples 4
+
+Both may be stopped at any time; the same command goes on where they were.
+"""
+
+import json
+import time
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import checkpoint
+from dataset import Filter, Pair, write_edit, write_seeds
+from errors import Parser, UserError, run_program, written_whole
+from images import to_image, to_tensor
+from p2p import PairNoise, sample_pairs
+from text2image import TextToImage
+from world import caption, random_edit
+
+ROOT = Path(__file__).resolve().parent
+FIELDS = ("caption", "edit", "output")
+
+
+# ---- text: captions, instructions, captions after the edit ----
+
+
+def write_rules(options):
+    """Triplets of the miniature's world, by its own rules: {"caption", "edit", "output", "url"}, a line each."""
+    rng = np.random.default_rng(options.seed)
+    with written_whole(options.out) as beside, open(beside, "w", encoding="utf-8") as file:
+        for _ in range(options.count):
+            edit = random_edit(rng)
+            texts = (caption(edit.before), edit.instruction, caption(edit.after))
+            print(json.dumps({**dict(zip(FIELDS, texts, strict=True)), "url": None}), file=file)
+    print(f"{options.out}: {options.count} triplets")
+
+
+def read_edits(path):
+    """The triplets of a .jsonl file: a list of dicts with the texts of FIELDS. Raises UserError."""
+    edits = []
+    try:
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+            edit = json.loads(line)
+            if not all(isinstance(edit.get(field), str) and edit[field].strip() for field in FIELDS):
+                raise UserError(f"{path}, line {number}: the texts {', '.join(FIELDS)} are needed")
+            edits.append(edit)
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}; datagen.py text writes one") from error
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not edits:
+        raise UserError(f"{path} holds no edits")
+    return edits
+
+
+# ---- images: many candidates an edit, and the best of those that pass the filter ----
+
+
+def make_images(options):
+    """Sample and filter pairs for every edit, in the authors' layout; `candidates.jsonl` keeps every score."""
+    edits = read_edits(options.edits)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype)
+    model = TextToImage(checkpoint.load(options.weights, options.device, dtype))
+    clip, tokenizer = checkpoint.load_clip(options.clip, options.device)
+    own = Filter.read(options.clip)
+    given = {field.name: getattr(options, f"min_{field.name}") for field in fields(Filter)}
+    wanted = Filter(**{**asdict(own), **{name: value for name, value in given.items() if value is not None}})
+    own_guidance = model.sampling.text_guidance
+    guidance = tuple(options.guidance or (own_guidance, 2 * own_guidance))
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    done = finished(options.out / "candidates.jsonl")
+    todo = [number for number in range(len(edits)) if number not in done]
+    group = max(1, options.batch // options.samples)  # edits that are made at once
+    start, kept = time.monotonic(), 0
+    with tqdm(total=len(edits), initial=len(done), desc="pairs", unit="edit", mininterval=5) as bar:
+        for first in range(0, len(todo), group):
+            numbers = todo[first : first + group]
+            seeds = range(options.samples)
+            jobs = [(number, options.seed + number * options.samples + i) for number in numbers for i in seeds]
+            for number, candidates in sample_candidates(model, clip, tokenizer, edits, jobs, guidance, options):
+                passed = [pair for pair in candidates if wanted.keeps(pair.metadata)]
+                best = sorted(passed, key=lambda pair: -pair.metadata["clip_sim_dir"])[: options.keep]
+                write_edit(options.out, number, prompt_of(edits[number]), best)
+                with open(options.out / "candidates.jsonl", "a", encoding="utf-8") as file:
+                    scores = [pair.metadata for pair in candidates]
+                    kept_seeds = [pair.metadata["seed"] for pair in best]
+                    print(json.dumps({"edit": number, "kept": kept_seeds, "candidates": scores}), file=file)
+                kept += len(best)
+            bar.update(len(numbers))
+            bar.set_postfix(kept=kept)
+    total = write_seeds(options.out)
+    print(f"{options.out}: {total} pairs of {len(edits)} edits ({time.monotonic() - start:.0f} s)")
+
+
+def prompt_of(edit):
+    """What prompt.json holds of an edit."""
+    return {**{field: edit[field] for field in FIELDS}, "url": edit.get("url")}
+
+
+def finished(path):
+    """The numbers of the edits whose candidates are noted in candidates.jsonl; a torn last line is cut off."""
+    if not path.exists():
+        return set()
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return {json.loads(line)["edit"] for line in whole.splitlines()}
+
+
+def sample_candidates(model, clip, tokenizer, edits, jobs, guidance, options):
+    """Sample the pairs of `jobs`, a list of (edit's number, seed), in one batch; yields (number, its list of Pair)."""
+    before, after = ([edits[number][field] for number, _ in jobs] for field in ("caption", "output"))
+    size = options.resolution or model.sampling.resolution
+    side = size // model.vae.config.factor
+    noise = PairNoise(
+        [seed for _, seed in jobs], (model.vae.config.latent_channels, side, side), guidance, device=model.device
+    )
+    pictures = sample_pairs(model, before, after, noise, options.steps, size)
+    images = [[to_image(x) for x in half] for half in pictures]
+    # CLIP sees what will be on disk: whole numbers, in [0, 1]
+    seen = [torch.stack([to_tensor(image) for image in half]).add(1).div(2).to(model.device) for half in images]
+    scores = clip.edit_similarities(*seen, *(tokenizer(texts).to(model.device) for texts in (before, after)))
+    found = {}
+    for index, (number, seed) in enumerate(jobs):
+        metadata = {
+            "seed": seed,
+            "p2p_threshold": round(noise.p[index].item(), 6),
+            "cfg_scale": round(noise.guidance[index].item(), 6),
+            **{name: round(values[index].item(), 6) for name, values in scores.items()},
+        }
+        found.setdefault(number, []).append(Pair(images[0][index], images[1][index], metadata))
+    return found.items()
+
+
+# ---- the command line ----
+
+
+def parse(arguments=None):
+    """The command line."""
+    parser = Parser(prog="datagen.py", description="Generate training data: instructions, then pairs of pictures.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    text = commands.add_parser("text", help="captions, instructions and captions after the edit")
+    text.set_defaults(run=write_rules)
+    add = text.add_argument
+    add("--writer", choices=["rules"], default="rules", help="who writes: the miniature's rules")
+    add("--count", type=int, default=5000, metavar="N", help="how many (default: 5000)")
+    add("--seed", type=int, default=0, metavar="S")
+    add("--out", type=Path, required=True, metavar="FILE.jsonl")
+
+    images = commands.add_parser("images", help="pairs of pictures for such edits, filtered by CLIP")
+    images.set_defaults(run=make_images)
+    add = images.add_argument
+    add("--edits", type=Path, required=True, metavar="FILE.jsonl", help="from datagen.py text")
+    add("--out", type=Path, required=True, metavar="DIR", help="the data set, in the authors' layout")
+    add("--weights", default=str(ROOT / "models/mini/sd"), metavar="PATH", help="a text-to-image model")
+    add("--clip", default=str(ROOT / "models/mini/clip"), metavar="PATH", help="the CLIP that filters")
+    add("--samples", type=int, default=100, metavar="N", help="candidates an edit (default: 100)")
+    add("--keep", type=int, default=4, metavar="N", help="pairs kept of an edit, at most (default: 4)")
+    add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
+    add("--guidance", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range (default: once to twice the model's)")
+    add("--resolution", type=int, metavar="R", help="pixels a side (default: the model's)")
+    add("--batch", type=int, default=16, metavar="B", help="pairs sampled at once (default: 16)")
+    add("--seed", type=int, default=0, metavar="S", help="of the first candidate (default: 0)")
+    add("--device", default="cpu", metavar="D")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    for field in fields(Filter):
+        name = field.name.replace("_", "-")
+        add(f"--min-{name}", type=float, metavar="X", help=f"threshold (default: the CLIP's own, else {field.default})")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    """Run one of the two commands."""
+    options = parse(arguments)
+    for name in ("count", "samples", "keep", "steps", "batch", "threads"):
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} should be at least 1, not {value}")
+    options.run(options)
+
+
+if __name__ == "__main__":
+    run_program(main)

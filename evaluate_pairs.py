@@ -1,0 +1,123 @@
+"""How much Prompt-to-Prompt keeps, and what the CLIP filter is worth: measured on pairs of the miniature's world.
+
+Both questions are about generated pairs, whose captions say what they should show (`evaluate.py pairs`).
+"""
+
+import json
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from judge import truth
+from p2p import P_RANGE, PairNoise, sample_pairs
+from world import caption, random_edit
+
+NOISE = {  # name: (the same noise for both pictures?, range of p)
+    "independent noise": (False, (0.0, 0.0)),
+    "shared noise": (True, (0.0, 0.0)),
+    "Prompt-to-Prompt, p ~ U(0.1, 0.9)": (True, P_RANGE),
+}
+
+
+def one_sided_edits(count, seed=0):
+    """Edits of one of two things: the other half of the picture should stay as it is. A list of (Edit, edited left?)."""
+    edits = []
+    for number in range(count):
+        rng = np.random.default_rng([8_003, seed, number])
+        while True:
+            edit = random_edit(rng, ("colour", "shape", "size")[number % 3], test=True)
+            if len(edit.before.things) == 2:
+                break
+        edits.append((edit, edit.before.left != edit.after.left))
+    return edits
+
+
+def measure_pairs(model, judge, edits, guidance, steps=None, batch=32):
+    """Sample pairs for `edits` (see `one_sided_edits`) in the ways of NOISE, and measure them.
+
+    model: a `TextToImage`, guidance: a range to draw from. For each way: "change" is the mean L1, in [0, 1], between the
+    two pictures in the half that the edit does not name; "both_right" the share of pairs whose pictures both show all
+    that their captions say; and a few pairs for a sheet. Returns ({way: measures}, {way: pictures before and after}).
+    """
+    measured, shown = {}, {}
+    side = model.sampling.resolution // model.vae.config.factor
+    shape = (model.vae.config.latent_channels, side, side)
+    for way, (shared, p) in NOISE.items():
+        changes, right, pictures = [], [], []
+        for start in tqdm(range(0, len(edits), batch), desc=way, leave=False):
+            part = edits[start : start + batch]
+            before, after = ([caption(scene) for scene in side] for side in zip(*scenes_of(part), strict=True))
+            seeds = range(start, start + len(part))
+            pair = sample_pairs(model, before, after, PairNoise(seeds, shape, guidance, p, model.device), steps)
+            if not shared:  # the second picture of another seed's pair
+                others = PairNoise([seed + 1_000_000 for seed in seeds], shape, guidance, p, model.device)
+                pair = pair[0], sample_pairs(model, before, after, others, steps)[1]
+            pair = [x.clamp(-1, 1) for x in pair]
+            pictures.append(torch.stack(pair, dim=1)[:4])
+            half = pair[0].shape[-1] // 2
+            error = ((pair[1] - pair[0]).abs() / 2).mean((1, 2))  # [B, width]
+            for row, (_, left) in zip(error, part, strict=True):
+                changes.append((row[half:] if left else row[:half]).mean().item())
+            readings = zip(*(judge.read(x) for x in pair), strict=True)
+            for found, wanted in zip(readings, scenes_of(part), strict=True):
+                right.append(all(f.unordered == truth(w).unordered for f, w in zip(found, wanted, strict=True)))
+        measured[way] = {"change": float(np.mean(changes)), "both_right": float(np.mean(right))}
+        shown[way] = torch.cat(pictures)[:8]
+    return measured, shown
+
+
+def measure_right(model, judge, clip, tokenizer, edits, guidance, wanted, steps=None, batch=32):
+    """Are filtered pairs better? Sample one Prompt-to-Prompt pair for each of `edits`, a list of world.Edit.
+
+    wanted: a `dataset.Filter`. Returns the share that it keeps, and the share of pairs whose pictures both show all that
+    their captions say, among all and among those kept: {"yield", "right_all", "right_kept"}.
+    """
+    side = model.sampling.resolution // model.vae.config.factor
+    kept, right = [], []
+    for start in tqdm(range(0, len(edits), batch), desc="filter", leave=False):
+        part = edits[start : start + batch]
+        before, after = [caption(edit.before) for edit in part], [caption(edit.after) for edit in part]
+        shape = (model.vae.config.latent_channels, side, side)
+        noise = PairNoise(range(start, start + len(part)), shape, guidance, device=model.device)
+        pair = [x.clamp(-1, 1) for x in sample_pairs(model, before, after, noise, steps)]
+        ids = (tokenizer(texts).to(model.device) for texts in (before, after))
+        scores = clip.edit_similarities(*((x + 1) / 2 for x in pair), *ids)
+        readings = zip(*(judge.read(x) for x in pair), strict=True)
+        for row, (edit, found) in enumerate(zip(part, readings, strict=True)):
+            kept.append(wanted.keeps({name: values[row].item() for name, values in scores.items()}))
+            scenes = zip(found, (edit.before, edit.after), strict=True)
+            right.append(all(reading.unordered == truth(scene).unordered for reading, scene in scenes))
+    chosen = [r for r, k in zip(right, kept, strict=True) if k]
+    return {
+        "yield": float(np.mean(kept)),
+        "right_all": float(np.mean(right)),
+        "right_kept": float(np.mean(chosen)) if chosen else None,
+    }
+
+
+def scenes_of(edits):
+    """(scene before, scene after) of each edit."""
+    return [(edit.before, edit.after) for edit, _ in edits]
+
+
+def measure_filter(path):
+    """What the filter did to a data set, from its candidates.jsonl: {"yield", "all", "kept"}.
+
+    "all" and "kept" hold the quantiles 5, 25, 50, 75 and 95 % of every CLIP similarity.
+    """
+    everything, kept = [], []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            entry = json.loads(line)
+            everything += entry["candidates"]
+            kept += [candidate for candidate in entry["candidates"] if candidate["seed"] in entry["kept"]]
+
+    def quantiles(candidates):
+        names = [name for name in everything[0] if name.startswith("clip_sim")]
+        return {
+            name: np.quantile([candidate[name] for candidate in candidates], (0.05, 0.25, 0.5, 0.75, 0.95)).tolist()
+            for name in names
+        }
+
+    return {"yield": len(kept) / len(everything), "all": quantiles(everything), "kept": quantiles(kept)}

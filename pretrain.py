@@ -1,0 +1,441 @@
+"""Make what the paper takes off the shelf, for the miniature's world: autoencoder, CLIP and Stable Diffusion.
+
+    python pretrain.py all --out runs/mini        # everything in order; stopped and started again, it goes on
+    python pretrain.py vae --out runs/mini        # one stage
+
+Stages: `judge` (measures pictures, teaches nothing), `vae`, `clip` (with its tokenizer), `sd`.
+"""
+
+import json
+import shutil
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import nn
+from tqdm import tqdm
+
+from checkpoint import Model, load_clip, load_vae, save_clip, save_folder, save_vae
+from clip_image import CLIP, CLIPImageConfig
+from clip_text import END, START, CLIPText, CLIPTextConfig, CLIPTokenizer
+from diffusion import NoiseSchedule
+from errors import Parser, UserError, run_program, written_whole
+from images import grid, save_png, to_image
+from judge import Judge, labels, truth
+from settings import Sampling
+from text2image import TextToImage
+from training import Plan, fast_training, fit
+from unet import Level, UNet, UNetConfig
+from vae import VAE, VAEConfig
+from weights import read_tensors, write_json, write_tensors
+from world import KINDS, SIZE, caption, random_edit, random_scene, render
+
+MINI_VAE = VAEConfig(channels=(16, 40, 80), resblocks=1, groups=8, scaling=1.0)
+MINI_IMAGE = CLIPImageConfig(size=SIZE, patch=8, width=128, layers=4, heads=4, projection=128)
+MINI_TOKENS = 24
+MINI_UNET = UNetConfig(
+    levels=(
+        #   channels  attention  heads    a 64x64 picture is here
+        Level(    64,     False,     2),  # 16x16 latents
+        Level(   128,      True,     4),  # 8x8
+        Level(   160,     False,     5),  # 4x4; only the middle's transformer uses these heads
+    ),
+    resblocks=1,
+    context_width=128,
+    groups=16,
+)
+MINI_SAMPLING = Sampling(steps=20, text_guidance=4.0, image_guidance=1.5, resolution=SIZE)
+
+PLANS = {
+    "judge": Plan(steps=1000, batch=64, lr=2e-3, seed=1),
+    "vae": Plan(steps=3600, batch=16, lr=2e-3, decay=0.7, seed=2),
+    "clip": Plan(steps=1000, batch=128, lr=1e-3, decay=0.7, betas=(0.9, 0.98), weight_decay=0.05, seed=3),
+    "sd": Plan(steps=5000, batch=32, lr=1e-3, seed=4),
+}
+STAGES = tuple(PLANS)
+
+
+# ---- scenes ----
+
+
+def training_scene(index, test=False):
+    """The scene with a number: always the same one."""
+    return random_scene(np.random.default_rng([int(test), index]), test)
+
+
+def pixels_of(index, test=False):
+    """Its pixels [64, 64, 3], uint8."""
+    return np.asarray(render(training_scene(index, test)))
+
+
+def scenes(count, folder):
+    """The first `count` scenes for training, and their pixels [count, 64, 64, 3], drawn once and kept in `folder`."""
+    path = folder / f"scenes_{count}.npy"
+    if not path.exists():
+        with ProcessPoolExecutor() as pool, written_whole(path) as beside:
+            drawn = tqdm(pool.map(pixels_of, range(count), chunksize=256), total=count, desc="drawing", leave=False)
+            pixels = np.stack(list(drawn))
+            with open(beside, "wb") as file:
+                np.save(file, pixels)
+    return [training_scene(index) for index in range(count)], np.load(path, mmap_mode="r")
+
+
+def to_pictures(pixels, device="cpu"):
+    """uint8 [B, 64, 64, 3] -> [B, 3, 64, 64] in [-1, 1]."""
+    x = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
+    return (x.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+
+
+def held_out_pictures(count, device):
+    """(`count` held-out scenes, their pictures)."""
+    chosen = [training_scene(index, test=True) for index in range(count)]
+    return chosen, to_pictures(np.stack([np.asarray(render(scene)) for scene in chosen]), device)
+
+
+def choose(count, size, generator):
+    """`size` numbers below `count`, as a numpy array that indexes a memory-mapped one."""
+    return torch.randint(count, (size,), generator=generator).numpy()
+
+
+# ---- the judge ----
+
+
+def train_judge(options):
+    """Train the judge on scenes, blurred and noisy ones among them, and measure its own error on held-out ones."""
+    plan, device = options.plan("judge"), options.device
+    drawn, pixels = scenes(options.scenes, options.out)
+    answers = labels(drawn).to(device)
+    torch.manual_seed(plan.seed)
+    judge = Judge().to(device)
+
+    def loss_of(step, generator, batch):
+        chosen = choose(len(drawn), batch, generator)
+        x = to_pictures(pixels[chosen], device)
+        # Generated pictures are softer, and lack the finest strokes; a judge must not live on those.
+        softened = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 3, 1)
+        softened = F.avg_pool2d(softened, 3, 1)
+        share = torch.rand(batch, 1, 1, 1, generator=generator).to(device)
+        x = torch.lerp(x, softened, share) + 0.06 * torch.randn(x.shape, generator=generator).to(device)
+        return judge.loss(x, answers[chosen])
+
+    average = fit(judge, loss_of, plan, options.out / "judge", device=device)
+    average.save(options.out / "judge.safetensors")
+    held_out, x = held_out_pictures(options.test_scenes, device)
+    return {"all attributes right on true pictures": share_right(average, x, held_out)}
+
+
+def share_right(judge, x, chosen):
+    """The share of pictures that the judge reads as their scenes say."""
+    return float(np.mean([reading == truth(scene) for reading, scene in zip(judge.read(x), chosen, strict=True)]))
+
+
+# ---- the autoencoder ----
+
+
+def train_vae(options):
+    """Train the autoencoder (Rombach et al. 2022, without the discriminator) and bring its latents to unit variance."""
+    plan, device = options.plan("vae"), options.device
+    drawn, pixels = scenes(options.scenes, options.out)
+    torch.manual_seed(plan.seed)
+    vae = VAE(MINI_VAE).to(device)
+    _, held_out = held_out_pictures(options.test_scenes, device)
+
+    def loss_of(step, generator, batch):
+        x = to_pictures(pixels[choose(len(drawn), batch, generator)], device)
+        if step < 0.75 * plan.steps:  # a quarter of each picture first, which is four times as fast
+            top, left = torch.randint(SIZE // 2 + 1, (2,), generator=generator).tolist()
+            x = x[:, :, top : top + SIZE // 2, left : left + SIZE // 2].contiguous()
+        latent = vae.encode(x)
+        noise = torch.randn(latent.mean.shape, generator=generator).to(device)
+        guess = vae.decode(latent.sample(noise)).float()
+        error = guess - x
+        edges = sum((error.diff(dim=axis)).abs().mean() for axis in (2, 3))
+        mean, logvar = latent.mean.float(), latent.logvar.float()
+        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return error.abs().mean() + 2 * error.square().mean() + 0.3 * edges + 2e-4 * divergence
+
+    def show(average, step):
+        with torch.no_grad():
+            again = average.decode(average.encode(held_out[:16]).mode())
+        write_grid(options.out / "vae" / "samples.png", [*held_out[:16], *again])
+
+    average = fit(vae, loss_of, plan, options.out / "vae", device=device, show=show)
+    with torch.no_grad():
+        latents = encode_all(average, pixels[:2048], device).float()
+        normalise_latents(average, latents)
+        again = average.decode(average.encode(held_out).mode())
+    save_vae(average, anew(options.out / "vae_model"), torch.float16)
+    noise_ratio = 10 * ((again - held_out).square().mean((1, 2, 3)) / 4).log10().neg().mean()
+    return {
+        "PSNR on held-out pictures, dB": noise_ratio.item(),
+        "L1 in [0, 1]": ((again - held_out).abs().mean() / 2).item(),
+    }
+
+
+@torch.no_grad()
+def normalise_latents(vae, latents):
+    """Give every latent channel mean 0 and deviation 1 over `latents` [B, C, H, W], by the 1x1 convolutions there are.
+
+    Stable Diffusion's VAE does it by one scaling factor; folded into quant_conv and post_quant_conv it is exact for
+    every channel, and the factor becomes 1. The pictures stay the same.
+    """
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    channels = len(mean)
+    vae.quant_conv.weight[:channels] /= deviation[:, None, None, None]
+    vae.quant_conv.bias[:channels] = (vae.quant_conv.bias[:channels] - mean) / deviation
+    vae.quant_conv.bias[channels:] -= 2 * deviation.log()
+    weight = vae.post_quant_conv.weight
+    vae.post_quant_conv.bias += (weight[:, :, 0, 0] * mean).sum(1)
+    weight *= deviation[None, :, None, None]
+
+
+# ---- CLIP and its tokenizer ----
+
+
+def world_texts():
+    """Captions and instructions of training, a few of every kind: what the tokenizer and CLIP read."""
+    rng = np.random.default_rng(0)
+    edits = [random_edit(rng, kind) for kind in KINDS for _ in range(1500)]
+    return [text for edit in edits for text in (caption(edit.before), edit.instruction, caption(edit.after))]
+
+
+def train_tokenizer(texts, tokens=MINI_TOKENS):
+    """A byte-level BPE in CLIP's format: after the merges, every word of the world is one token."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    bpe.normalizer = normalizers.Lowercase()
+    words = pre_tokenizers.Split(Regex(CLIPTokenizer.SPLIT), "removed", invert=True)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    merges = [tuple(merge.split()) if isinstance(merge, str) else tuple(merge) for merge in learned["merges"]]
+    # CLIP's order: the bytes, the bytes that end a word, the merges, the two special tokens
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = letters + [letter + "</w>" for letter in letters] + [a + b for a, b in merges] + [START, END]
+    return CLIPTokenizer({piece: number for number, piece in enumerate(dict.fromkeys(pieces))}, merges, tokens)
+
+
+def train_clip(options):
+    """Train both towers by the contrastive loss (Radford et al. 2021), on captions and pictures.
+
+    Captions hold no instructions, so the text tower would never learn their words. A second loss, on texts alone,
+    pulls an instruction towards the difference of the captions after and before it. No edited picture is shown.
+    """
+    plan, device = options.plan("clip"), options.device
+    drawn, pixels = scenes(options.scenes, options.out)
+    tokenizer = train_tokenizer(world_texts())
+    size = len(tokenizer.vocabulary)
+    text = CLIPTextConfig(size, MINI_TOKENS, 128, layers=4, heads=4, end_token=tokenizer.end, projection=128)
+    torch.manual_seed(plan.seed)
+    clip = CLIP(text, MINI_IMAGE).to(device)
+    initialise_clip(clip)
+    captions = tokenizer([caption(scene) for scene in drawn])
+    rng = np.random.default_rng(plan.seed)
+    edits = [random_edit(rng) for _ in range(min(20_000, options.scenes))]
+    triplets = [
+        tokenizer(texts)
+        for texts in zip(*((caption(e.before), e.instruction, caption(e.after)) for e in edits), strict=True)
+    ]
+
+    def loss_of(step, generator, batch):
+        chosen = choose(len(drawn), batch, generator)
+        images = (to_pictures(pixels[chosen], device) + 1) / 2
+        image, words = clip.image.features(images).float(), clip.text.features(captions[chosen].to(device)).float()
+        scale = clip.logit_scale.exp().clamp(max=100)
+        loss = contrast(scale * image @ words.T, captions[chosen])
+        picked = choose(len(edits), batch // 4, generator)
+        before, instruction, after = clip.text.features(
+            torch.cat([ids[picked] for ids in triplets]).to(device)
+        ).float().chunk(3)
+        turn = F.normalize(after - before, dim=-1)
+        return loss + 0.5 * contrast(10 * instruction @ turn.T, triplets[1][picked])
+
+    average = fit(clip, loss_of, plan, options.out / "clip", device=device)
+    save_clip(average, tokenizer, anew(options.out / "clip_model"), torch.float16)
+    chosen, x = held_out_pictures(options.test_scenes, device)
+    with torch.no_grad():
+        image = average.image.features((x + 1) / 2)
+        words = average.text.features(tokenizer([caption(scene) for scene in chosen]).to(device))
+    best = (image @ words.T).argmax(1)
+    right = [caption(chosen[i]) == caption(chosen[j]) for i, j in enumerate(best.tolist())]
+    return {f"image to caption, first of {len(chosen)}": float(np.mean(right))}
+
+
+def contrast(logits, ids):
+    """The symmetric contrastive loss of logits [B, B]; texts that are equal (ids [B, L]) count as right alike."""
+    same = (ids[:, None] == ids[None]).all(2).float().to(logits.device)
+    target = same / same.sum(1, keepdim=True)
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+
+
+def initialise_clip(clip):
+    """Small embeddings, as CLIP's authors start from; torch's own are fifty times larger."""
+    for name, weight in clip.named_parameters():
+        if "embedding" in name:
+            nn.init.normal_(weight, std=0.02)
+
+
+# ---- Stable Diffusion ----
+
+
+def train_sd(options):
+    """Train text-to-image latent diffusion on captions, the text tower frozen (Rombach et al. 2022)."""
+    plan, device = options.plan("sd"), options.device
+    drawn, pixels = scenes(options.scenes, options.out)
+    vae = load_vae(options.out / "vae_model").to(device)
+    clip, tokenizer = load_clip(options.out / "clip_model", device)
+    kept = options.out / "sd" / "latents.safetensors"  # so that resuming need not encode again
+    if not kept.exists():
+        kept.parent.mkdir(exist_ok=True)
+        with written_whole(kept) as beside:
+            write_tensors(beside, {"latents": encode_all(vae, pixels, device)})
+    latents = read_tensors(kept)[0]["latents"]
+    captions = tokenizer([caption(scene) for scene in drawn])
+    torch.manual_seed(plan.seed)
+    unet = UNet(MINI_UNET).to(device)
+    start_at_zero(unet)
+    model = Model(unet, vae, text_alone(clip.text), tokenizer, MINI_SAMPLING)
+    schedule, null = NoiseSchedule(), tokenizer([""])
+
+    def loss_of(step, generator, batch):
+        chosen = choose(len(drawn), batch, generator)
+        z = latents[chosen].to(device).float()
+        dropped = torch.rand(batch, 1, generator=generator) < 0.1
+        context = model.text_encoder(torch.where(dropped, null, captions[chosen]).to(device))
+        t = torch.randint(1000, (batch,), generator=generator).to(device)
+        noise = torch.randn(z.shape, generator=generator).to(device)
+        eps = unet(schedule.add_noise(z, noise, t), t, context).float()
+        return (schedule.min_snr(t) * (eps - noise).square().mean((1, 2, 3))).mean()
+
+    held_out = [training_scene(index, test=True) for index in range(options.test_scenes)]
+
+    def show(average, step):
+        judge = Judge.load(options.out / "judge.safetensors").to(device)
+        sampler = TextToImage(Model(average, vae, model.text_encoder, tokenizer, MINI_SAMPLING))
+        x = sampler.sample([caption(scene) for scene in held_out[:64]], range(64))
+        right = share_drawn(judge, x, held_out[:64])
+        write_grid(options.out / "sd" / "samples.png", x[:32], [caption(scene) for scene in held_out[:32]])
+        with open(options.out / "sd" / "samples.jsonl", "a", encoding="utf-8") as file:
+            print(json.dumps({"step": step, "all attributes right, of 64": right}), file=file)
+
+    average = fit(unet, loss_of, plan, options.out / "sd", device=device, show=show)
+    model.unet = average
+    save_folder(model, anew(options.out / "sd_model"), torch.float16)
+    sampler, judge, pictures = TextToImage(model), Judge.load(options.out / "judge.safetensors").to(device), []
+    for seeds in torch.arange(len(held_out)).split(64):
+        pictures.append(sampler.sample([caption(held_out[seed]) for seed in seeds], seeds.tolist()))
+    right = share_drawn(judge, torch.cat(pictures), held_out)
+    return {f"all attributes right on {len(held_out)} held-out captions": right}
+
+
+@torch.no_grad()
+def encode_all(vae, pixels, device):
+    """The latents of all pictures, the mode: [count, C, h, w], float16, for the noise of a sample is far smaller."""
+    batches = [pixels[i : i + 128] for i in range(0, len(pixels), 128)]
+    encoded = []
+    for batch in tqdm(batches, desc="encoding", leave=False):
+        with fast_training(device):
+            encoded.append(vae.encode(to_pictures(batch, device)).mode().half().cpu())
+    return torch.cat(encoded) * vae.config.scaling
+
+
+def share_drawn(judge, x, wanted):
+    """The share of pictures that show what their captions say, on whichever side."""
+    pairs = zip(judge.read(x), wanted, strict=True)
+    return float(np.mean([reading.unordered == truth(scene).unordered for reading, scene in pairs]))
+
+
+def start_at_zero(unet):
+    """Let every residual block and transformer begin as the identity, and the prediction as zero."""
+    with torch.no_grad():
+        for name, weight in unet.named_parameters():
+            last = ".conv2." in name or ".transformer" in name and name.endswith((".proj_out.weight", ".proj_out.bias"))
+            if (last and "feed_forward" not in name) or name.startswith("conv_out"):
+                weight.zero_()
+
+
+def text_alone(tower):
+    """CLIP's text tower without the projection, as Stable Diffusion uses it; the weights are shared."""
+    alone = CLIPText(replace(tower.config, projection=None))
+    weights = tower.state_dict()
+    weights.pop("projection.weight")
+    alone.load_state_dict(weights, assign=True)
+    return alone.eval().requires_grad_(False)
+
+
+# ---- the program ----
+
+
+def write_grid(path, pictures, captions=None):
+    """A sheet of pictures [3, 64, 64], eight a row, each pixel doubled."""
+    images = [to_image(x).resize((2 * SIZE, 2 * SIZE), Image.Resampling.NEAREST) for x in pictures]
+    save_png(grid(images, 8, captions), path)
+
+
+def anew(folder):
+    """A folder to write a model to, without what a run that was stopped in its last moments may have left there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
+
+
+TRAIN = {"judge": train_judge, "vae": train_vae, "clip": train_clip, "sd": train_sd}
+
+
+def parse(arguments=None):
+    """The command line."""
+    parser = Parser(prog="pretrain.py", description="Train the miniature's autoencoder, CLIP and Stable Diffusion.")
+    add = parser.add_argument
+    add("stage", choices=[*STAGES, "all"], help="what to train; all: everything, in order")
+    add("--out", type=Path, default=Path("runs/mini"), metavar="DIR", help="for results, logs and what resuming needs")
+    add("--scenes", type=int, default=40_000, metavar="N", help="pictures to draw and train on (default: 40000)")
+    add("--test-scenes", type=int, default=256, metavar="N", help="held-out pictures to measure on (default: 256)")
+    add("--steps", type=int, metavar="N", help="training steps of a stage (default: its own, see PLANS)")
+    add("--batch", type=int, metavar="B", help="pictures a step (default: the stage's own)")
+    add("--seed", type=int, default=0, metavar="S", help="of all randomness (default: 0)")
+    add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    """Train the stages that were asked for and note what they reached in `results.json`."""
+    options = parse(arguments)
+    for name in ("scenes", "test_scenes", "steps", "batch", "threads"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} should be at least 1, not {value}")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+    def plan(stage):
+        chosen = {"steps": options.steps, "batch": options.batch}
+        own = replace(PLANS[stage], **{key: value for key, value in chosen.items() if value})
+        return replace(own, seed=own.seed + 1000 * options.seed)
+
+    options.plan = plan
+    options.out.mkdir(parents=True, exist_ok=True)
+    for stage in STAGES if options.stage == "all" else [options.stage]:
+        noted = options.out / stage / "results.json"
+        if noted.exists():
+            print(f"{stage}: done already; remove {options.out / stage} to train it anew")
+            continue
+        start = time.monotonic()
+        results = {**TRAIN[stage](options), "minutes": (time.monotonic() - start) / 60}
+        write_json(noted, results)
+        print(f"{stage}: " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()))
+
+
+if __name__ == "__main__":
+    run_program(main)
