@@ -77,11 +77,14 @@ def make_images(options):
     guidance = tuple(options.guidance or (own_guidance, 2 * own_guidance))
     options.out.mkdir(parents=True, exist_ok=True)
 
-    done = finished(options.out / "candidates.jsonl")
-    todo = [number for number in range(len(edits)) if number not in done]
+    part, parts = options.shard
+    log = options.out / ("candidates.jsonl" if parts == 1 else f"candidates_{part}of{parts}.jsonl")
+    done = finished(log)
+    mine = range(part, len(edits), parts)
+    todo = [number for number in mine if number not in done]
     group = max(1, options.batch // options.samples)  # edits that are made at once
     start, kept = time.monotonic(), 0
-    with tqdm(total=len(edits), initial=len(done), desc="pairs", unit="edit", mininterval=5) as bar:
+    with tqdm(total=len(mine), initial=len(mine) - len(todo), desc="pairs", unit="edit", mininterval=5) as bar:
         for first in range(0, len(todo), group):
             numbers = todo[first : first + group]
             seeds = range(options.samples)
@@ -90,7 +93,7 @@ def make_images(options):
                 passed = [pair for pair in candidates if wanted.keeps(pair.metadata)]
                 best = sorted(passed, key=lambda pair: -pair.metadata["clip_sim_dir"])[: options.keep]
                 write_edit(options.out, number, prompt_of(edits[number]), best)
-                with open(options.out / "candidates.jsonl", "a", encoding="utf-8") as file:
+                with open(log, "a", encoding="utf-8") as file:
                     scores = [pair.metadata for pair in candidates]
                     kept_seeds = [pair.metadata["seed"] for pair in best]
                     print(json.dumps({"edit": number, "kept": kept_seeds, "candidates": scores}), file=file)
@@ -98,7 +101,7 @@ def make_images(options):
             bar.update(len(numbers))
             bar.set_postfix(kept=kept)
     total = write_seeds(options.out)
-    print(f"{options.out}: {total} pairs of {len(edits)} edits ({time.monotonic() - start:.0f} s)")
+    print(f"{options.out}: {total} pairs so far, of {len(edits)} edits ({time.monotonic() - start:.0f} s)")
 
 
 def prompt_of(edit):
@@ -145,6 +148,14 @@ def sample_candidates(model, clip, tokenizer, edits, jobs, guidance, options):
 # ---- the command line ----
 
 
+def shard(text):
+    """"1/4" -> (1, 4): the second of four parts."""
+    part, parts = (int(number) for number in text.split("/"))
+    if not 0 <= part < parts:
+        raise ValueError
+    return part, parts
+
+
 def parse(arguments=None):
     """The command line."""
     parser = Parser(prog="datagen.py", description="Generate training data: instructions, then pairs of pictures.")
@@ -172,6 +183,7 @@ def parse(arguments=None):
     add("--resolution", type=int, metavar="R", help="pixels a side (default: the model's)")
     add("--batch", type=int, default=16, metavar="B", help="pairs sampled at once (default: 16)")
     add("--seed", type=int, default=0, metavar="S", help="of the first candidate (default: 0)")
+    add("--shard", type=shard, default=(0, 1), metavar="I/N", help="make part I of N, from 0, beside other processes")
     add("--device", default="cpu", metavar="D")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")

@@ -1,6 +1,7 @@
-"""Measure editors.
+"""Measure editors, and the generated pairs that they learn from.
 
-    python evaluate.py world --model models/mini/editor --out runs/evaluate      # on edits whose right answer is known
+    python evaluate.py world --model models/mini/editor      # on edits whose right answer is known
+    python evaluate.py pairs --sd models/mini/sd             # what Prompt-to-Prompt keeps, what the filter is worth
 
 `world` takes edits of world.py from held-out compositions to held-out compositions, half of them in phrasings that
 training never uses. An edit SUCCEEDS when the judge reads every attribute of the edited picture as those of the true
@@ -19,12 +20,15 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from checkpoint import load_clip
+from checkpoint import load, load_clip
+from dataset import Filter
 from errors import Parser, UserError, run_program, written_whole
+from evaluate_pairs import measure_filter, measure_pairs, measure_right, one_sided_edits
 from images import grid, save_png, to_image, to_tensor
 from ip2p import InstructPix2Pix
 from judge import Judge, truth
 from settings import check_sampling, check_seeds
+from text2image import TextToImage
 from weights import write_json
 from world import KINDS, Edit, caption, random_edit, render
 
@@ -249,26 +253,42 @@ def write(out, results, pictures):
 
 def parse(arguments=None):
     """The command line. Raises UserError for values out of range."""
-    parser = Parser(prog="evaluate.py", description="Measure editors.")
-    programs = parser.add_subparsers(dest="program", required=True, metavar="world")
+    parser = Parser(prog="evaluate.py", description="Measure editors, and the generated pairs that they learn from.")
+    programs = parser.add_subparsers(dest="program", required=True, metavar="world|pairs")
+    mini = Path("models/mini")
+
     world = programs.add_parser("world", help="success on held-out edits of the miniature's world")
-    add, mini = world.add_argument, Path("models/mini")
+    world.set_defaults(run=evaluate_world)
+    add = world.add_argument
     add("--model", default=mini / "editor", metavar="M", help="the editor: a folder or a file (default: %(default)s)")
     add("--bound", metavar="M", help="an editor trained on true pairs, to compare with")
-    add("--judge", default=mini / "judge.safetensors", metavar="FILE", help="(default: %(default)s)")
-    add("--clip", default=mini / "clip", metavar="DIR", help="CLIP, for its similarities (default: %(default)s)")
     add("--count", type=int, default=504, metavar="N", help="edits, a multiple of 14 (default: 504)")
     add("--batch", type=int, default=63, metavar="B", help="edits at a time (default: 63)")
-    add("--seed", type=int, default=0, metavar="S", help="of the edits (default: 0)")
-    add("--steps", type=int, metavar="N", help="sampling steps (default: each model's own)")
     add("--cfg-text", type=float, metavar="S", help="text guidance s_T (default: each model's own)")
     add("--cfg-image", type=float, metavar="S", help="image guidance s_I (default: each model's own)")
     add("--validation", action="store_true", help="use other edits, to choose the guidance scales by")
-    add("--device", default="cpu", metavar="D", help="cpu, cuda, ... (default: cpu)")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    add("--out", type=Path, default=Path("runs/evaluate"), metavar="DIR", help="for the results (default: %(default)s)")
+
+    pairs = programs.add_parser("pairs", help="what Prompt-to-Prompt keeps, and what the CLIP filter is worth")
+    pairs.set_defaults(run=evaluate_pairs, cfg_text=None, cfg_image=None)
+    add = pairs.add_argument
+    add("--sd", default=mini / "sd", metavar="M", help="the text-to-image model (default: %(default)s)")
+    add("--count", type=int, default=256, metavar="N", help="pairs of each sort (default: 256)")
+    add("--batch", type=int, default=32, metavar="B", help="pairs at a time (default: 32)")
+    add("--guidance", type=float, nargs=2, default=(3.0, 6.0), metavar=("LOW", "HIGH"), help="range (default: 3 6)")
+    add("--candidates", type=Path, metavar="FILE", help="a data set's candidates.jsonl, for the filter's quantiles")
+
+    for program in (world, pairs):
+        add = program.add_argument
+        add("--judge", default=mini / "judge.safetensors", metavar="FILE", help="(default: %(default)s)")
+        add("--clip", default=mini / "clip", metavar="DIR", help="CLIP, for its similarities (default: %(default)s)")
+        add("--seed", type=int, default=0, metavar="S", help="of the edits (default: 0)")
+        add("--steps", type=int, metavar="N", help="sampling steps (default: each model's own)")
+        add("--device", default="cpu", metavar="D", help="cpu, cuda, ... (default: cpu)")
+        add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+        out = Path("runs/evaluate")
+        add("--out", type=Path, default=out, metavar="DIR", help="for the results (default: %(default)s)")
     options = parser.parse_args(arguments)
-    for name in ("batch", "threads"):
+    for name in ("count", "batch", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} should be at least 1, not {value}")
@@ -285,11 +305,7 @@ def evaluate_world(options, command):
     asked = {"steps": options.steps, "text_guidance": options.cfg_text, "image_guidance": options.cfg_image}
     asked = {key: value for key, value in asked.items() if value is not None}
     sampling = {name: replace(model.sampling, **asked) for name, model in models.items()}
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {options.out}: {error.strerror}") from error
-
+    make_folder(options.out)
     before, after = true_pictures(edits)
     edited = {name: edit_all(models[name], edits, before, sampling[name], options.batch) for name in models}
     floor = through_vae(models[EDITOR], after, options.batch)
@@ -297,12 +313,67 @@ def evaluate_world(options, command):
     rows = {name: measure(x, edits, before, after, judge, options.batch) for name, x in compared.items()}
     shown = {**edited, "true picture": after}
     similar = {name: clip_scores(clip, tokenizer, x, edits, before, options.batch) for name, x in shown.items()}
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    settings |= {"command": command, "sampling": {name: asdict(chosen) for name, chosen in sampling.items()}}
+    settings = plain(options) | {"command": command}
+    settings["sampling"] = {name: asdict(chosen) for name, chosen in sampling.items()}
     results = {"settings": settings, "rows": rows, "clip": similar}
     write(options.out, results, sheet(edits, before, edited[EDITOR], after, rows[EDITOR]["failed"]))
     print(next(iter(tables(results).values())))
     print(f"\n{options.out} holds world.md, world.json and world.png")
+
+
+def evaluate_pairs(options, command):
+    """Measure pairs of one text-to-image model: with and without Prompt-to-Prompt, with and without the filter."""
+    model = TextToImage(load(options.sd, options.device))
+    judge, (clip, tokenizer) = Judge.load(options.judge).to(options.device), load_clip(options.clip, options.device)
+    make_folder(options.out)
+    edits = one_sided_edits(options.count, options.seed)
+    ways, shown = measure_pairs(model, judge, edits, options.guidance, options.steps, options.batch)
+    rng = np.random.default_rng([8_004, options.seed])
+    edits = [random_edit(rng, KINDS[number % len(KINDS)], test=True) for number in range(options.count)]
+    wanted = Filter.read(options.clip)
+    arguments = options.guidance, wanted, options.steps, options.batch
+    found = measure_right(model, judge, clip, tokenizer, edits, *arguments)
+    results = {"settings": plain(options) | {"command": command}, "ways": ways, "filter": found}
+
+    independent = next(iter(ways.values()))["change"]
+    first = table(["change in the half not named, L1", "of that with independent noise", "both pictures right"])
+    for way, row in ways.items():
+        first += line(way, f"{row['change']:.4f}", f"{row['change'] / independent:.2f}", percent(row["both_right"]))
+    second = table(["kept", "both pictures right, of all", "of those kept"])
+    second += line(str(asdict(wanted)), *(percent(found[name]) for name in ("yield", "right_all", "right_kept")))
+    texts = ["# Generated pairs", f"`{command}`", "\n".join(first), "\n".join(second)]
+    if options.candidates:
+        results["candidates"] = quantiles = measure_filter(options.candidates)
+        third = table(["5 %", "25 %", "50 %", "75 %", "95 %"])
+        for part in ("all", "kept"):
+            for name, values in quantiles[part].items():
+                third += line(f"{part}, {name}", *(f"{value:.3f}" for value in values))
+        texts += [f"Of the data set's candidates, {percent(quantiles['yield'])} are kept.", "\n".join(third)]
+    images = [to_image(x) for pictures in shown.values() for pair in pictures for x in pair]
+    large = [image.resize((128, 128), Image.Resampling.NEAREST) for image in images]
+    columns = len(large) // len(shown)
+    titles = ["before", "after"] * (columns // 2)
+    save_png(grid(large, columns, None, titles, list(shown)), options.out / "pairs.png")
+    with written_whole(options.out / "pairs.json") as beside:
+        write_json(beside, results)
+    with written_whole(options.out / "pairs.md") as beside:
+        beside.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    print("\n\n".join(texts[2:]))
+    print(f"\n{options.out} holds pairs.md, pairs.json and pairs.png")
+
+
+def plain(options):
+    """The command line's values as JSON holds them."""
+    values = {key: value for key, value in vars(options).items() if key != "run"}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
+
+
+def make_folder(folder):
+    """Make a folder for results. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
 
 
 def main(arguments=None):
@@ -315,7 +386,7 @@ def main(arguments=None):
     except Exception as error:  # torch has another one for every device that it was not made for
         raise UserError(f"this machine or this torch has no device {options.device}; try --device cpu") from error
     command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if arguments is None else arguments)])
-    evaluate_world(options, command)
+    options.run(options, command)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ NOISE = {  # name: (the same noise for both pictures?, range of p)
 
 
 def one_sided_edits(count, seed=0):
-    """Edits of one of two things: the other half of the picture should stay as it is. A list of (Edit, edited left?)."""
+    """Edits of one of two things, whose other half should stay as it is: a list of (Edit, is it the left one?)."""
     edits = []
     for number in range(count):
         rng = np.random.default_rng([8_003, seed, number])
@@ -36,9 +36,9 @@ def one_sided_edits(count, seed=0):
 def measure_pairs(model, judge, edits, guidance, steps=None, batch=32):
     """Sample pairs for `edits` (see `one_sided_edits`) in the ways of NOISE, and measure them.
 
-    model: a `TextToImage`, guidance: a range to draw from. For each way: "change" is the mean L1, in [0, 1], between the
-    two pictures in the half that the edit does not name; "both_right" the share of pairs whose pictures both show all
-    that their captions say; and a few pairs for a sheet. Returns ({way: measures}, {way: pictures before and after}).
+    model: a `TextToImage`, guidance: a range to draw from. For each way: "change" is the mean L1, in [0, 1], between
+    the two pictures in the half that the edit does not name; "both_right" the share of pairs whose pictures both show
+    all that their captions say. Returns ({way: measures}, {way: a few pairs [pairs, 2, 3, H, W]}).
     """
     measured, shown = {}, {}
     side = model.sampling.resolution // model.vae.config.factor
@@ -70,8 +70,8 @@ def measure_pairs(model, judge, edits, guidance, steps=None, batch=32):
 def measure_right(model, judge, clip, tokenizer, edits, guidance, wanted, steps=None, batch=32):
     """Are filtered pairs better? Sample one Prompt-to-Prompt pair for each of `edits`, a list of world.Edit.
 
-    wanted: a `dataset.Filter`. Returns the share that it keeps, and the share of pairs whose pictures both show all that
-    their captions say, among all and among those kept: {"yield", "right_all", "right_kept"}.
+    wanted: a `dataset.Filter`. Returns the share that it keeps, and the share of pairs whose pictures both show all
+    that their captions say, among all and among those kept: {"yield", "right_all", "right_kept"}.
     """
     side = model.sampling.resolution // model.vae.config.factor
     kept, right = [], []

@@ -42,9 +42,9 @@ MINI_TOKENS = 24
 MINI_UNET = UNetConfig(
     levels=(
         #   channels  attention  heads    a 64x64 picture is here
-        Level(    64,     False,     2),  # 16x16 latents
-        Level(   128,      True,     4),  # 8x8
-        Level(   160,     False,     5),  # 4x4; only the middle's transformer uses these heads
+        Level(64, False, 2),  # 16x16 latents
+        Level(128, True, 4),  # 8x8
+        Level(160, False, 5),  # 4x4; only the middle's transformer uses these heads
     ),
     resblocks=1,
     context_width=128,
@@ -53,7 +53,7 @@ MINI_UNET = UNetConfig(
 MINI_SAMPLING = Sampling(steps=20, text_guidance=4.0, image_guidance=1.5, resolution=SIZE)
 
 PLANS = {
-    "judge": Plan(steps=1000, batch=64, lr=2e-3, seed=1),
+    "judge": Plan(steps=700, batch=64, lr=2e-3, seed=1),
     "vae": Plan(steps=3600, batch=16, lr=2e-3, decay=0.7, seed=2),
     "clip": Plan(steps=1000, batch=128, lr=1e-3, decay=0.7, betas=(0.9, 0.98), weight_decay=0.05, seed=3),
     "sd": Plan(steps=5000, batch=32, lr=1e-3, seed=4),
@@ -161,8 +161,7 @@ def train_vae(options):
         return error.abs().mean() + 2 * error.square().mean() + 0.3 * edges + 2e-4 * divergence
 
     def show(average, step):
-        with torch.no_grad():
-            again = average.decode(average.encode(held_out[:16]).mode())
+        again = average.decode(average.encode(held_out[:16]).mode()).float()
         write_grid(options.out / "vae" / "samples.png", [*held_out[:16], *again])
 
     average = fit(vae, loss_of, plan, options.out / "vae", device=device, show=show)
@@ -256,9 +255,9 @@ def train_clip(options):
         scale = clip.logit_scale.exp().clamp(max=100)
         loss = contrast(scale * image @ words.T, captions[chosen])
         picked = choose(len(edits), batch // 4, generator)
-        before, instruction, after = clip.text.features(
-            torch.cat([ids[picked] for ids in triplets]).to(device)
-        ).float().chunk(3)
+        before, instruction, after = (
+            clip.text.features(torch.cat([ids[picked] for ids in triplets]).to(device)).float().chunk(3)
+        )
         turn = F.normalize(after - before, dim=-1)
         return loss + 0.5 * contrast(10 * instruction @ turn.T, triplets[1][picked])
 
@@ -294,7 +293,7 @@ def train_sd(options):
     """Train text-to-image latent diffusion on captions, the text tower frozen (Rombach et al. 2022)."""
     plan, device = options.plan("sd"), options.device
     drawn, pixels = scenes(options.scenes, options.out)
-    vae = load_vae(options.out / "vae_model").to(device)
+    vae = load_vae(options.out / "vae_model").float().to(device)
     clip, tokenizer = load_clip(options.out / "clip_model", device)
     kept = options.out / "sd" / "latents.safetensors"  # so that resuming need not encode again
     if not kept.exists():
@@ -324,11 +323,11 @@ def train_sd(options):
     def show(average, step):
         judge = Judge.load(options.out / "judge.safetensors").to(device)
         sampler = TextToImage(Model(average, vae, model.text_encoder, tokenizer, MINI_SAMPLING))
-        x = sampler.sample([caption(scene) for scene in held_out[:64]], range(64))
-        right = share_drawn(judge, x, held_out[:64])
-        write_grid(options.out / "sd" / "samples.png", x[:32], [caption(scene) for scene in held_out[:32]])
+        some = held_out[:32]
+        x = sampler.sample([caption(scene) for scene in some], range(len(some)))
+        write_grid(options.out / "sd" / "samples.png", x, [caption(scene) for scene in some])
         with open(options.out / "sd" / "samples.jsonl", "a", encoding="utf-8") as file:
-            print(json.dumps({"step": step, "all attributes right, of 64": right}), file=file)
+            print(json.dumps({"step": step, "all attributes right": share_drawn(judge, x, some)}), file=file)
 
     average = fit(unet, loss_of, plan, options.out / "sd", device=device, show=show)
     model.unet = average

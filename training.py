@@ -103,13 +103,14 @@ def fit(network, loss_of, plan, folder, *, device="cpu", show=None, save_every=1
                     print(json.dumps({"step": done, "loss": round(value, 5), "per_s": round(rate, 1)}), file=file)
                 bar.set_postfix(loss=f"{value:.4f}")
                 logged, losses = now, []
-            if show and done % max(1, plan.steps // 10) == 0:
-                show(average, done)
             if now - saved > save_every or done == plan.steps:
                 parts = {"network": network.state_dict(), "average": average.state_dict()}
                 with written_whole(state) as beside:
                     torch.save({**parts, "optimizer": optimizer.state_dict(), "step": done}, beside)
                 saved = now
+            if show and done % max(1, plan.steps // 10) == 0:
+                with torch.no_grad(), fast_training(device):
+                    show(average, done)
     return average
 
 

@@ -275,8 +275,10 @@ def results_of(folder, stage):
 def trained(tmp_path_factory):
     """What all stages leave, after two steps each. Shared: copy it before changing it."""
     folder = tmp_path_factory.mktemp("pretrain") / "mini"
-    pretrain.main(["all", "--out", str(folder), *TOY])
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "MINI_SAMPLING", replace(pretrain.MINI_SAMPLING, steps=3))
+        pretrain.main(["all", "--out", str(folder), *TOY])
+        yield folder
 
 
 @pytest.fixture
@@ -367,7 +369,7 @@ def test_another_number_of_scenes_may_go_on(trained, program, tmp_path):
     folder = tmp_path / "mini"
     shutil.copytree(trained, folder)
     (folder / "sd" / "results.json").unlink()
-    code, _, errors = program("sd", "--out", folder, *TOY, "--scenes=200", "--steps=4")
+    code, _, errors = program("sd", "--out", folder, *TOY, "--scenes=200", "--steps=3")
     assert (code, errors) == (0, [])
 
 

@@ -1,7 +1,9 @@
 """The training loop: it learns, it can be stopped at any step, and it says what went wrong."""
 
 import copy
+import itertools
 import json
+import multiprocessing
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -27,15 +29,15 @@ def toy(seed=0):
     return nn.Sequential(nn.Linear(3, 16), nn.Tanh(), nn.Linear(16, 1))
 
 
-def regression(network, plan=PLAN, stop_at=None, seen=None):
+def regression(network, stop_at=None, seen=None):
     """loss_of for the line y = TARGET x; it raises StoppedError at a step, and notes the steps it saw."""
 
-    def loss_of(step, generator):
+    def loss_of(step, generator, batch):
         if step == stop_at:
             raise StoppedError
         if seen is not None:
             seen.append(step)
-        x = torch.randn(plan.batch, 3, generator=generator)
+        x = torch.randn(batch, 3, generator=generator)
         return (network(x).float()[:, 0] - x @ TARGET).square().mean()
 
     return loss_of
@@ -56,9 +58,9 @@ def clock(monkeypatch):
     shown = SimpleNamespace(seconds=0)
 
     def forward(loss_of):
-        def slow(step, generator):
+        def slow(step, generator, batch):
             shown.seconds += 2
-            return loss_of(step, generator)
+            return loss_of(step, generator, batch)
 
         return slow
 
@@ -68,7 +70,7 @@ def clock(monkeypatch):
 
 def test_it_learns(tmp_path):
     network, plan = toy(), replace(PLAN, steps=400)
-    average = fit(network, regression(network, plan), plan, tmp_path / "toy")
+    average = fit(network, regression(network), plan, tmp_path / "toy")
     x = torch.randn(500, 3, generator=random_at(99, 0))
     y = x @ TARGET
     for learnt in (network, average):
@@ -109,9 +111,9 @@ def test_the_state_is_saved_now_and_then(tmp_path, clock):
     network, saved = toy(), []
     state = tmp_path / "toy" / "state.pt"
 
-    def loss_of(step, generator):
+    def loss_of(step, generator, batch):
         saved.append(torch.load(state)["step"] if state.exists() else None)
-        return regression(network)(step, generator)
+        return regression(network)(step, generator, batch)
 
     fit(network, clock.forward(loss_of), replace(PLAN, steps=14), tmp_path / "toy", save_every=10)
     assert saved == [None] * 6 + [6] * 6 + [12] * 2
@@ -123,7 +125,7 @@ def test_the_log(tmp_path, clock):
     """A JSON object a line, about every five seconds and at the end; losses are means since the line before."""
     network = nn.Linear(1, 1)
 
-    def loss_of(step, generator):
+    def loss_of(step, generator, batch):
         return network.weight.sum() * 0 + step
 
     fit(network, clock.forward(loss_of), Plan(steps=8, batch=4, lr=0.0), tmp_path / "toy")
@@ -162,7 +164,7 @@ def test_fit_keeps_to_it(tmp_path):
     network, weights = nn.Linear(1, 1, bias=False), []
     plan = Plan(steps=30, batch=1, lr=0.01, warmup=10, weight_decay=0.0)
 
-    def loss_of(step, generator):
+    def loss_of(step, generator, batch):
         weights.append(network.weight.item())
         return network.weight.sum()
 
@@ -187,9 +189,9 @@ def test_the_average_follows_fast_at_first(tmp_path):
     """Its decay is (n + 1) / (n + 10) after n steps, and at most the plan's."""
     network, weights = toy(), []
 
-    def loss_of(step, generator):
+    def loss_of(step, generator, batch):
         weights.append(copy.deepcopy(network))
-        return regression(network)(step, generator)
+        return regression(network)(step, generator, batch)
 
     average = fit(network, loss_of, replace(PLAN, ema=0.7), tmp_path / "toy")
     weights.append(network)
@@ -202,12 +204,12 @@ def test_the_average_follows_fast_at_first(tmp_path):
     torch.testing.assert_close(list(average.parameters()), list(expected.parameters()), rtol=1e-5, atol=1e-6)
 
 
-def test_steps_and_seeds_have_their_own_chance():
-    draws = {
-        (seed, step): torch.rand(4, generator=random_at(seed, step)) for seed in range(3) for step in (0, 1, 7, 100_000)
-    }
-    assert all(torch.equal(draw, torch.rand(4, generator=random_at(*key))) for key, draw in draws.items())
-    assert len({tuple(draw.tolist()) for draw in draws.values()}) == len(draws)
+def test_steps_seeds_and_workers_have_their_own_chance():
+    keys = list(itertools.product(range(3), (0, 1, 7, 100_000), (0, 1, 3)))
+    draws, again = ([tuple(torch.rand(4, generator=random_at(*key)).tolist()) for key in keys] for _ in range(2))
+    assert draws == again
+    assert len(set(draws)) == len(keys) == 36
+    assert torch.equal(torch.rand(4, generator=random_at(1, 7)), torch.rand(4, generator=random_at(1, 7, 0)))
 
 
 def test_fast_training_is_close_to_exact():
@@ -223,6 +225,79 @@ def test_fast_training_is_close_to_exact():
     assert not torch.is_autocast_enabled("cpu")
 
 
+# ---- several processes ----
+
+
+@pytest.fixture
+def two_processes(one_thread):
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_two_processes_share_a_batch(tmp_path, two_processes):
+    """Each takes one half, with its own random numbers; the gradient is the mean of theirs."""
+    network, seen = toy(), []
+    average = fit(network, regression(network, seen=seen), replace(PLAN, steps=12), tmp_path / "two")
+    assert seen == list(range(12))  # by the first process; what the other one saw stayed there
+    assert torch.get_num_threads() == 2
+    assert not multiprocessing.active_children()
+
+    torch.set_num_threads(1)
+    alone = toy()
+
+    def both_parts(step, generator, batch):
+        parts = [regression(alone)(step, random_at(PLAN.seed, step, worker), batch // 2) for worker in (0, 1)]
+        return sum(parts) / 2
+
+    average_alone = fit(alone, both_parts, replace(PLAN, steps=12), tmp_path / "one")
+    torch.testing.assert_close(list(network.parameters()), list(alone.parameters()), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(list(average.parameters()), list(average_alone.parameters()), rtol=1e-3, atol=1e-4)
+    assert log_of(tmp_path / "two")[-1]["loss"] == pytest.approx(log_of(tmp_path / "one")[-1]["loss"], rel=1e-3)
+
+    fit(single := toy(), regression(single), replace(PLAN, steps=12), tmp_path / "single")
+    assert (single[0].weight - network[0].weight).abs().max() > 1e-3
+
+
+def test_two_processes_can_be_stopped(tmp_path, two_processes):
+    whole = toy()
+    average = fit(whole, regression(whole), PLAN, tmp_path / "whole")
+    network = toy()
+    with pytest.raises((StoppedError, RuntimeError)):
+        fit(network, regression(network, stop_at=11), PLAN, tmp_path / "parts", save_every=0)
+    assert not multiprocessing.active_children()
+    resumed = toy(seed=5)
+    average_resumed = fit(resumed, regression(resumed), PLAN, tmp_path / "parts")
+    assert equal(resumed, whole)
+    assert equal(average_resumed, average)
+
+
+def test_a_process_that_dies_ends_the_run(tmp_path, two_processes):
+    network, first = toy(), multiprocessing.current_process().pid
+
+    def loss_of(step, generator, batch):
+        if step == 3 and multiprocessing.current_process().pid != first:
+            raise StoppedError
+        return regression(network)(step, generator, batch)
+
+    with pytest.raises(RuntimeError, match="a process that computes gradients has died"):
+        fit(network, loss_of, PLAN, tmp_path / "toy")
+    assert not multiprocessing.active_children()
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(("batch", "count"), [(16, 2), (5, 1), (1, 1)])
+def test_a_batch_is_split_only_into_equal_parts(tmp_path, two_processes, batch, count):
+    network, sizes = toy(), []
+
+    def loss_of(step, generator, part):
+        sizes.append(part)
+        return regression(network)(step, generator, part)
+
+    fit(network, loss_of, replace(PLAN, batch=batch, steps=2), tmp_path / "toy")
+    assert sizes == [batch // count] * 2
+
+
 # ---- what goes wrong ----
 
 
@@ -230,8 +305,8 @@ def test_fast_training_is_close_to_exact():
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path, bad):
     network = toy()
 
-    def loss_of(step, generator):
-        return regression(network)(step, generator) * (bad if step == 5 else 1)
+    def loss_of(step, generator, batch):
+        return regression(network)(step, generator, batch) * (bad if step == 5 else 1)
 
     with pytest.raises(UserError, match=f"the loss of toy is {bad} at step 6; lower the learning rate"):
         fit(network, loss_of, replace(PLAN, steps=6), tmp_path / "toy")
@@ -242,9 +317,9 @@ def test_a_state_is_never_saved_from_a_loss_that_is_no_number(tmp_path):
     """Else every later run would go on from it."""
     network, steps = toy(), []
 
-    def loss_of(step, generator):
+    def loss_of(step, generator, batch):
         steps.append(step)
-        return regression(network)(step, generator) * (float("nan") if step >= 2 else 1)
+        return regression(network)(step, generator, batch) * (float("nan") if step >= 2 else 1)
 
     with pytest.raises(UserError, match="nan"):
         fit(network, loss_of, replace(PLAN, steps=9), tmp_path / "toy", save_every=0)
