@@ -1,19 +1,18 @@
-# make demo   edit a bundled example
+# make demo   edit a bundled scene with the bundled model
 # make test   lint and the tests on small networks (minutes)
 # make test-slow   the same proofs on full-size networks (tens of minutes, 16 GB of memory)
 # make bench  times and memory against diffusers
+# make mini   train the bundled models again, from nothing, into runs/mini (hours on a CPU)
 
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: demo test test-slow bench
+.PHONY: demo test test-slow bench mini
 
 demo: .venv/installed
-	@rm -rf runs/random_model && $(RUN) examples/random_model.py runs/random_model
-	$(RUN) sample.py --image examples/scene.png --instr "make it night" --weights runs/random_model --out runs/demo.png
-	@echo "runs/demo.png was made by RANDOM weights: it shows that everything runs, not what the method can do."
-	@echo "For real edits, with the public weights (about 4 GB, fetched once):"
-	@echo '  $(RUN) sample.py --image examples/scene.png --instr "make it night" --weights timbrooks/instruct-pix2pix'
+	$(RUN) examples/demo.py runs/demo.png
+	@echo "runs/demo.png is there. Your own edit:"
+	@echo '  $(RUN) sample.py --image examples/scene.png --instr "make it night"'
 
 test: .venv/installed-dev
 	$(RUN) -m ruff check .
@@ -24,6 +23,16 @@ test-slow: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(RUN) bench.py
+
+# Every step goes on where it was stopped. models/mini/README.md says what each of them took and reached.
+DEVICE ?= cpu
+mini: .venv/installed
+	$(RUN) pretrain.py all --out runs/mini --device $(DEVICE)
+	$(RUN) pretrain.py filter --out runs/mini --device $(DEVICE)
+	$(RUN) datagen.py text --count 5000 --out runs/mini/edits.jsonl
+	$(RUN) datagen.py images --edits runs/mini/edits.jsonl --out runs/mini/pairs --weights runs/mini/sd_model \
+		--clip runs/mini/clip_model --samples 3 --keep 2 --steps 12 --guidance 3 6 --device $(DEVICE)
+	$(RUN) train.py --data runs/mini/pairs --init runs/mini/sd_model --out runs/mini/editor --preset mini --device $(DEVICE)
 
 .venv/installed: requirements.txt
 	@echo "making .venv and installing the run-time packages (once)"

@@ -4,14 +4,22 @@ Both questions are about generated pairs, whose captions say what they should sh
 """
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from judge import truth
+from checkpoint import load, load_clip
+from dataset import Filter
+from errors import written_whole
+from images import enlarge, grid, save_png, to_image
+from judge import Judge, truth
 from p2p import P_RANGE, PairNoise, sample_pairs
-from world import caption, random_edit
+from report import line, make_folder, percent, plain, table
+from text2image import TextToImage
+from weights import write_json
+from world import KINDS, caption, random_edit
 
 NOISE = {  # name: (the same noise for both pictures?, range of p)
     "independent noise": (False, (0.0, 0.0)),
@@ -121,3 +129,43 @@ def measure_filter(path):
         }
 
     return {"yield": len(kept) / len(everything), "all": quantiles(everything), "kept": quantiles(kept)}
+
+
+def evaluate_pairs(options, command):
+    """Measure pairs of one text-to-image model: with and without Prompt-to-Prompt, with and without the filter."""
+    model = TextToImage(load(options.sd, options.device))
+    judge, (clip, tokenizer) = Judge.load(options.judge).to(options.device), load_clip(options.clip, options.device)
+    make_folder(options.out)
+    edits = one_sided_edits(options.count, options.seed)
+    ways, shown = measure_pairs(model, judge, edits, options.guidance, options.steps, options.batch)
+    rng = np.random.default_rng([8_004, options.seed])
+    edits = [random_edit(rng, KINDS[number % len(KINDS)], test=True) for number in range(options.count)]
+    wanted = Filter.read(options.clip)
+    arguments = options.guidance, wanted, options.steps, options.batch
+    found = measure_right(model, judge, clip, tokenizer, edits, *arguments)
+    results = {"settings": plain(options) | {"command": command}, "ways": ways, "filter": found}
+
+    independent = next(iter(ways.values()))["change"]
+    first = table(["change in the half not named, L1", "of that with independent noise", "both pictures right"])
+    for way, row in ways.items():
+        first += line(way, f"{row['change']:.4f}", f"{row['change'] / independent:.2f}", percent(row["both_right"]))
+    second = table(["kept", "both pictures right, of all", "of those kept"])
+    second += line(str(asdict(wanted)), *(percent(found[name]) for name in ("yield", "right_all", "right_kept")))
+    texts = ["# Generated pairs", f"`{command}`", "\n".join(first), "\n".join(second)]
+    if options.candidates:
+        results["candidates"] = quantiles = measure_filter(options.candidates)
+        third = table(["5 %", "25 %", "50 %", "75 %", "95 %"])
+        for part in ("all", "kept"):
+            for name, values in quantiles[part].items():
+                third += line(f"{part}, {name}", *(f"{value:.3f}" for value in values))
+        texts += [f"Of the data set's candidates, {percent(quantiles['yield'])} are kept.", "\n".join(third)]
+    large = [enlarge(to_image(x)) for pictures in shown.values() for pair in pictures for x in pair]
+    columns = len(large) // len(shown)
+    titles = ["before", "after"] * (columns // 2)
+    save_png(grid(large, columns, None, titles, list(shown)), options.out / "pairs.png")
+    with written_whole(options.out / "pairs.json") as beside:
+        write_json(beside, results)
+    with written_whole(options.out / "pairs.md") as beside:
+        beside.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    print("\n\n".join(texts[2:]))
+    print(f"\n{options.out} holds pairs.md, pairs.json and pairs.png")

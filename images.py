@@ -130,6 +130,12 @@ def read_settings(path):
         raise UserError(f"{path} cannot be read as a PNG: {' '.join(str(error).split())}") from error
 
 
+def enlarge(image, least=128):
+    """A small picture, each pixel drawn as a square, so that its shorter side has about `least` pixels; else itself."""
+    factor = max(1, least // min(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
 def grid(images, columns, labels=None, column_titles=None, row_titles=None, title=None, beside=None):
     """Lay pictures of one size out in rows, with text where given: a label under each, titles above and at the left.
 

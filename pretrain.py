@@ -8,7 +8,6 @@ Stages: `judge` (measures pictures, teaches nothing), `vae`, `clip` (with its to
 
 import json
 import shutil
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm
@@ -26,7 +24,7 @@ from clip_image import CLIP, CLIPImageConfig
 from clip_text import END, START, CLIPText, CLIPTextConfig, CLIPTokenizer
 from diffusion import NoiseSchedule
 from errors import Parser, UserError, run_program, written_whole
-from images import grid, save_png, to_image
+from images import enlarge, grid, save_png, to_image
 from judge import Judge, labels, truth
 from settings import Sampling
 from text2image import TextToImage
@@ -378,9 +376,8 @@ def text_alone(tower):
 
 
 def write_grid(path, pictures, captions=None):
-    """A sheet of pictures [3, 64, 64], eight a row, each pixel doubled."""
-    images = [to_image(x).resize((2 * SIZE, 2 * SIZE), Image.Resampling.NEAREST) for x in pictures]
-    save_png(grid(images, 8, captions), path)
+    """A sheet of pictures [3, 64, 64], eight a row."""
+    save_png(grid([enlarge(to_image(x)) for x in pictures], 8, captions), path)
 
 
 def anew(folder):
@@ -430,8 +427,9 @@ def main(arguments=None):
         if noted.exists():
             print(f"{stage}: done already; remove {options.out / stage} to train it anew")
             continue
-        start = time.monotonic()
-        results = {**TRAIN[stage](options), "minutes": (time.monotonic() - start) / 60}
+        results = TRAIN[stage](options)
+        last = (options.out / stage / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+        results["minutes of training"] = json.loads(last)["minutes"]
         write_json(noted, results)
         print(f"{stage}: " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()))
 

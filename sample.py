@@ -15,6 +15,7 @@ from errors import Parser, UserError, run_program
 from settings import check_instruction, check_sampling, check_seeds
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "mini" / "editor"
+WORLD = 64  # pixels a side of the pictures that it was made for
 BATCH = 4  # edits made at once by --num and --sweep; one at a time with --low-memory
 SWEEP_TEXT = (0.4, 0.7, 1, 1.5)  # times --cfg-text: the columns of Fig. 4
 SWEEP_IMAGE = (0.7, 1, 1.4)  # times --cfg-image: its rows
@@ -100,6 +101,11 @@ def main(arguments=None):
     from images import fit, open_image
 
     image = open_image(settings["image"])
+    if not settings["weights"] and image.size != (WORLD, WORLD):
+        say(
+            f"the bundled model knows only its own world, scenes of {WORLD}x{WORLD} pixels as in examples/; yours "
+            "is resized, and the edit may make no sense. For photographs: --weights timbrooks/instruct-pix2pix"
+        )
     now = {"image": hashlib.sha256(image.tobytes()).hexdigest()}
     compare(prints, now, "image", settings["image"])
     model = load_model(settings)
@@ -167,7 +173,7 @@ def check(settings, out):
         raise UserError("--num and --sweep cannot be used together")
     check_seeds([settings["seed"], settings["seed"] + settings["num"] - 1])
     if not settings["weights"] and not BUNDLED.is_dir():
-        raise UserError("there is no bundled model yet; name one, such as --weights timbrooks/instruct-pix2pix")
+        raise UserError(f"there is no bundled model in {BUNDLED}; name one: --weights timbrooks/instruct-pix2pix")
 
     if out.suffix.lower() != ".png":
         raise UserError(f"the output {out} should end in .png, which keeps the settings along with the picture")
@@ -274,7 +280,7 @@ def make(model, image, settings, edits, wanted):
 
 def write(out, settings, prints, edits, pictures, before, only):
     """Write one picture, or every variant and their sheet, or the sweep's grid."""
-    from images import grid, save_png
+    from images import enlarge, grid, save_png
 
     def save(path, picture, number):
         here = {**settings, **{key: relative(settings[key], path) for key in PATHS}}
@@ -289,14 +295,16 @@ def write(out, settings, prints, edits, pictures, before, only):
         titles = [f"s_T = {edits[column][1]:g}" for column in range(columns)]
         rows = [f"s_I = {edits[row * columns][2]:g}" for row in range(len(SWEEP_IMAGE))]
         title = f"{settings['instr']} (seed {settings['seed']}, {settings['steps']} steps)"
-        sheet = grid(list(pictures.values()), columns, None, titles, rows, title, beside=("input", before))
+        large = [enlarge(picture) for picture in pictures.values()]
+        sheet = grid(large, columns, None, titles, rows, title, beside=("input", enlarge(before)))
         save(out, sheet, None)
     else:
         for number, (seed, _, _) in enumerate(edits):
             save(variant_path(out, seed), pictures[number], number)
         labels = ["input", *(f"seed {seed}" for seed, _, _ in edits)]
         columns = min(4, len(labels))
-        save(out, grid([before, *pictures.values()], columns, labels, title=settings["instr"]), None)
+        large = [enlarge(picture) for picture in (before, *pictures.values())]
+        save(out, grid(large, columns, labels, title=settings["instr"]), None)
 
 
 def variant_path(out, seed):

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -19,7 +18,7 @@ import checkpoint
 from dataset import EditDataset
 from diffusion import NoiseSchedule
 from errors import Parser, UserError, run_program
-from images import grid, save_png, to_image
+from images import enlarge, grid, save_png, to_image
 from ip2p import InstructPix2Pix, loss
 from training import Plan, fast_training, fit
 from weights import extend_input
@@ -120,8 +119,7 @@ def write_samples(editor, pairs, path):
     scales = editor.sampling.text_guidance, editor.sampling.image_guidance
     text, latent = editor.encode_text(list(instructions)), editor.encode_image(torch.stack(before))
     ours = editor.sample(text, latent, range(len(pairs)), *scales, editor.sampling.steps)
-    images = [to_image(x) for triple in zip(before, ours.cpu(), after, strict=True) for x in triple]
-    large = [image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST) for image in images]
+    large = [enlarge(to_image(x)) for triple in zip(before, ours.cpu(), after, strict=True) for x in triple]
     labels = [text for instruction in instructions for text in ("before", instruction, "pair's own")]
     save_png(grid(large, 6, labels), path)
 

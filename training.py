@@ -73,12 +73,13 @@ def fit(network, loss_of, plan, folder, *, device="cpu", show=None, save_every=1
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=plan.lr, betas=plan.betas, weight_decay=plan.weight_decay, fused=True
     )
-    start, state = 0, folder / "state.pt"
+    start, seconds, state = 0, 0.0, folder / "state.pt"
     if state.exists():
-        start = resume(state, network, average, optimizer)
+        start, seconds = resume(state, network, average, optimizer)
     network.train()
 
-    log, saved, logged, losses = folder / "log.jsonl", time.monotonic(), time.monotonic(), []
+    log, losses = folder / "log.jsonl", []
+    began = saved = logged = time.monotonic()
     with (
         Crew(network, loss_of, plan, start, device) as crew,
         tqdm(total=plan.steps, initial=start, desc=folder.name, unit="step", mininterval=5, leave=False) as bar,
@@ -99,14 +100,16 @@ def fit(network, loss_of, plan, folder, *, device="cpu", show=None, save_every=1
                 if not math.isfinite(value):
                     raise UserError(f"the loss of {folder.name} is {value} at step {done}; lower the learning rate")
                 rate = len(losses) * plan.batch / (now - logged)
+                noted = {"loss": round(value, 5), "per_s": round(rate, 1), "minutes": (seconds + now - began) / 60}
                 with open(log, "a", encoding="utf-8") as file:
-                    print(json.dumps({"step": done, "loss": round(value, 5), "per_s": round(rate, 1)}), file=file)
+                    print(json.dumps({"step": done, **noted}), file=file)
                 bar.set_postfix(loss=f"{value:.4f}")
                 logged, losses = now, []
             if now - saved > save_every or done == plan.steps:
                 parts = {"network": network.state_dict(), "average": average.state_dict()}
+                parts |= {"optimizer": optimizer.state_dict(), "step": done, "seconds": seconds + now - began}
                 with written_whole(state) as beside:
-                    torch.save({**parts, "optimizer": optimizer.state_dict(), "step": done}, beside)
+                    torch.save(parts, beside)
                 saved = now
             if show and done % max(1, plan.steps // 10) == 0:
                 with torch.no_grad(), fast_training(device):
@@ -197,13 +200,16 @@ class Crew:
 
 
 def resume(state, network, average, optimizer):
-    """Put a saved state into a run; returns the step to go on from. Raises UserError if it is another network's."""
+    """Put a saved state into a run; returns the step to go on from, and the seconds that the run took so far.
+
+    Raises UserError if it is another network's.
+    """
     try:
         parts = torch.load(state, map_location="cpu", weights_only=True)
         network.load_state_dict(parts["network"])
         average.load_state_dict(parts["average"])
         optimizer.load_state_dict(parts["optimizer"])
-        return parts["step"]
+        return parts["step"], parts.get("seconds", 0.0)
     except Exception as error:  # torch.load meets damaged files with exceptions of every kind
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{state} is damaged, or of another run ({reason}); remove its folder to start anew") from error

@@ -14,11 +14,21 @@ from random_model import randomise, small_tokenizer
 from torch import nn
 
 import evaluate
+import evaluate_world
 from checkpoint import save_clip, save_folder
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIPTextConfig
 from errors import UserError, run_program
-from evaluate import clip_scores, edit_all, edited_region, held_out_edits, l1_outside, measure, true_pictures, wilson
+from evaluate_world import (
+    clip_scores,
+    edit_all,
+    edited_region,
+    held_out_edits,
+    l1_outside,
+    measure,
+    true_pictures,
+    wilson,
+)
 from images import to_image, to_tensor
 from ip2p import InstructPix2Pix
 from judge import Judge, truth
@@ -222,7 +232,7 @@ def test_the_floor_is_the_autoencoder_alone(pictures):
     model = InstructPix2Pix(tiny_model())
     with torch.no_grad():
         expected = model.vae.decode(model.vae.encode(pictures[1][:3]).mode()).clamp(-1, 1)
-    torch.testing.assert_close(evaluate.through_vae(model, pictures[1][:3], batch=2), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(evaluate_world.through_vae(model, pictures[1][:3], batch=2), expected, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()
@@ -232,7 +242,7 @@ def test_clip_scores_by_their_definition(edits, pictures, clip):
     for number in range(5):
         pairs = torch.stack([before[number], after[number]])
         image = model.image.features((pairs + 1) / 2).numpy()
-        texts = [evaluate.caption(scene) for scene in (edits[number].before, edits[number].after)]
+        texts = [evaluate_world.caption(scene) for scene in (edits[number].before, edits[number].after)]
         text = model.text.features(tokenizer(texts)).numpy()
         turn, said = image[1] - image[0], text[1] - text[0]
         directional = turn @ said / np.linalg.norm(turn) / np.linalg.norm(said)
@@ -275,22 +285,22 @@ def test_the_program_writes_its_results(folder, tmp_path, capsys):
     assert sorted(path.name for path in out.iterdir()) == ["world.json", "world.md", "world.png"]
 
     results = json.loads((out / "world.json").read_text(), parse_constant=pytest.fail)  # a NaN would be no JSON
-    names = [evaluate.EDITOR, evaluate.BOUND, evaluate.COPY, evaluate.FLOOR, evaluate.TRUE]
-    assert list(results["rows"]) == names
-    assert list(results["clip"]) == [evaluate.EDITOR, evaluate.BOUND, "true picture"]
-    assert results["rows"][evaluate.EDITOR] != results["rows"][evaluate.BOUND]
-    assert results["rows"][evaluate.TRUE]["l1_outside"] == 0
+    names = ["EDITOR", "BOUND", "COPY", "FLOOR", "TRUE"]
+    assert list(results["rows"]) == [getattr(evaluate_world, name) for name in names]
+    assert list(results["clip"]) == [evaluate_world.EDITOR, evaluate_world.BOUND, "true picture"]
+    assert results["rows"][evaluate_world.EDITOR] != results["rows"][evaluate_world.BOUND]
+    assert results["rows"][evaluate_world.TRUE]["l1_outside"] == 0
     chosen = {"steps": 1, "text_guidance": 2.0, "image_guidance": 1.5, "resolution": 64}
-    assert results["settings"]["sampling"] == {evaluate.EDITOR: chosen, evaluate.BOUND: chosen}
+    assert results["settings"]["sampling"] == {evaluate_world.EDITOR: chosen, evaluate_world.BOUND: chosen}
     assert results["settings"]["validation"] is False
 
     text = (out / "world.md").read_text()
     assert "14 held-out edits" in text
-    for title, table in evaluate.tables(results).items():
+    for title, table in evaluate_world.tables(results).items():
         assert f"## {title}\n\n{table}\n" in text
         assert len({line.count("|") for line in table.splitlines()}) == 1  # every line has as many cells
     assert "| | " + " | ".join(KINDS) + " |" in text.replace("|  |", "| |")
-    overall = evaluate.tables(results)["Overall"]
+    overall = evaluate_world.tables(results)["Overall"]
     assert capsys.readouterr().out.startswith(overall + "\n")
     assert len(overall.splitlines()) == 2 + len(names)
 
@@ -313,7 +323,7 @@ def test_validation_uses_other_edits_and_says_so(folder, tmp_path):
     assert report["clip"] == again["clip"]
     assert report["clip"]["true picture"] != validation["clip"]["true picture"]
     assert "14 validation edits" in (tmp_path / "validation" / "world.md").read_text()
-    assert evaluate.BOUND not in report["rows"]
+    assert evaluate_world.BOUND not in report["rows"]
 
 
 def test_numbers_in_the_tables():
@@ -327,7 +337,7 @@ def test_numbers_in_the_tables():
         "kinds": dict.fromkeys(KINDS, 0.5),
     }
     results = {"rows": {"x": row}, "clip": {"x": {"a": 0.7, "b": 0.25, "c": 0.5}}}
-    lines = [table.splitlines()[-1] for table in evaluate.tables(results).values()]
+    lines = [table.splitlines()[-1] for table in evaluate_world.tables(results).values()]
     assert lines == [
         "| x | **84.1 %** [80.7 to 87.1 %] | 90.0 % | none | 88.0 % | 80.2 % |",
         "| x | " + " | ".join(["50.0 %"] * 7) + " |",

@@ -1,0 +1,41 @@
+"""Edit the bundled scene by several instructions, and lay the results out: the sheet that opens the README.
+
+    python examples/demo.py runs/demo.png
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from errors import UserError, run_program  # noqa: E402
+from images import enlarge, grid, open_image, save_png  # noqa: E402
+from ip2p import InstructPix2Pix  # noqa: E402
+
+INSTRUCTIONS = (
+    "make it night",
+    "paint the house red",
+    "turn the tree into a star",
+    "make it a mosaic",
+    "make the tree bigger",
+    "remove the tree",
+    "put it in the snow",
+)
+
+
+def main():
+    """Write the sheet to the file that the command line names."""
+    if len(sys.argv) != 2:
+        raise UserError("say where to: python examples/demo.py FILE.png")
+    out = Path(sys.argv[1])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    model = InstructPix2Pix.load(ROOT / "models" / "mini" / "editor")
+    scene = open_image(ROOT / "examples" / "scene.png")
+    pictures = [scene, *(model.edit(scene, instruction) for instruction in INSTRUCTIONS)]
+    save_png(grid([enlarge(picture, 192) for picture in pictures], 4, ["before", *INSTRUCTIONS]), out)
+    print(out)
+
+
+if __name__ == "__main__":
+    run_program(main)
