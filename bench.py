@@ -32,7 +32,7 @@ from typing import NamedTuple
 
 from errors import UserError, run_program
 
-sys.path += [str(Path(__file__).resolve().parent / folder) for folder in ("examples", "tests")]
+sys.path.append(str(Path(__file__).resolve().parent / "tests"))
 
 OURS, THEIRS = "ours", "diffusers"
 NETWORKS = {  # what it is, our call, their call

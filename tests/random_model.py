@@ -1,22 +1,13 @@
-"""Write a small editor with RANDOM weights, to try the programs on: it turns every picture into noise.
-
-    python examples/random_model.py runs/random_model
-"""
-
-import sys
-from pathlib import Path
+"""Small models with RANDOM weights, none of them zero or trivial, to test and to measure with."""
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from checkpoint import Model, save_folder  # noqa: E402
-from clip_text import END, START, CLIPText, CLIPTextConfig, CLIPTokenizer  # noqa: E402
-from errors import UserError, run_program  # noqa: E402
-from settings import Sampling  # noqa: E402
-from unet import Level, UNet, UNetConfig  # noqa: E402
-from vae import VAE, VAEConfig  # noqa: E402
+from checkpoint import Model
+from clip_text import END, START, CLIPText, CLIPTextConfig, CLIPTokenizer
+from settings import Sampling
+from unet import Level, UNet, UNetConfig
+from vae import VAE, VAEConfig
 
 MERGES = [("t", "h"), ("th", "e</w>"), ("i", "n"), ("in", "g</w>"), ("n", "i"), ("g", "h"), ("gh", "t</w>")]
 
@@ -67,15 +58,3 @@ def random_model(seed=0, in_channels=8):
         tokenizer=tokenizer,
         sampling=Sampling(steps=10, text_guidance=4.0, image_guidance=1.5, resolution=128),
     )
-
-
-def main():
-    """Write the model to the folder that the command line names."""
-    if len(sys.argv) != 2:
-        raise UserError("say where to: python examples/random_model.py FOLDER")
-    save_folder(random_model(), sys.argv[1])
-    print(f"a small model with RANDOM weights is in {sys.argv[1]}: it can only make noise")
-
-
-if __name__ == "__main__":
-    run_program(main)
