@@ -2,8 +2,9 @@
 
     python datagen.py text   --writer rules --count 5000 --out runs/mini/edits.jsonl
     python datagen.py images --edits runs/mini/edits.jsonl --out runs/mini/pairs --samples 4
+    python datagen.py calibrate --edits runs/mini/edits.jsonl --clip MY_CLIP     # once for a CLIP of one's own
 
-Both may be stopped at any time; the same command goes on where they were.
+`images` may be stopped at any time; the same command goes on where it was.
 """
 
 import json
@@ -21,6 +22,7 @@ from errors import Parser, UserError, run_program, written_whole
 from images import to_image, to_tensor
 from p2p import PairNoise, sample_pairs
 from text2image import TextToImage
+from weights import write_json
 from world import caption, random_edit
 
 ROOT = Path(__file__).resolve().parent
@@ -62,19 +64,23 @@ def read_edits(path):
 # ---- images: many candidates an edit, and the best of those that pass the filter ----
 
 
+def load_models(options):
+    """(TextToImage, CLIP, its tokenizer, the range of guidance scales) that the command line names."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model = TextToImage(checkpoint.load(options.weights, options.device, getattr(torch, options.dtype)))
+    own = model.sampling.text_guidance
+    guidance = tuple(options.guidance or (own, 2 * own))
+    return model, *checkpoint.load_clip(options.clip, options.device), guidance
+
+
 def make_images(options):
     """Sample and filter pairs for every edit, in the authors' layout; `candidates.jsonl` keeps every score."""
     edits = read_edits(options.edits)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype)
-    model = TextToImage(checkpoint.load(options.weights, options.device, dtype))
-    clip, tokenizer = checkpoint.load_clip(options.clip, options.device)
+    model, clip, tokenizer, guidance = load_models(options)
     own = Filter.read(options.clip)
     given = {field.name: getattr(options, f"min_{field.name}") for field in fields(Filter)}
     wanted = Filter(**{**asdict(own), **{name: value for name, value in given.items() if value is not None}})
-    own_guidance = model.sampling.text_guidance
-    guidance = tuple(options.guidance or (own_guidance, 2 * own_guidance))
     options.out.mkdir(parents=True, exist_ok=True)
 
     part, parts = options.shard
@@ -102,6 +108,26 @@ def make_images(options):
             bar.set_postfix(kept=kept)
     total = write_seeds(options.out)
     print(f"{options.out}: {total} pairs so far, of {len(edits)} edits ({time.monotonic() - start:.0f} s)")
+
+
+def calibrate(options):
+    """Set a CLIP's thresholds: each is what the worst candidates of a sample, a share of them, do not reach."""
+    edits = read_edits(options.edits)[: options.count]
+    model, clip, tokenizer, guidance = load_models(options)
+    scores = []
+    for first in tqdm(range(0, len(edits), options.batch), desc="calibrating", unit="batch", leave=False):
+        jobs = [(number, options.seed + number) for number in range(first, min(first + options.batch, len(edits)))]
+        found = sample_candidates(model, clip, tokenizer, edits, jobs, guidance, options)
+        scores += [pair.metadata for _, candidates in found for pair in candidates]
+
+    def threshold(*names):
+        return round(float(np.quantile([min(score[name] for name in names) for score in scores], options.share)), 3)
+
+    chosen = Filter(threshold("clip_sim_0", "clip_sim_1"), threshold("clip_sim_image"), threshold("clip_sim_dir"))
+    kept = sum(chosen.keeps(score) for score in scores) / len(scores)
+    with written_whole(Path(options.clip) / "filter.json") as beside:
+        write_json(beside, asdict(chosen))
+    print(f"{options.clip}/filter.json: {asdict(chosen)} keep {100 * kept:.0f} % of {len(scores)} candidates")
 
 
 def prompt_of(edit):
@@ -172,24 +198,33 @@ def parse(arguments=None):
     images = commands.add_parser("images", help="pairs of pictures for such edits, filtered by CLIP")
     images.set_defaults(run=make_images)
     add = images.add_argument
-    add("--edits", type=Path, required=True, metavar="FILE.jsonl", help="from datagen.py text")
     add("--out", type=Path, required=True, metavar="DIR", help="the data set, in the authors' layout")
-    add("--weights", default=str(ROOT / "models/mini/sd"), metavar="PATH", help="a text-to-image model")
-    add("--clip", default=str(ROOT / "models/mini/clip"), metavar="PATH", help="the CLIP that filters")
     add("--samples", type=int, default=100, metavar="N", help="candidates an edit (default: 100)")
     add("--keep", type=int, default=4, metavar="N", help="pairs kept of an edit, at most (default: 4)")
-    add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
-    add("--guidance", type=float, nargs=2, metavar=("LOW", "HIGH"), help="range (default: once to twice the model's)")
-    add("--resolution", type=int, metavar="R", help="pixels a side (default: the model's)")
-    add("--batch", type=int, default=16, metavar="B", help="pairs sampled at once (default: 16)")
-    add("--seed", type=int, default=0, metavar="S", help="of the first candidate (default: 0)")
     add("--shard", type=shard, default=(0, 1), metavar="I/N", help="make part I of N, from 0, beside other processes")
-    add("--device", default="cpu", metavar="D")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     for field in fields(Filter):
         name = field.name.replace("_", "-")
         add(f"--min-{name}", type=float, metavar="X", help=f"threshold (default: the CLIP's own, else {field.default})")
+
+    thresholds = commands.add_parser("calibrate", help="the filter's thresholds for a CLIP of one's own: filter.json")
+    thresholds.set_defaults(run=calibrate)
+    add = thresholds.add_argument
+    add("--count", type=int, default=256, metavar="N", help="candidates to sample, one an edit (default: 256)")
+    add("--share", type=float, default=0.1, metavar="X", help="how many should fail each threshold (default: 0.1)")
+
+    for command in (images, thresholds):
+        add = command.add_argument
+        add("--edits", type=Path, required=True, metavar="FILE.jsonl", help="from datagen.py text")
+        add("--weights", default=str(ROOT / "models/mini/sd"), metavar="PATH", help="a text-to-image model")
+        add("--clip", default=str(ROOT / "models/mini/clip"), metavar="PATH", help="the CLIP that filters")
+        add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
+        add("--guidance", type=float, nargs=2, metavar=("LOW", "HIGH"), help="(default: 1 to 2 times the model's)")
+        add("--resolution", type=int, metavar="R", help="pixels a side (default: the model's)")
+        add("--batch", type=int, default=16, metavar="B", help="pairs sampled at once (default: 16)")
+        add("--seed", type=int, default=0, metavar="S", help="of the first candidate (default: 0)")
+        add("--device", default="cpu", metavar="D")
+        add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+        add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     return parser.parse_args(arguments)
 
 
@@ -200,6 +235,8 @@ def main(arguments=None):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name} should be at least 1, not {value}")
+    if not 0 <= getattr(options, "share", 0) < 1:
+        raise UserError(f"--share should be from 0 to below 1, not {options.share}")
     options.run(options)
 
 

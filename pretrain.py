@@ -3,7 +3,7 @@
     python pretrain.py all --out runs/mini        # everything in order; stopped and started again, it goes on
     python pretrain.py vae --out runs/mini        # one stage
 
-Stages: `judge` (measures pictures, teaches nothing), `vae`, `clip` (with its tokenizer), `sd`.
+Stages: `vae`, `clip` (with its tokenizer), `judge` (measures pictures, teaches nothing), `sd`.
 """
 
 import json
@@ -51,10 +51,10 @@ MINI_UNET = UNetConfig(
 MINI_SAMPLING = Sampling(steps=20, text_guidance=4.0, image_guidance=1.5, resolution=SIZE)
 
 PLANS = {
-    "judge": Plan(steps=700, batch=64, lr=2e-3, seed=1),
     "vae": Plan(steps=3600, batch=16, lr=2e-3, decay=0.7, seed=2),
     "clip": Plan(steps=1000, batch=128, lr=1e-3, decay=0.7, betas=(0.9, 0.98), weight_decay=0.05, seed=3),
-    "sd": Plan(steps=5000, batch=32, lr=1e-3, seed=4),
+    "judge": Plan(steps=700, batch=64, lr=2e-3, seed=1),
+    "sd": Plan(steps=4200, batch=32, lr=1e-3, seed=4),
 }
 STAGES = tuple(PLANS)
 
@@ -86,7 +86,7 @@ def scenes(count, folder):
 
 def to_pictures(pixels, device="cpu"):
     """uint8 [B, 64, 64, 3] -> [B, 3, 64, 64] in [-1, 1]."""
-    x = torch.from_numpy(np.ascontiguousarray(pixels)).to(device)
+    x = torch.from_numpy(np.array(pixels)).to(device)
     return (x.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
 
@@ -105,27 +105,48 @@ def choose(count, size, generator):
 
 
 def train_judge(options):
-    """Train the judge on scenes, blurred and noisy ones among them, and measure its own error on held-out ones."""
+    """Train the judge on scenes, as they are and as the autoencoder gives them back, and measure its own error.
+
+    Generated pictures are softer than drawn ones and lack the finest strokes; a judge must not live on those.
+    """
     plan, device = options.plan("judge"), options.device
     drawn, pixels = scenes(options.scenes, options.out)
     answers = labels(drawn).to(device)
+    vae = load_vae(options.out / "vae_model").float().to(device)
+    decoded = decode_some(vae, pixels[:8192], device)
     torch.manual_seed(plan.seed)
     judge = Judge().to(device)
 
     def loss_of(step, generator, batch):
         chosen = choose(len(drawn), batch, generator)
+        chosen[: batch // 2] %= len(decoded)
         x = to_pictures(pixels[chosen], device)
-        # Generated pictures are softer, and lack the finest strokes; a judge must not live on those.
-        softened = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 3, 1)
-        softened = F.avg_pool2d(softened, 3, 1)
+        x[: batch // 2] = to_pictures(decoded[chosen[: batch // 2]], device)
+        softened = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
         share = torch.rand(batch, 1, 1, 1, generator=generator).to(device)
-        x = torch.lerp(x, softened, share) + 0.06 * torch.randn(x.shape, generator=generator).to(device)
+        x = torch.lerp(x, softened, share) + 0.05 * torch.randn(x.shape, generator=generator).to(device)
         return judge.loss(x, answers[chosen])
 
     average = fit(judge, loss_of, plan, options.out / "judge", device=device)
     average.save(options.out / "judge.safetensors")
     held_out, x = held_out_pictures(options.test_scenes, device)
-    return {"all attributes right on true pictures": share_right(average, x, held_out)}
+    with torch.no_grad():
+        again = vae.decode(vae.encode(x).mode())
+    return {
+        "all attributes right on true pictures": share_right(average, x, held_out),
+        "on those through the autoencoder": share_right(average, again, held_out),
+    }
+
+
+@torch.no_grad()
+def decode_some(vae, pixels, device):
+    """Pictures through the autoencoder: uint8 [count, 64, 64, 3], as they came."""
+    parts = []
+    for start in tqdm(range(0, len(pixels), 64), desc="decoding", leave=False):
+        with fast_training(device):
+            x = vae.decode(vae.encode(to_pictures(pixels[start : start + 64], device)).mode()).float()
+        parts.append(((x.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).round().byte().cpu().numpy())
+    return np.concatenate(parts)
 
 
 def share_right(judge, x, chosen):
@@ -386,7 +407,7 @@ def anew(folder):
     return folder
 
 
-TRAIN = {"judge": train_judge, "vae": train_vae, "clip": train_clip, "sd": train_sd}
+TRAIN = {"vae": train_vae, "clip": train_clip, "judge": train_judge, "sd": train_sd}
 
 
 def parse(arguments=None):

@@ -54,10 +54,10 @@ def test_guidance_goes_on_in_a_straight_line(model, noisy):
 
 def test_a_batch_equals_its_pictures_one_by_one(model):
     texts, seeds = [TEXT, OTHER, TEXT, ""], [3, 3, 2**40, 3]
-    together = model.sample(texts, seeds, steps=4)
-    assert together.shape == (4, 3, 128, 128)
+    together = model.sample(texts, seeds, steps=4, size=64)
+    assert together.shape == (4, 3, 64, 64)
     for picture, text, seed in zip(together, texts, seeds, strict=True):
-        assert (picture - model.sample([text], [seed], steps=4)[0]).abs().max() < 1e-3
+        assert (picture - model.sample([text], [seed], steps=4, size=64)[0]).abs().max() < 1e-3
     for one, other in ((0, 1), (0, 2), (1, 3)):
         assert (together[one] - together[other]).abs().max() > 0.1
 
@@ -72,14 +72,14 @@ def test_a_sample_equals_that_of_diffusers(tmp_path):
     for text, seed, guidance in ((TEXT, 0, 4.0), (OTHER, 7, 1.5)):
         theirs = pipeline(
             text,
-            height=128,
-            width=128,
+            height=64,
+            width=64,
             num_inference_steps=6,
             guidance_scale=guidance,
             generator=torch.Generator().manual_seed(seed),
             output_type="np",
         ).images[0]
-        ours = model.sample([text], [seed], steps=6, guidance=guidance)[0]
+        ours = model.sample([text], [seed], steps=6, guidance=guidance, size=64)[0]
         ours = ((ours + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()
         assert ours.std() > 0.1
         assert np.abs(ours - theirs).max() < 1 / 255
