@@ -23,7 +23,7 @@ from images import to_image, to_tensor
 from p2p import PairNoise, sample_pairs
 from text2image import TextToImage
 from weights import write_json
-from world import caption, random_edit
+from world import caption, random_edit, render
 
 ROOT = Path(__file__).resolve().parent
 FIELDS = ("caption", "edit", "output")
@@ -41,6 +41,18 @@ def write_rules(options):
             texts = (caption(edit.before), edit.instruction, caption(edit.after))
             print(json.dumps({**dict(zip(FIELDS, texts, strict=True)), "url": None}), file=file)
     print(f"{options.out}: {options.count} triplets")
+
+
+def write_true(options):
+    """Pairs of TRUE pictures, drawn by the miniature's world: never for an editor of ours, only for its upper bound."""
+    rng = np.random.default_rng(options.seed)
+    options.out.mkdir(parents=True, exist_ok=True)
+    for number in tqdm(range(options.count), desc="drawing", unit="pair", leave=False):
+        edit = random_edit(rng)
+        texts = (caption(edit.before), edit.instruction, caption(edit.after))
+        pair = Pair(render(edit.before), render(edit.after), {"seed": edit.before.layout})
+        write_edit(options.out, number, {**dict(zip(FIELDS, texts, strict=True)), "url": None}, [pair])
+    print(f"{options.out}: {write_seeds(options.out)} true pairs")
 
 
 def read_edits(path):
@@ -69,6 +81,7 @@ def load_models(options):
     if options.threads:
         torch.set_num_threads(options.threads)
     model = TextToImage(checkpoint.load(options.weights, options.device, getattr(torch, options.dtype)))
+    model.vae.float()  # a small part of the work, and bfloat16 has fewer levels than a picture
     own = model.sampling.text_guidance
     guidance = tuple(options.guidance or (own, 2 * own))
     return model, *checkpoint.load_clip(options.clip, options.device), guidance
@@ -194,6 +207,13 @@ def parse(arguments=None):
     add("--count", type=int, default=5000, metavar="N", help="how many (default: 5000)")
     add("--seed", type=int, default=0, metavar="S")
     add("--out", type=Path, required=True, metavar="FILE.jsonl")
+
+    true = commands.add_parser("true", help="true pairs of the miniature's world, to compare with (upper bound)")
+    true.set_defaults(run=write_true)
+    add = true.add_argument
+    add("--count", type=int, default=5000, metavar="N", help="how many (default: 5000)")
+    add("--seed", type=int, default=0, metavar="S")
+    add("--out", type=Path, required=True, metavar="DIR", help="the data set, in the authors' layout")
 
     images = commands.add_parser("images", help="pairs of pictures for such edits, filtered by CLIP")
     images.set_defaults(run=make_images)

@@ -40,9 +40,9 @@ MINI_TOKENS = 24
 MINI_UNET = UNetConfig(
     levels=(
         #   channels  attention  heads    a 64x64 picture is here
-        Level(64, False, 2),  # 16x16 latents
-        Level(128, True, 4),  # 8x8
-        Level(160, False, 5),  # 4x4; only the middle's transformer uses these heads
+        Level(    64,     False,     2),  # 16x16 latents
+        Level(   128,      True,     4),  # 8x8
+        Level(   160,     False,     5),  # 4x4; only the middle's transformer uses these heads
     ),
     resblocks=1,
     context_width=128,

@@ -51,7 +51,8 @@ class TextToImage:
     @torch.no_grad()
     def decode(self, latent):
         """A denoised latent [B, C, h, w] -> pictures [B, 3, H, W], about in [-1, 1]."""
-        return self.vae.decode((latent / self.vae.config.scaling).to(self.dtype)).float()
+        z = latent / self.vae.config.scaling
+        return self.vae.decode(z.to(self.vae.post_quant_conv.weight.dtype)).float()
 
     def denoiser(self, text, guidance, attend=fused):
         """The sampler's `denoise(x, sigma)` under classifier-free guidance (Ho and Salimans 2022, Eq. 6).
