@@ -26,13 +26,18 @@ bench: .venv/installed-dev
 
 # Every step goes on where it was stopped. models/mini/README.md says what each of them took and reached.
 DEVICE ?= cpu
+HERE = runs/mini
+PAIRS = --edits $(HERE)/edits.jsonl --weights $(HERE)/sd_model --clip $(HERE)/clip_model --steps 12 --guidance 1.5 3 \
+	--dtype bfloat16 --device $(DEVICE)
 mini: .venv/installed
-	$(RUN) pretrain.py all --out runs/mini --device $(DEVICE)
-	$(RUN) pretrain.py filter --out runs/mini --device $(DEVICE)
-	$(RUN) datagen.py text --count 5000 --out runs/mini/edits.jsonl
-	$(RUN) datagen.py images --edits runs/mini/edits.jsonl --out runs/mini/pairs --weights runs/mini/sd_model \
-		--clip runs/mini/clip_model --samples 3 --keep 2 --steps 12 --guidance 3 6 --device $(DEVICE)
-	$(RUN) train.py --data runs/mini/pairs --init runs/mini/sd_model --out runs/mini/editor --preset mini --device $(DEVICE)
+	$(RUN) pretrain.py all --out $(HERE) --device $(DEVICE)
+	$(RUN) datagen.py text --count 2000 --out $(HERE)/edits.jsonl
+	$(RUN) datagen.py calibrate $(PAIRS) --count 128
+	$(RUN) datagen.py images $(PAIRS) --samples 3 --keep 3 --batch 15 --out $(HERE)/pairs
+	$(RUN) train.py --data $(HERE)/pairs --init $(HERE)/sd_model --out $(HERE)/editor --device $(DEVICE) \
+		--steps 7500 --batch 32 --lr 6e-4 --ema 0.999 --min-snr --sampling-steps 20 --cfg-text 2.5 --cfg-image 1.5
+	$(RUN) evaluate.py world --model $(HERE)/editor/model --judge $(HERE)/judge.safetensors --clip $(HERE)/clip_model \
+		--device $(DEVICE) --out $(HERE)/evaluate
 
 .venv/installed: requirements.txt
 	@echo "making .venv and installing the run-time packages (once)"

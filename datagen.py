@@ -133,10 +133,9 @@ def calibrate(options):
         found = sample_candidates(model, clip, tokenizer, edits, jobs, guidance, options)
         scores += [pair.metadata for _, candidates in found for pair in candidates]
 
-    def threshold(*names):
-        return round(float(np.quantile([min(score[name] for name in names) for score in scores], options.share)), 3)
-
-    chosen = Filter(threshold("clip_sim_0", "clip_sim_1"), threshold("clip_sim_image"), threshold("clip_sim_dir"))
+    names = [("clip_sim_0", "clip_sim_1"), ("clip_sim_image",), ("clip_sim_dir",)]  # in the order of Filter's fields
+    worst = [[min(score[name] for name in group) for score in scores] for group in names]
+    chosen = Filter(*(round(float(np.quantile(*pair)), 3) for pair in zip(worst, options.shares, strict=True)))
     kept = sum(chosen.keeps(score) for score in scores) / len(scores)
     with written_whole(Path(options.clip) / "filter.json") as beside:
         write_json(beside, asdict(chosen))
@@ -230,7 +229,14 @@ def parse(arguments=None):
     thresholds.set_defaults(run=calibrate)
     add = thresholds.add_argument
     add("--count", type=int, default=256, metavar="N", help="candidates to sample, one an edit (default: 256)")
-    add("--share", type=float, default=0.1, metavar="X", help="how many should fail each threshold (default: 0.1)")
+    add(
+        "--shares",
+        type=float,
+        nargs=3,
+        default=(0.2, 0.05, 0.2),
+        metavar=("TEXT", "IMAGE", "DIR"),
+        help="how many should fail each threshold (default: 0.2 0.05 0.2)",
+    )
 
     for command in (images, thresholds):
         add = command.add_argument
@@ -255,8 +261,8 @@ def main(arguments=None):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name} should be at least 1, not {value}")
-    if not 0 <= getattr(options, "share", 0) < 1:
-        raise UserError(f"--share should be from 0 to below 1, not {options.share}")
+    if not all(0 <= share < 1 for share in getattr(options, "shares", ())):
+        raise UserError("--shares should be from 0 to below 1")
     options.run(options)
 
 

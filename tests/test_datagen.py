@@ -343,22 +343,23 @@ def test_a_clip_brings_its_own_thresholds(models, pairs, program, tmp_path):
     assert contents(tmp_path / "all") == contents(pairs)
 
 
-def test_a_clip_is_calibrated(models, pairs, program, tmp_path):
-    """A threshold is what a share of the candidates, one an edit, do not reach; two of four here."""
+def test_a_clip_is_calibrated(models, program, tmp_path):
+    """A threshold is what a share of the candidates, one an edit, do not reach; each has a share of its own."""
     clip = tmp_path / "clip"
     shutil.copytree(models / "clip", clip)
     assert program(*command(models, tmp_path / "data", *OPEN, samples=1))[0] == 0
     scores = [entry["candidates"][0] for entry in read_lines(tmp_path / "data" / "candidates.jsonl")]
     own = [f"--edits={models / 'edits.jsonl'}", f"--weights={models / 'sd'}", f"--clip={clip}", "--batch=3"]
-    code, out, errors = program("calibrate", *own, "--guidance", "2", "4", "--share=0.5")
+    own += ["--guidance", "2", "4"]
+    code, out, errors = program("calibrate", *own, "--shares", "0.5", "0.25", "0.75")
     assert (code, errors) == (0, [])
+    assert str(clip / "filter.json") in out[-1]
     chosen = Filter.read(clip)
     image_text = [min(score["clip_sim_0"], score["clip_sim_1"]) for score in scores]
-    assert chosen.image_text == pytest.approx(np.median(image_text), abs=2e-3)
-    assert chosen.image_image == pytest.approx(np.median([score["clip_sim_image"] for score in scores]), abs=2e-3)
-    assert chosen.direction == pytest.approx(np.median([score["clip_sim_dir"] for score in scores]), abs=2e-3)
-    assert str(clip / "filter.json") in out[-1]
-    assert program("calibrate", *own, "--count=1", "--share=0", "--guidance", "2", "4")[0] == 0
+    assert chosen.image_text == pytest.approx(np.quantile(image_text, 0.5), abs=2e-3)
+    assert chosen.image_image == pytest.approx(np.quantile([s["clip_sim_image"] for s in scores], 0.25), abs=2e-3)
+    assert chosen.direction == pytest.approx(np.quantile([s["clip_sim_dir"] for s in scores], 0.75), abs=2e-3)
+    assert program("calibrate", *own, "--count=1", "--shares", "0", "0", "0")[0] == 0
     assert Filter.read(clip).image_text == pytest.approx(image_text[0], abs=2e-3)
 
 
@@ -446,8 +447,9 @@ def test_processes_may_share_the_work(models, pairs, program, tmp_path):
         (["true", "--out=x", "--count=0"], "--count should be at least 1, not 0"),
         (["true", "--out=x", "--seed=-1"], "seed"),
         (["calibrate"], "--edits"),
-        (["calibrate", "--edits=x", "--share=1"], "--share should be from 0 to below 1, not 1.0"),
-        (["calibrate", "--edits=x", "--share=nan"], "--share should be from 0 to below 1, not nan"),
+        (["calibrate", "--edits=x", "--shares", "0", "0.5", "1"], "--shares should be from 0 to below 1"),
+        (["calibrate", "--edits=x", "--shares", "-0.1", "0", "0"], "--shares should be from 0 to below 1"),
+        (["calibrate", "--edits=x", "--shares", "0", "nan", "0"], "--shares should be from 0 to below 1"),
         (["calibrate", "--edits=x"], "there is no file x"),
         (["images", "--out=x"], "--edits"),
     ],

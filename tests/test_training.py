@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from errors import UserError
-from training import Plan, fast_training, fit, follow, random_at
+from training import Crew, Plan, fast_training, fit, follow, random_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -122,7 +122,10 @@ def test_the_state_is_saved_now_and_then(tmp_path, clock):
 
 
 def test_the_log(tmp_path, clock):
-    """A JSON object a line, about every five seconds and at the end; losses are means since the line before."""
+    """A JSON object a line, about every five seconds and at the end; losses are means since the line before.
+
+    The minutes are those of the whole run, without the time between its parts.
+    """
     network = nn.Linear(1, 1)
 
     def loss_of(step, generator, batch):
@@ -130,7 +133,10 @@ def test_the_log(tmp_path, clock):
 
     fit(network, clock.forward(loss_of), Plan(steps=8, batch=4, lr=0.0), tmp_path / "toy")
     lines = [(3, (0 + 1 + 2) / 3), (6, (3 + 4 + 5) / 3), (8, (6 + 7) / 2)]
-    assert log_of(tmp_path / "toy") == [{"step": step, "loss": loss, "per_s": 2.0} for step, loss in lines]
+    fit(network, clock.forward(loss_of), Plan(steps=11, batch=4, lr=0.0), tmp_path / "toy")
+    lines.append((11, (8 + 9 + 10) / 3))
+    told = [{"step": step, "loss": loss, "per_s": 2.0, "minutes": step * 2 / 60} for step, loss in lines]
+    assert log_of(tmp_path / "toy") == [pytest.approx(line) for line in told]
 
 
 def test_show_comes_ten_times(tmp_path):
@@ -296,6 +302,19 @@ def test_a_batch_is_split_only_into_equal_parts(tmp_path, two_processes, batch, 
 
     fit(network, loss_of, replace(PLAN, batch=batch, steps=2), tmp_path / "toy")
     assert sizes == [batch // count] * 2
+
+
+def test_the_gradient_is_the_mean_over_both_processes(two_processes):
+    """Adam would hide a wrong factor."""
+    network, other = toy(), toy()
+    with Crew(network, regression(network), replace(PLAN, steps=1), 0, "cpu") as crew:
+        loss = crew.backward(0)
+    with fast_training("cpu"):
+        parts = [regression(other)(0, random_at(PLAN.seed, 0, worker), 8) for worker in (0, 1)]
+        (sum(parts) / 2).backward()
+    assert loss.item() == pytest.approx(sum(parts).item() / 2, rel=1e-4)
+    for ours, expected in zip(network.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, expected.grad, rtol=2e-2, atol=1e-3)
 
 
 # ---- what goes wrong ----
