@@ -35,7 +35,7 @@ mini: .venv/installed
 	$(RUN) datagen.py calibrate $(PAIRS) --count 128
 	$(RUN) datagen.py images $(PAIRS) --samples 3 --keep 3 --batch 15 --out $(HERE)/pairs
 	$(RUN) train.py --data $(HERE)/pairs --init $(HERE)/sd_model --out $(HERE)/editor --device $(DEVICE) \
-		--steps 7500 --batch 32 --lr 6e-4 --ema 0.999 --min-snr --sampling-steps 20 --cfg-text 2.5 --cfg-image 1.5
+		--steps 6800 --batch 32 --lr 6e-4 --ema 0.999 --min-snr --sampling-steps 20 --cfg-text 2.5 --cfg-image 1.5
 	$(RUN) evaluate.py world --model $(HERE)/editor/model --judge $(HERE)/judge.safetensors --clip $(HERE)/clip_model \
 		--device $(DEVICE) --out $(HERE)/evaluate
 
