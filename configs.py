@@ -230,6 +230,7 @@ def text_json(config):
         "num_hidden_layers": config.layers,
         "pad_token_id": config.end_token,
         "projection_dim": config.projection or config.width,
+        "torch_dtype": "float32",  # what diffusers' default is for the other networks, too, whatever the files hold
         "vocab_size": config.vocabulary,
     }
 

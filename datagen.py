@@ -21,6 +21,7 @@ from dataset import Filter, Pair, write_edit, write_seeds
 from errors import Parser, UserError, run_program, written_whole
 from images import to_image, to_tensor
 from p2p import PairNoise, sample_pairs
+from settings import check_device
 from text2image import TextToImage
 from weights import write_json
 from world import caption, random_edit, render
@@ -263,6 +264,8 @@ def main(arguments=None):
             raise UserError(f"--{name} should be at least 1, not {value}")
     if not all(0 <= share < 1 for share in getattr(options, "shares", ())):
         raise UserError("--shares should be from 0 to below 1")
+    if hasattr(options, "device"):
+        check_device(options.device)
     options.run(options)
 
 

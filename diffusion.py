@@ -62,6 +62,17 @@ class NoiseSchedule:
         snr = abar / (1 - abar)
         return snr.clamp(max=most) / snr
 
+    def balanced(self, t, most=20.0):
+        """Weights of the loss under which all noise levels count about alike in an editor's training: [B], for t [B].
+
+        In pure noise, eps is easy to guess and the picture is not: an error of eps is one of x0 times 1 / sqrt(snr). So
+        high noise, where an editor decides what to keep, is weighted as the error of x0, up to `most`; low noise as by
+        `min_snr`: (min(snr, 5) + 1) / snr.
+        """
+        abar = self.alphas_cumprod.to(t.device)[t]
+        snr = abar / (1 - abar)
+        return ((snr.clamp(max=5) + 1) / snr).clamp(max=most)
+
     def denoiser(self, predict_eps):
         """Make `denoise(x, sigma)` of a network eps = predict_eps(z_t, t): z_t [B, C, H, W], t [B] fractional."""
 

@@ -13,7 +13,7 @@ import torch
 from errors import Parser, UserError, run_program
 from evaluate_pairs import evaluate_pairs
 from evaluate_world import evaluate_world
-from settings import check_sampling
+from settings import check_device, check_sampling
 
 
 def parse(arguments=None):
@@ -66,10 +66,7 @@ def main(arguments=None):
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    try:
-        torch.zeros(1, device=options.device).item()
-    except Exception as error:  # torch has another one for every device that it was not made for
-        raise UserError(f"this machine or this torch has no device {options.device}; try --device cpu") from error
+    check_device(options.device)
     command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if arguments is None else arguments)])
     options.run(options, command)
 

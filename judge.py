@@ -103,7 +103,7 @@ class Judge(nn.Module):
         """Cross-entropy over all attributes; x as for `forward`, answers [B, attributes] from `labels`."""
         logits = self(x).values()
         return sum(
-            F.cross_entropy(guess.float(), answer, ignore_index=-1)
+            F.cross_entropy(guess.float(), answer, ignore_index=-1, reduction="sum") / (answer >= 0).sum().clamp(min=1)
             for guess, answer in zip(logits, answers.T, strict=True)
         )
 
@@ -136,5 +136,5 @@ class Judge(nn.Module):
         try:
             judge.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
         except RuntimeError as error:
-            raise UserError(f"{path} holds no judge of this world: {str(error).splitlines()[0]}") from error
+            raise UserError(f"{path} holds no judge of this world: {' '.join(str(error).split())[:200]}") from error
         return judge.eval().requires_grad_(False)

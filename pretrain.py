@@ -26,7 +26,7 @@ from diffusion import NoiseSchedule
 from errors import Parser, UserError, run_program, written_whole
 from images import enlarge, grid, save_png, to_image
 from judge import Judge, labels, truth
-from settings import Sampling
+from settings import Sampling, check_device
 from text2image import TextToImage
 from training import Plan, fast_training, fit
 from unet import Level, UNet, UNetConfig
@@ -314,7 +314,7 @@ def train_sd(options):
     drawn, pixels = scenes(options.scenes, options.out)
     vae = load_vae(options.out / "vae_model").float().to(device)
     clip, tokenizer = load_clip(options.out / "clip_model", device)
-    kept = options.out / "sd" / "latents.safetensors"  # so that resuming need not encode again
+    kept = options.out / "sd" / f"latents_{options.scenes}.safetensors"  # so that resuming need not encode again
     if not kept.exists():
         kept.parent.mkdir(exist_ok=True)
         with written_whole(kept) as beside:
@@ -433,6 +433,9 @@ def main(arguments=None):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} should be at least 1, not {value}")
+    if not 0 <= options.seed < 10**8:
+        raise UserError(f"--seed should be between 0 and {10**8 - 1}, not {options.seed}")
+    check_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
 
@@ -442,7 +445,10 @@ def main(arguments=None):
         return replace(own, seed=own.seed + 1000 * options.seed)
 
     options.plan = plan
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {options.out}: {error.strerror}") from error
     for stage in STAGES if options.stage == "all" else [options.stage]:
         noted = options.out / stage / "results.json"
         if noted.exists():

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from errors import Parser, UserError, run_program
-from settings import check_instruction, check_sampling, check_seeds
+from settings import check_device, check_instruction, check_sampling, check_seeds
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "mini" / "editor"
 WORLD = 64  # pixels a side of the pictures that it was made for
@@ -202,10 +202,7 @@ def load_model(settings):
 
     if settings["device"] == "auto":
         settings["device"] = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=settings["device"]).item()
-    except Exception as error:  # torch has another one for every device that it was not made for
-        raise UserError(f"this machine or this torch has no device {settings['device']}; try --device cpu") from error
+    check_device(settings["device"])
     if settings["dtype"] == "auto":
         settings["dtype"] = "float16" if settings["device"].startswith("cuda") else "float32"
     torch.backends.cudnn.deterministic = True  # so that --again gives the same pixels

@@ -37,6 +37,16 @@ def check_instruction(instruction):
         raise UserError("the instruction is not valid UTF-8 text; check the terminal's encoding")
 
 
+def check_device(name):
+    """Raise UserError unless torch can compute on the device of this name. Imports torch."""
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # torch has another one for every device that it was not made for
+        raise UserError(f"this machine or this torch has no device {name}; try --device cpu") from error
+
+
 def check_seeds(seeds):
     """Raise UserError unless there are seeds and the random generators take them all."""
     if not seeds or not all(0 <= seed < 2**63 for seed in seeds):

@@ -20,6 +20,7 @@ from diffusion import NoiseSchedule
 from errors import Parser, UserError, run_program
 from images import enlarge, grid, save_png, to_image
 from ip2p import InstructPix2Pix, loss
+from settings import check_device
 from training import Plan, fast_training, fit
 from weights import extend_input
 
@@ -95,7 +96,7 @@ def train(options):
         noise = torch.randn(latent.shape, generator=generator).to(device)
         u = torch.rand(batch, generator=generator).to(device)
         each = loss(unet, schedule, latent, image_latent, text, data.null_text, t, noise, u)
-        return (each * schedule.min_snr(t)).mean() if options.min_snr else each.mean()
+        return (each * schedule.balanced(t)).mean() if options.balanced else each.mean()
 
     shown = EditDataset(options.data, "val")
     shown = [shown[i] for i in range(min(SHOWN, len(shown)))]
@@ -135,7 +136,7 @@ def parse(arguments=None):
     add("--batch", type=int, default=32, metavar="B", help="pairs a step (default: 32)")
     add("--lr", type=float, default=1e-4, metavar="X", help="learning rate (default: 1e-4)")
     add("--ema", type=float, default=0.9999, metavar="X", help="decay of the weights' average (default: 0.9999)")
-    add("--min-snr", action="store_true", help="weight the loss by min(snr, 5) / snr (default: Eq. 1 as it is)")
+    add("--balanced", action="store_true", help="let all noise levels count about alike (default: Eq. 1 as it is)")
     add("--seed", type=int, default=0, metavar="S", help="of all randomness (default: 0)")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
@@ -159,6 +160,7 @@ def main(arguments=None):
         raise UserError(f"--ema should be from 0 to below 1, not {options.ema}")
     if options.threads:
         torch.set_num_threads(options.threads)
+    check_device(options.device)
     train(options)
 
 

@@ -7,12 +7,13 @@ sees. What a run leaves in its folder: `log.jsonl`, one line every few seconds, 
 import copy
 import json
 import math
+import os
 import signal
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from multiprocessing import get_context
-from threading import BrokenBarrierError
+from multiprocessing import get_context, parent_process
+from threading import BrokenBarrierError, Thread
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -95,7 +96,8 @@ def fit(network, loss_of, plan, folder, *, device="cpu", show=None, save_every=1
             bar.update()
 
             now, done = time.monotonic(), step + 1
-            if now - logged > 5 or done == plan.steps:
+            saving = now - saved > save_every or done == plan.steps
+            if saving or now - logged > 5:  # no state is saved before its loss was looked at
                 value = torch.stack(losses).mean().item()
                 if not math.isfinite(value):
                     raise UserError(f"the loss of {folder.name} is {value} at step {done}; lower the learning rate")
@@ -105,7 +107,7 @@ def fit(network, loss_of, plan, folder, *, device="cpu", show=None, save_every=1
                     print(json.dumps({"step": done, **noted}), file=file)
                 bar.set_postfix(loss=f"{value:.4f}")
                 logged, losses = now, []
-            if now - saved > save_every or done == plan.steps:
+            if saving:
                 parts = {"network": network.state_dict(), "average": average.state_dict()}
                 parts |= {"optimizer": optimizer.state_dict(), "step": done, "seconds": seconds + now - began}
                 with written_whole(state) as beside:
@@ -183,6 +185,7 @@ class Crew:
     def work(self, worker, gradients):
         """What another process does until the last step, or until the first one leaves."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is answered by the first process
+        Thread(target=leave_with_parent, daemon=True).start()
         weights = list(self.network.parameters())
         try:
             for step in range(self.start, self.plan.steps):
@@ -199,6 +202,12 @@ class Crew:
             raise
 
 
+def leave_with_parent():
+    """End this process when the one that started it has ended, however that was."""
+    parent_process().join()
+    os._exit(1)
+
+
 def resume(state, network, average, optimizer):
     """Put a saved state into a run; returns the step to go on from, and the seconds that the run took so far.
 
@@ -209,9 +218,9 @@ def resume(state, network, average, optimizer):
         network.load_state_dict(parts["network"])
         average.load_state_dict(parts["average"])
         optimizer.load_state_dict(parts["optimizer"])
-        return parts["step"], parts.get("seconds", 0.0)
+        return parts["step"], parts["seconds"]
     except Exception as error:  # torch.load meets damaged files with exceptions of every kind
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{state} is damaged, or of another run ({reason}); remove its folder to start anew") from error
 
 

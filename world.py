@@ -80,7 +80,7 @@ PHRASINGS = {
 }
 HELD_OUT = {
     "colour": ("color the {shape} {colour}", "change the {shape} to {colour}"),
-    "shape": ("it should be a {other}, not a {shape}", "put a {other} in place of the {shape}"),
+    "shape": ("the {shape} should be a {other}", "make a {other} of the {shape}"),
     "meadow": ("turn it into a meadow", "it should be in a meadow"),
     "sea": ("it should be by the sea", "turn the background into the sea"),
     "desert": ("turn it into a desert", "it should be in the desert"),
@@ -95,7 +95,7 @@ HELD_OUT = {
     "large": ("turn the {shape} large", "the {shape} should be bigger"),
     "small": ("turn the {shape} small", "the {shape} should be smaller"),
     "add": ("put in a {size} {colour} {shape}", "a {size} {colour} {shape} should be there, too"),
-    "remove": ("take the {shape} away", "make it without the {shape}"),
+    "remove": ("take the {shape} away", "put the {shape} away"),
 }
 
 
