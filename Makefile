@@ -1,4 +1,4 @@
-# make demo   edit a bundled scene with the bundled model
+# make demo   draw a sheet of pairs with the bundled Stable Diffusion
 # make test   lint and the tests on small networks (minutes)
 # make test-slow   the same proofs on full-size networks (tens of minutes, 16 GB of memory)
 # make bench  times and memory against diffusers
@@ -11,8 +11,8 @@ RUN = .venv/bin/python
 
 demo: .venv/installed
 	$(RUN) examples/demo.py runs/demo.png
-	@echo "runs/demo.png is there. Your own edit:"
-	@echo '  $(RUN) sample.py --image examples/scene.png --instr "make it night"'
+	@echo "runs/demo.png is there. For edits of photographs, with the public weights (about 4 GB, fetched once):"
+	@echo '  $(RUN) sample.py --image x.png --instr "make it night" --weights timbrooks/instruct-pix2pix'
 
 test: .venv/installed-dev
 	$(RUN) -m ruff check .
@@ -35,7 +35,7 @@ mini: .venv/installed
 	$(RUN) datagen.py calibrate $(PAIRS) --count 128
 	$(RUN) datagen.py images $(PAIRS) --samples 3 --keep 3 --batch 15 --out $(HERE)/pairs
 	$(RUN) train.py --data $(HERE)/pairs --init $(HERE)/sd_model --out $(HERE)/editor --device $(DEVICE) \
-		--steps 6800 --batch 32 --lr 6e-4 --ema 0.999 --min-snr --sampling-steps 20 --cfg-text 2.5 --cfg-image 1.5
+		--steps 6800 --batch 32 --lr 6e-4 --ema 0.999 --balanced --sampling-steps 20 --cfg-text 2.5 --cfg-image 1.5
 	$(RUN) evaluate.py world --model $(HERE)/editor/model --judge $(HERE)/judge.safetensors --clip $(HERE)/clip_model \
 		--device $(DEVICE) --out $(HERE)/evaluate
 

@@ -21,7 +21,8 @@ from dataset import Filter, Pair, write_edit, write_seeds
 from errors import Parser, UserError, run_program, written_whole
 from images import to_image, to_tensor
 from p2p import PairNoise, sample_pairs
-from settings import check_device
+from report import make_folder
+from settings import check_device, check_sampling, check_seeds
 from text2image import TextToImage
 from weights import write_json
 from world import caption, random_edit, render
@@ -47,7 +48,7 @@ def write_rules(options):
 def write_true(options):
     """Pairs of TRUE pictures, drawn by the miniature's world: never for an editor of ours, only for its upper bound."""
     rng = np.random.default_rng(options.seed)
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     for number in tqdm(range(options.count), desc="drawing", unit="pair", leave=False):
         edit = random_edit(rng)
         texts = (caption(edit.before), edit.instruction, caption(edit.after))
@@ -58,17 +59,23 @@ def write_true(options):
 
 def read_edits(path):
     """The triplets of a .jsonl file: a list of dicts with the texts of FIELDS. Raises UserError."""
-    edits = []
     try:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
-            edit = json.loads(line)
-            if not all(isinstance(edit.get(field), str) and edit[field].strip() for field in FIELDS):
-                raise UserError(f"{path}, line {number}: the texts {', '.join(FIELDS)} are needed")
-            edits.append(edit)
+        with open(path, encoding="utf-8") as file:
+            lines = list(file)  # str.splitlines would also split at U+2028, which JSON may hold
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}; datagen.py text writes one") from error
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}") from error
+    edits = []
+    for number, line in enumerate(lines, 1):
+        try:
+            edit = json.loads(line)
+            complete = all(edit[field].strip().encode() for field in FIELDS)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            complete = False
+        if not complete:
+            raise UserError(f"{path}, line {number}: the texts {', '.join(FIELDS)} are needed")
+        edits.append(edit)
     if not edits:
         raise UserError(f"{path} holds no edits")
     return edits
@@ -83,6 +90,10 @@ def load_models(options):
         torch.set_num_threads(options.threads)
     model = TextToImage(checkpoint.load(options.weights, options.device, getattr(torch, options.dtype)))
     model.vae.float()  # a small part of the work, and bfloat16 has fewer levels than a picture
+    options.resolution = options.resolution or model.sampling.resolution
+    coarsest = model.vae.config.factor * 2 ** (len(model.unet.config.levels) - 1)  # pixels a cell of the UNet
+    if options.resolution % coarsest:
+        raise UserError(f"the resolution should be a multiple of {coarsest} for this model, not {options.resolution}")
     own = model.sampling.text_guidance
     guidance = tuple(options.guidance or (own, 2 * own))
     return model, *checkpoint.load_clip(options.clip, options.device), guidance
@@ -95,7 +106,7 @@ def make_images(options):
     own = Filter.read(options.clip)
     given = {field.name: getattr(options, f"min_{field.name}") for field in fields(Filter)}
     wanted = Filter(**{**asdict(own), **{name: value for name, value in given.items() if value is not None}})
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
 
     part, parts = options.shard
     log = options.out / ("candidates.jsonl" if parts == 1 else f"candidates_{part}of{parts}.jsonl")
@@ -109,7 +120,12 @@ def make_images(options):
             numbers = todo[first : first + group]
             seeds = range(options.samples)
             jobs = [(number, options.seed + number * options.samples + i) for number in numbers for i in seeds]
-            for number, candidates in sample_candidates(model, clip, tokenizer, edits, jobs, guidance, options):
+            made = []
+            for i in range(0, len(jobs), options.batch):
+                batch = jobs[i : i + options.batch]
+                made += sample_candidates(model, clip, tokenizer, edits, batch, guidance, options)
+            for place, number in enumerate(numbers):
+                candidates = made[place * options.samples : (place + 1) * options.samples]
                 passed = [pair for pair in candidates if wanted.keeps(pair.metadata)]
                 best = sorted(passed, key=lambda pair: -pair.metadata["clip_sim_dir"])[: options.keep]
                 write_edit(options.out, number, prompt_of(edits[number]), best)
@@ -131,8 +147,8 @@ def calibrate(options):
     scores = []
     for first in tqdm(range(0, len(edits), options.batch), desc="calibrating", unit="batch", leave=False):
         jobs = [(number, options.seed + number) for number in range(first, min(first + options.batch, len(edits)))]
-        found = sample_candidates(model, clip, tokenizer, edits, jobs, guidance, options)
-        scores += [pair.metadata for _, candidates in found for pair in candidates]
+        made = sample_candidates(model, clip, tokenizer, edits, jobs, guidance, options)
+        scores += [pair.metadata for pair in made]
 
     names = [("clip_sim_0", "clip_sim_1"), ("clip_sim_image",), ("clip_sim_dir",)]  # in the order of Filter's fields
     worst = [[min(score[name] for name in group) for score in scores] for group in names]
@@ -156,32 +172,36 @@ def finished(path):
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         path.write_text(whole, encoding="utf-8")
-    return {json.loads(line)["edit"] for line in whole.splitlines()}
+    try:
+        return {json.loads(line)["edit"] for line in whole.splitlines()}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} has a damaged line; remove it, and that edit is made anew ({error})") from error
 
 
 def sample_candidates(model, clip, tokenizer, edits, jobs, guidance, options):
-    """Sample the pairs of `jobs`, a list of (edit's number, seed), in one batch; yields (number, its list of Pair)."""
+    """Sample the pairs of `jobs`, a list of (edit's number, seed), in one batch: a list of Pair."""
     before, after = ([edits[number][field] for number, _ in jobs] for field in ("caption", "output"))
-    size = options.resolution or model.sampling.resolution
-    side = size // model.vae.config.factor
+    side = options.resolution // model.vae.config.factor
     noise = PairNoise(
         [seed for _, seed in jobs], (model.vae.config.latent_channels, side, side), guidance, device=model.device
     )
-    pictures = sample_pairs(model, before, after, noise, options.steps, size)
+    pictures = sample_pairs(model, before, after, noise, options.steps, options.resolution)
+    if not all(half.isfinite().all() for half in pictures):
+        raise UserError("the networks gave values that are not numbers: damaged weights, or too coarse a --dtype")
     images = [[to_image(x) for x in half] for half in pictures]
     # CLIP sees what will be on disk: whole numbers, in [0, 1]
     seen = [torch.stack([to_tensor(image) for image in half]).add(1).div(2).to(model.device) for half in images]
     scores = clip.edit_similarities(*seen, *(tokenizer(texts).to(model.device) for texts in (before, after)))
-    found = {}
-    for index, (number, seed) in enumerate(jobs):
+    pairs = []
+    for index, (_, seed) in enumerate(jobs):
         metadata = {
             "seed": seed,
             "p2p_threshold": round(noise.p[index].item(), 6),
             "cfg_scale": round(noise.guidance[index].item(), 6),
             **{name: round(values[index].item(), 6) for name, values in scores.items()},
         }
-        found.setdefault(number, []).append(Pair(images[0][index], images[1][index], metadata))
-    return found.items()
+        pairs.append(Pair(images[0][index], images[1][index], metadata))
+    return pairs
 
 
 # ---- the command line ----
@@ -256,7 +276,7 @@ def parse(arguments=None):
 
 
 def main(arguments=None):
-    """Run one of the two commands."""
+    """Check the settings and run one of the commands."""
     options = parse(arguments)
     for name in ("count", "samples", "keep", "steps", "batch", "threads"):
         value = getattr(options, name, None)
@@ -264,7 +284,10 @@ def main(arguments=None):
             raise UserError(f"--{name} should be at least 1, not {value}")
     if not all(0 <= share < 1 for share in getattr(options, "shares", ())):
         raise UserError("--shares should be from 0 to below 1")
+    check_seeds([options.seed])
     if hasattr(options, "device"):
+        for scale in options.guidance or (None,):
+            check_sampling(options.steps, scale, None, options.resolution)
         check_device(options.device)
     options.run(options)
 

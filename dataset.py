@@ -73,7 +73,6 @@ def write_edit(root, number, prompt, pairs):
     prompt: {"caption", "edit", "output", "url"}, pairs: a list of Pair.
     """
     folder = Path(root) / folder_name(number)
-    remove_folder(folder)
     with written_whole(folder) as beside:
         beside.mkdir()
         (beside / "prompt.json").write_text(json.dumps(prompt, ensure_ascii=False), encoding="utf-8")
@@ -83,6 +82,7 @@ def write_edit(root, number, prompt, pairs):
                 image.save(beside / f"{pair.metadata['seed']}_{side}.jpg", quality=100, subsampling=0)
         lines = [json.dumps(pair.metadata) + "\n" for pair in pairs]
         (beside / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+        remove_folder(folder)
 
 
 def remove_folder(folder):
@@ -132,7 +132,9 @@ class EditDataset(Dataset):
         path = self.root / folder
         try:
             instruction = json.loads((path / "prompt.json").read_text(encoding="utf-8"))["edit"]
-        except (OSError, ValueError, KeyError) as error:
+            if not isinstance(instruction, str):
+                raise ValueError("its edit is no text")
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path / 'prompt.json'} is missing or damaged: {error}") from error
         before, after = (to_tensor(open_image(path / f"{seed}_{side}.jpg")) for side in (0, 1))
         return before, after, instruction

@@ -49,7 +49,7 @@ def written_whole(path):
     the system refuses the writing (no such folder, no permission, disk full).
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")  # no longer than a file's name may be
+    beside = path.parent / f".{path.name[:40]}.{os.getpid()}.tmp"  # no longer than a file's name may be
     try:
         yield beside
         os.replace(beside, path)

@@ -13,7 +13,7 @@ import torch
 from errors import Parser, UserError, run_program
 from evaluate_pairs import evaluate_pairs
 from evaluate_world import evaluate_world
-from settings import check_device, check_sampling
+from settings import check_device, check_sampling, check_seeds
 
 
 def parse(arguments=None):
@@ -57,7 +57,9 @@ def parse(arguments=None):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} should be at least 1, not {value}")
-    check_sampling(options.steps, options.cfg_text, options.cfg_image, None)
+    for scale in getattr(options, "guidance", (options.cfg_text,)):
+        check_sampling(options.steps, scale, options.cfg_image, None)
+    check_seeds([options.seed])
     return options
 
 

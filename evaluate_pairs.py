@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from checkpoint import load, load_clip
 from dataset import Filter
-from errors import written_whole
+from errors import UserError, written_whole
 from images import enlarge, grid, save_png, to_image
 from judge import Judge, truth
 from p2p import P_RANGE, PairNoise, sample_pairs
@@ -112,17 +112,22 @@ def scenes_of(edits):
 def measure_filter(path):
     """What the filter did to a data set, from its candidates.jsonl: {"yield", "all", "kept"}.
 
-    "all" and "kept" hold the quantiles 5, 25, 50, 75 and 95 % of every CLIP similarity.
+    "all" and "kept" hold the quantiles 5, 25, 50, 75 and 95 % of every CLIP similarity. Raises UserError.
     """
     everything, kept = [], []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            entry = json.loads(line)
-            everything += entry["candidates"]
-            kept += [candidate for candidate in entry["candidates"] if candidate["seed"] in entry["kept"]]
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                entry = json.loads(line)
+                everything += entry["candidates"]
+                kept += [candidate for candidate in entry["candidates"] if candidate["seed"] in entry["kept"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read, or is no list of candidates: {error}") from error
+    if not everything:
+        raise UserError(f"{path} holds no candidates")
 
     def quantiles(candidates):
-        names = [name for name in everything[0] if name.startswith("clip_sim")]
+        names = [name for name in everything[0] if name.startswith("clip_sim")] if candidates else []
         return {
             name: np.quantile([candidate[name] for candidate in candidates], (0.05, 0.25, 0.5, 0.75, 0.95)).tolist()
             for name in names
@@ -133,6 +138,7 @@ def measure_filter(path):
 
 def evaluate_pairs(options, command):
     """Measure pairs of one text-to-image model: with and without Prompt-to-Prompt, with and without the filter."""
+    quantiles = measure_filter(options.candidates) if options.candidates else None
     model = TextToImage(load(options.sd, options.device))
     judge, (clip, tokenizer) = Judge.load(options.judge).to(options.device), load_clip(options.clip, options.device)
     make_folder(options.out)
@@ -152,8 +158,8 @@ def evaluate_pairs(options, command):
     second = table(["kept", "both pictures right, of all", "of those kept"])
     second += line(str(asdict(wanted)), *(percent(found[name]) for name in ("yield", "right_all", "right_kept")))
     texts = ["# Generated pairs", f"`{command}`", "\n".join(first), "\n".join(second)]
-    if options.candidates:
-        results["candidates"] = quantiles = measure_filter(options.candidates)
+    if quantiles:
+        results["candidates"] = quantiles
         third = table(["5 %", "25 %", "50 %", "75 %", "95 %"])
         for part in ("all", "kept"):
             for name, values in quantiles[part].items():

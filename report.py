@@ -1,4 +1,4 @@
-"""What the parts of evaluate.py share: their tables, and where they write."""
+"""What programs share that report results: tables, and a folder to write to."""
 
 from pathlib import Path
 

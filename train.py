@@ -7,7 +7,9 @@ Stopped and started again with the same --out, training goes on where it was. Th
 """
 
 import shutil
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +22,8 @@ from diffusion import NoiseSchedule
 from errors import Parser, UserError, run_program
 from images import enlarge, grid, save_png, to_image
 from ip2p import InstructPix2Pix, loss
-from settings import check_device
+from report import make_folder
+from settings import check_device, check_sampling
 from training import Plan, fast_training, fit
 from weights import extend_input
 
@@ -34,24 +37,20 @@ class LatentPairs:
     """
 
     def __init__(self, model, pairs, device):
-        """model: a `checkpoint.Model`, pairs: an `EditDataset` of pictures of one size."""
+        """model: a `checkpoint.Model`, pairs: an `EditDataset` of pictures of one size, or UserError is raised."""
         self.device = device
         before, after, spread, texts = [], [], [], []
-        try:
-            for x_before, x_after, instructions in tqdm(DataLoader(pairs, 64), desc="encoding", leave=False):
-                texts += instructions
-                for mirrored in (False, True):
-                    x = torch.cat([x_before, x_after]).to(device)
-                    with torch.no_grad(), fast_training(device):
-                        latent = model.vae.encode(x.flip(3) if mirrored else x)
-                    condition, target = latent.mode().chunk(2)
-                    before.append(condition.half())
-                    after.append(target.half())
-                    spread.append((0.5 * latent.logvar.chunk(2)[1]).exp().half())
-        except RuntimeError as error:  # the loader's word for pictures of several sizes
-            if "stack" not in str(error):
-                raise
-            raise UserError("the pictures of the data set differ in size; one size for all is needed") from error
+        loader = DataLoader(pairs, 64, collate_fn=partial(stack, shape=pairs[0][0].shape))
+        for x_before, x_after, instructions in tqdm(loader, desc="encoding", leave=False):
+            texts += instructions
+            for mirrored in (False, True):
+                x = torch.cat([x_before, x_after]).to(device)
+                with torch.no_grad(), fast_training(device):
+                    latent = model.vae.encode(x.flip(3) if mirrored else x)
+                condition, target = latent.mode().chunk(2)
+                before.append(condition.half())
+                after.append(target.half())
+                spread.append((0.5 * latent.logvar.chunk(2)[1]).exp().half())
         # [pairs, 2, C, h, w]: as it is, mirrored
         self.before, self.after, self.spread = (
             torch.cat([torch.stack(both, dim=1) for both in zip(parts[::2], parts[1::2], strict=True)])
@@ -77,17 +76,35 @@ class LatentPairs:
         return latent, image_latent, self.contexts[self.text[chosen]]
 
 
+def stack(pairs, shape):
+    """Pairs as a batch: before [B, 3, H, W], after, and the instructions. Raises UserError for another shape."""
+    before, after, instructions = zip(*pairs, strict=True)
+    if any(x.shape != shape for x in before + after):
+        raise UserError("the pictures of the data set differ in size; one size for all is needed")
+    return torch.stack(before), torch.stack(after), instructions
+
+
 def train(options):
     """Train, and write the editor as a model folder."""
     device = options.device
+    shown = pairs = EditDataset(options.data)
+    with suppress(UserError):  # of very few pairs there are none for validation
+        shown = EditDataset(options.data, "val")
+    shape = pairs[0][0].shape  # [3, H, W]
+    shown = stack([shown[i] for i in range(min(SHOWN, len(shown)))], shape)
     model = checkpoint.load(options.init, device)
     channels = model.vae.config.latent_channels
     if model.unet.config.in_channels == channels:
         model.unet = extend_input(model.unet, 2 * channels)
     editor = InstructPix2Pix(model)  # refuses what is neither
-    data = LatentPairs(model, EditDataset(options.data), device)
-    print(f"{len(data.before)} pairs, {len(data.contexts) - 1} different instructions")
     unet = model.unet.requires_grad_(True)
+    coarsest = model.vae.config.factor * 2 ** (len(unet.config.levels) - 1)  # pixels a cell of the UNet
+    if any(side % coarsest for side in shape[1:]):
+        size = f"{shape[2]}x{shape[1]}"
+        raise UserError(f"the pictures are {size}; this model needs sides that are multiples of {coarsest} pixels")
+    make_folder(options.out)
+    data = LatentPairs(model, pairs, device)
+    print(f"{len(data.before)} pairs, {len(data.contexts) - 1} different instructions")
     schedule = NoiseSchedule()
 
     def loss_of(step, generator, batch):
@@ -98,12 +115,9 @@ def train(options):
         each = loss(unet, schedule, latent, image_latent, text, data.null_text, t, noise, u)
         return (each * schedule.balanced(t)).mean() if options.balanced else each.mean()
 
-    shown = EditDataset(options.data, "val")
-    shown = [shown[i] for i in range(min(SHOWN, len(shown)))]
-
     def show(average, step):
         editor.unet = average
-        write_samples(editor, shown, options.out / "samples.png")
+        write_samples(editor, *shown, options.out / "samples.png")
 
     plan = Plan(options.steps, options.batch, options.lr, seed=options.seed, ema=options.ema)
     model.unet = fit(unet, loss_of, plan, options.out, device=device, show=show)
@@ -114,12 +128,11 @@ def train(options):
     print(options.out / "model")
 
 
-def write_samples(editor, pairs, path):
-    """A sheet of before, ours and after for a few pairs (before, after, instruction)."""
-    before, after, instructions = zip(*pairs, strict=True)
+def write_samples(editor, before, after, instructions, path):
+    """A sheet of before, ours and after for a few pairs, as `stack` gives them."""
     scales = editor.sampling.text_guidance, editor.sampling.image_guidance
-    text, latent = editor.encode_text(list(instructions)), editor.encode_image(torch.stack(before))
-    ours = editor.sample(text, latent, range(len(pairs)), *scales, editor.sampling.steps)
+    text, latent = editor.encode_text(list(instructions)), editor.encode_image(before)
+    ours = editor.sample(text, latent, range(len(before)), *scales, editor.sampling.steps)
     large = [enlarge(to_image(x)) for triple in zip(before, ours.cpu(), after, strict=True) for x in triple]
     labels = [text for instruction in instructions for text in ("before", instruction, "pair's own")]
     save_png(grid(large, 6, labels), path)
@@ -158,6 +171,9 @@ def main(arguments=None):
         raise UserError(f"--lr should be between 0 and 1, not {options.lr}")
     if not 0 <= options.ema < 1:
         raise UserError(f"--ema should be from 0 to below 1, not {options.ema}")
+    if not 0 <= options.seed < 10**8:
+        raise UserError(f"--seed should be between 0 and {10**8 - 1}, not {options.seed}")
+    check_sampling(options.sampling_steps, options.cfg_text, options.cfg_image, None)
     if options.threads:
         torch.set_num_threads(options.threads)
     check_device(options.device)

@@ -342,3 +342,20 @@ def test_the_program(tmp_path, capsys):
         assert words in report
     assert (tmp_path / "out" / "pairs.png").stat().st_size > 0
     assert report.strip().splitlines()[-1] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--guidance", "3", "nan"], "the text guidance should be between 0 and 100, not nan"),
+        (["--guidance", "-1", "3"], "the text guidance should be between 0 and 100, not -1.0"),
+        (["--seed=-1"], "a seed should be a whole number from 0 to"),
+        (["--candidates=nowhere"], "nowhere cannot be read, or is no list of candidates"),  # before anything is sampled
+        (["--sd=nowhere"], "there are no weights at nowhere"),
+    ],
+)
+def test_mistakes(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        evaluate.main(["pairs", *arguments])
+    assert list(tmp_path.iterdir()) == []

@@ -147,7 +147,7 @@ def test_the_plan_is_the_command_lines(data, init, tmp_path, at_start):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("flag", [[], ["--min-snr"]])
+@pytest.mark.parametrize("flag", [[], ["--balanced"]])
 def test_the_loss_is_eq_1(data, init, tmp_path, at_start, flag):
     """Drawn anew in the same order: pairs, their noise, times, noise, and which conditions are dropped."""
     unet, loss_of, _ = at_start(*command(data, init, tmp_path / "out"), *flag)
@@ -161,8 +161,9 @@ def test_the_loss_is_eq_1(data, init, tmp_path, at_start, flag):
     assert u.min() < 0.10  # else the texts would not be dropped
     if flag:
         snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
-        each = each * torch.minimum(snr, torch.tensor(5.0)) / snr
+        each = each * ((snr.clamp(max=5) + 1) / snr).clamp(max=20)
         assert snr.max() > 50
+        assert snr.min() < 1 / 19  # else the weight would not be limited
     ours = loss_of(7, random_at(0, 7), 40)
     assert ours.item() == pytest.approx(each.mean().item(), rel=1e-4)
     assert loss_of(8, random_at(0, 8), 40).item() != pytest.approx(ours.item(), rel=1e-4)
@@ -395,7 +396,7 @@ def resize(path, size):
 
 
 @pytest.mark.parametrize("both", [True, False])
-@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("number", [0, 3, 18])  # 18: of the validation split
 def test_pictures_of_several_sizes(data, init, program, tmp_path, both, number):
     """Of one pair and another, or within a pair."""
     folder = tmp_path / "pairs"
@@ -418,6 +419,14 @@ def test_pictures_that_differ_from_a_later_batch_on(latents):
     x, y = torch.zeros(3, 16, 16), torch.zeros(3, 32, 16)
     with pytest.raises(UserError, match="differ in size; one size for all is needed"):
         LatentPairs(latents[0], [(x, x, "a")] * 64 + [(y, y, "b")], "cpu")
+
+
+def test_pictures_that_the_unet_cannot_halve(init, program, tmp_path):
+    data = write_pairs(tmp_path / "pairs", 4, size=(64, 68))
+    code, out, errors = program(*command(data, init, tmp_path / "out"))
+    message = "train.py: the pictures are 64x68; this model needs sides that are multiples of 8 pixels"
+    assert (code, out, errors) == (2, [], [message])
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_errors_are_not_called_so(latents):
@@ -467,7 +476,7 @@ def test_a_damaged_pair_is_named(data, init, program, tmp_path):
         ({"cfg-text": "nan"}, "text guidance should be between 0 and 100, not nan"),
         ({"cfg-image": 1000}, "image guidance should be between 0 and 100, not 1000.0"),
         ({"seed": -1}, "seed"),
-        ({"seed": 2**70}, "seed"),
+        ({"seed": 10**8}, "--seed should be between 0 and 99999999, not 100000000"),
         ({"device": "abacus"}, "no device abacus"),
     ],
 )
