@@ -49,7 +49,7 @@ def write_true(options):
     """Pairs of TRUE pictures, drawn by the miniature's world: never for an editor of ours, only for its upper bound."""
     rng = np.random.default_rng(options.seed)
     make_folder(options.out)
-    for number in tqdm(range(options.count), desc="drawing", unit="pair", leave=False):
+    for number in tqdm(range(options.count), desc="drawing", unit="pair", mininterval=5, leave=False):
         edit = random_edit(rng)
         texts = (caption(edit.before), edit.instruction, caption(edit.after))
         pair = Pair(render(edit.before), render(edit.after), {"seed": edit.before.layout})

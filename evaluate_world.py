@@ -24,7 +24,7 @@ from weights import write_json
 from world import KINDS, Edit, caption, random_edit, render
 
 CHANGED = 0.02  # a pixel whose true change is larger, in any channel in [0, 1], belongs to the edited region ...
-MARGIN = 2  # ... and so do the pixels this near to it
+MARGIN = 4  # ... and so do the pixels this near to it: one cell of the latent, which an edit changes as a whole
 TOUCHED = 0.05  # the largest mean L1 outside the region, in [0, 1], at which an edit still succeeds
 STREAMS = {False: 8_001, True: 8_002}  # the first word of the seed of reported edits, and of validation edits
 EDITOR, BOUND = "this editor", "the same, trained on true pairs (upper bound)"

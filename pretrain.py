@@ -457,7 +457,8 @@ def main(arguments=None):
         results = TRAIN[stage](options)
         last = (options.out / stage / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1]
         results["minutes of training"] = json.loads(last)["minutes"]
-        write_json(noted, results)
+        with written_whole(noted) as beside:
+            write_json(beside, results)
         print(f"{stage}: " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()))
 
 

@@ -171,32 +171,32 @@ def test_shares_are_taken_over_the_right_edits(edits, pictures, oracle):
     assert row["interval"] == wilson(22, 28)
 
 
-def test_region_is_what_changes_and_two_pixels_around():
+def test_region_is_what_changes_and_a_cell_of_the_latent_around():
     before = torch.zeros(3, 3, 16, 12)
     after = before.clone()
     after[0, 1, 8, 5] = 2 * 0.03
     after[1, 1, 8, 5] = 2 * 0.015  # too little
     after[2, 2, 0, 0] = -1.0  # in a corner
     expected = torch.zeros(3, 1, 16, 12, dtype=torch.bool)
-    expected[0, :, 6:11, 3:8] = True
-    expected[2, :, :3, :3] = True
+    expected[0, :, 4:13, 1:10] = True
+    expected[2, :, :5, :5] = True
     assert torch.equal(edited_region(before, after), expected)
 
 
 def test_l1_outside_by_hand():
     before = torch.zeros(4, 3, 20, 20)
     after = before.clone()
-    after[:, :, 10:, :] = 1.0  # the region: rows 8 to 19
+    after[:, :, 10:, :] = 1.0  # the region: rows 6 to 19
     after[2:] = 1.0
     after[3, :, 0, :3] = 0.0
     after[3, :, 3:, :] = 0.0
     pictures = after.clone()
     pictures[0, :, 10, :] = -1.0  # inside
-    pictures[1, 0, 2, :10] = 1.0  # 0.5 in [0, 1], at 10 of 160 pixels, in one channel of three
+    pictures[1, 0, 2, :10] = 1.0  # 0.5 in [0, 1], at 10 of 120 pixels, in one channel of three
     pictures[2] = -1.0  # everything is inside
     distances, counts = l1_outside(pictures, before, after)
     assert counts.tolist() == [True, True, False, True]
-    assert distances.tolist() == pytest.approx([0, 0.5 * 10 / 160 / 3, 0, 0])
+    assert distances.tolist() == pytest.approx([0, 0.5 * 10 / 120 / 3, 0, 0])
 
 
 def test_l1_outside_is_the_distance_to_the_true_edited_picture():
