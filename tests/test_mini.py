@@ -34,10 +34,10 @@ def test_diffusers_opens_the_bundled_text_to_image_model():
     pipeline.set_progress_bar_config(disable=True)
     caption = "a painting of a large red house by the sea"
     generator = torch.Generator().manual_seed(0)
-    image = pipeline(caption, 20, guidance_scale=4.0, height=64, width=64, generator=generator).images[0]
+    drawn = pipeline(caption, 64, 64, num_inference_steps=20, guidance_scale=4.0, generator=generator)
     clip, tokenizer = load_clip(MINI / "clip")
     others = [caption, "a painting of a large blue house by the sea", "a painting of a large red house at night"]
-    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None] / 255
+    pixels = torch.from_numpy(np.asarray(drawn.images[0]).copy()).permute(2, 0, 1)[None] / 255
     with torch.no_grad():
         likeness = clip.image.features(pixels) @ clip.text.features(tokenizer(others)).T
     assert likeness.argmax() == 0
