@@ -185,7 +185,7 @@ def sample_candidates(model, clip, tokenizer, edits, jobs, guidance, options):
     noise = PairNoise(
         [seed for _, seed in jobs], (model.vae.config.latent_channels, side, side), guidance, device=model.device
     )
-    pictures = sample_pairs(model, before, after, noise, options.steps, options.resolution)
+    pictures = sample_pairs(model, before, after, noise, options.steps)
     if not all(half.isfinite().all() for half in pictures):
         raise UserError("the networks gave values that are not numbers: damaged weights, or too coarse a --dtype")
     images = [[to_image(x) for x in half] for half in pictures]

@@ -76,8 +76,8 @@ class PairNoise:
 
 
 @torch.no_grad()
-def sample_pairs(model, before, after, noise, steps=None, size=None, sampler=euler_ancestral):
-    """B caption pairs -> (pictures before, pictures after), each [B, 3, size, size], about in [-1, 1].
+def sample_pairs(model, before, after, noise, steps=None, sampler=euler_ancestral):
+    """B caption pairs -> (pictures before, pictures after), each [B, 3, H, W], about in [-1, 1].
 
     model: a `TextToImage`, before and after: lists of B captions, noise: a `PairNoise` of B seeds.
     """
