@@ -42,6 +42,11 @@ class Model:
     sampling: Sampling = Sampling()
     source: str = "this model"  # where it came from, for messages
 
+    @property
+    def side_multiple(self):
+        """Pixels: sides that are multiples of this can be halved down to the UNet's coarsest level."""
+        return self.vae.config.factor * 2 ** (len(self.unet.config.levels) - 1)
+
 
 # ---- reading ----
 

@@ -88,12 +88,13 @@ def load_models(options):
     """(TextToImage, CLIP, its tokenizer, the range of guidance scales) that the command line names."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    model = TextToImage(checkpoint.load(options.weights, options.device, getattr(torch, options.dtype)))
+    parts = checkpoint.load(options.weights, options.device, getattr(torch, options.dtype))
+    model = TextToImage(parts)
     model.vae.float()  # a small part of the work, and bfloat16 has fewer levels than a picture
     options.resolution = options.resolution or model.sampling.resolution
-    coarsest = model.vae.config.factor * 2 ** (len(model.unet.config.levels) - 1)  # pixels a cell of the UNet
-    if options.resolution % coarsest:
-        raise UserError(f"the resolution should be a multiple of {coarsest} for this model, not {options.resolution}")
+    if options.resolution % parts.side_multiple:
+        asked = f"the resolution should be a multiple of {parts.side_multiple} for this model"
+        raise UserError(f"{asked}, not {options.resolution}")
     own = model.sampling.text_guidance
     guidance = tuple(options.guidance or (own, 2 * own))
     return model, *checkpoint.load_clip(options.clip, options.device), guidance

@@ -39,8 +39,8 @@ def parse(arguments=None):
     add("--sd", default=mini / "sd", metavar="M", help="the text-to-image model (default: %(default)s)")
     add("--count", type=int, default=256, metavar="N", help="pairs of each sort (default: 256)")
     add("--batch", type=int, default=32, metavar="B", help="pairs at a time (default: 32)")
-    add("--guidance", type=float, nargs=2, default=(3.0, 6.0), metavar=("LOW", "HIGH"), help="range (default: 3 6)")
-    add("--candidates", type=Path, metavar="FILE", help="a data set's candidates.jsonl, for the filter's quantiles")
+    add("--guidance", type=float, nargs=2, default=(2.0, 4.0), metavar=("LOW", "HIGH"), help="range (default: 2 4)")
+    add("--candidates", nargs="+", metavar="FILE", help="a data set's candidates*.jsonl, for the filter's quantiles")
 
     for program in (world, pairs):
         add = program.add_argument

@@ -69,7 +69,7 @@ def measure_pairs(model, judge, edits, guidance, steps=None, batch=32):
                 changes.append((row[half:] if left else row[:half]).mean().item())
             readings = zip(*(judge.read(x) for x in pair), strict=True)
             for found, wanted in zip(readings, scenes_of(part), strict=True):
-                right.append(all(f.unordered == truth(w).unordered for f, w in zip(found, wanted, strict=True)))
+                right.append(all(f == truth(w) for f, w in zip(found, wanted, strict=True)))
         measured[way] = {"change": float(np.mean(changes)), "both_right": float(np.mean(right))}
         shown[way] = torch.cat(pictures)[:8]
     return measured, shown
@@ -95,7 +95,7 @@ def measure_right(model, judge, clip, tokenizer, edits, guidance, wanted, steps=
         for row, (edit, found) in enumerate(zip(part, readings, strict=True)):
             kept.append(wanted.keeps({name: values[row].item() for name, values in scores.items()}))
             scenes = zip(found, (edit.before, edit.after), strict=True)
-            right.append(all(reading.unordered == truth(scene).unordered for reading, scene in scenes))
+            right.append(all(reading == truth(scene) for reading, scene in scenes))
     chosen = [r for r, k in zip(right, kept, strict=True) if k]
     return {
         "yield": float(np.mean(kept)),
@@ -109,22 +109,23 @@ def scenes_of(edits):
     return [(edit.before, edit.after) for edit, _ in edits]
 
 
-def measure_filter(path):
-    """What the filter did to a data set, from its candidates.jsonl: {"yield", "all", "kept"}.
+def measure_filter(paths):
+    """What the filter did to a data set, from the candidates.jsonl of its shards: {"yield", "all", "kept"}.
 
     "all" and "kept" hold the quantiles 5, 25, 50, 75 and 95 % of every CLIP similarity. Raises UserError.
     """
     everything, kept = [], []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for line in file:
-                entry = json.loads(line)
-                everything += entry["candidates"]
-                kept += [candidate for candidate in entry["candidates"] if candidate["seed"] in entry["kept"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read, or is no list of candidates: {error}") from error
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8") as file:
+                for line in file:
+                    entry = json.loads(line)
+                    everything += entry["candidates"]
+                    kept += [candidate for candidate in entry["candidates"] if candidate["seed"] in entry["kept"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read, or is no list of candidates: {error}") from error
     if not everything:
-        raise UserError(f"{path} holds no candidates")
+        raise UserError(f"{' and '.join(map(str, paths))}: there are no candidates")
 
     def quantiles(candidates):
         names = [name for name in everything[0] if name.startswith("clip_sim")] if candidates else []

@@ -37,11 +37,6 @@ class Reading:
     left: tuple[str, str, str] | None
     right: tuple[str, str, str] | None
 
-    @property
-    def unordered(self):
-        """The same without saying what stands where, for captions, which do not say it either."""
-        return self.medium, self.background, sorted(map(str, (self.left, self.right)))
-
 
 def truth(scene):
     """The Reading that is right for a scene of world.py."""

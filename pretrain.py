@@ -8,39 +8,34 @@ Stages: `vae`, `clip` (with its tokenizer), `judge` (measures pictures, teaches 
 
 import json
 import shutil
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
-from torch import nn
 from tqdm import tqdm
 
-from checkpoint import Model, load_clip, load_vae, save_clip, save_folder, save_vae
-from clip_image import CLIP, CLIPImageConfig
-from clip_text import END, START, CLIPText, CLIPTextConfig, CLIPTokenizer
+from checkpoint import Model, load_clip, load_vae, save_folder, save_vae
+from clip_text import CLIPText
 from diffusion import NoiseSchedule
 from errors import Parser, UserError, run_program, written_whole
 from images import enlarge, grid, save_png, to_image
-from judge import Judge, labels, truth
+from judge import Judge, labels
+from pretrain_clip import train_clip
+from scenes import choose, held_out_pictures, scenes, share_right, to_pictures, training_scene
 from settings import Sampling, check_device
 from text2image import TextToImage
 from training import Plan, fast_training, fit
 from unet import Level, UNet, UNetConfig
 from vae import VAE, VAEConfig
 from weights import read_tensors, write_json, write_tensors
-from world import KINDS, SIZE, caption, random_edit, random_scene, render
+from world import SIZE, caption
 
 MINI_VAE = VAEConfig(channels=(16, 40, 80), resblocks=1, groups=8, scaling=1.0)
-MINI_IMAGE = CLIPImageConfig(size=SIZE, patch=8, width=128, layers=4, heads=4, projection=128)
-MINI_TOKENS = 24
 MINI_UNET = UNetConfig(
     levels=(
         #   channels  attention  heads    a 64x64 picture is here
-        Level(    64,     False,     2),  # 16x16 latents
+        Level(    64,      True,     2),  # 16x16 latents
         Level(   128,      True,     4),  # 8x8
         Level(   160,     False,     5),  # 4x4; only the middle's transformer uses these heads
     ),
@@ -57,48 +52,6 @@ PLANS = {
     "sd": Plan(steps=4200, batch=32, lr=1e-3, seed=4),
 }
 STAGES = tuple(PLANS)
-
-
-# ---- scenes ----
-
-
-def training_scene(index, test=False):
-    """The scene with a number: always the same one."""
-    return random_scene(np.random.default_rng([int(test), index]), test)
-
-
-def pixels_of(index, test=False):
-    """Its pixels [64, 64, 3], uint8."""
-    return np.asarray(render(training_scene(index, test)))
-
-
-def scenes(count, folder):
-    """The first `count` scenes for training, and their pixels [count, 64, 64, 3], drawn once and kept in `folder`."""
-    path = folder / f"scenes_{count}.npy"
-    if not path.exists():
-        with ProcessPoolExecutor() as pool, written_whole(path) as beside:
-            drawn = tqdm(pool.map(pixels_of, range(count), chunksize=256), total=count, desc="drawing", leave=False)
-            pixels = np.stack(list(drawn))
-            with open(beside, "wb") as file:
-                np.save(file, pixels)
-    return [training_scene(index) for index in range(count)], np.load(path, mmap_mode="r")
-
-
-def to_pictures(pixels, device="cpu"):
-    """uint8 [B, 64, 64, 3] -> [B, 3, 64, 64] in [-1, 1]."""
-    x = torch.from_numpy(np.array(pixels)).to(device)
-    return (x.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
-
-
-def held_out_pictures(count, device):
-    """(`count` held-out scenes, their pictures)."""
-    chosen = [training_scene(index, test=True) for index in range(count)]
-    return chosen, to_pictures(np.stack([np.asarray(render(scene)) for scene in chosen]), device)
-
-
-def choose(count, size, generator):
-    """`size` numbers below `count`, as a numpy array that indexes a memory-mapped one."""
-    return torch.randint(count, (size,), generator=generator).numpy()
 
 
 # ---- the judge ----
@@ -145,13 +98,8 @@ def decode_some(vae, pixels, device):
     for start in tqdm(range(0, len(pixels), 64), desc="decoding", leave=False):
         with fast_training(device):
             x = vae.decode(vae.encode(to_pictures(pixels[start : start + 64], device)).mode()).float()
-        parts.append(((x.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).round().byte().cpu().numpy())
-    return np.concatenate(parts)
-
-
-def share_right(judge, x, chosen):
-    """The share of pictures that the judge reads as their scenes say."""
-    return float(np.mean([reading == truth(scene) for reading, scene in zip(judge.read(x), chosen, strict=True)]))
+        parts.append(((x.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).round().byte().cpu())
+    return torch.cat(parts).numpy()
 
 
 # ---- the autoencoder ----
@@ -188,7 +136,8 @@ def train_vae(options):
         latents = encode_all(average, pixels[:2048], device).float()
         normalise_latents(average, latents)
         again = average.decode(average.encode(held_out).mode())
-    save_vae(average, anew(options.out / "vae_model"), torch.float16)
+    shutil.rmtree(options.out / "vae_model", ignore_errors=True)  # of a run that was stopped in its last moments
+    save_vae(average, options.out / "vae_model", torch.float16)
     noise_ratio = 10 * ((again - held_out).square().mean((1, 2, 3)) / 4).log10().neg().mean()
     return {
         "PSNR on held-out pictures, dB": noise_ratio.item(),
@@ -211,98 +160,6 @@ def normalise_latents(vae, latents):
     weight = vae.post_quant_conv.weight
     vae.post_quant_conv.bias += (weight[:, :, 0, 0] * mean).sum(1)
     weight *= deviation[None, :, None, None]
-
-
-# ---- CLIP and its tokenizer ----
-
-
-def world_texts():
-    """Captions and instructions of training, a few of every kind: what the tokenizer and CLIP read."""
-    rng = np.random.default_rng(0)
-    edits = [random_edit(rng, kind) for kind in KINDS for _ in range(1500)]
-    return [text for edit in edits for text in (caption(edit.before), edit.instruction, caption(edit.after))]
-
-
-def train_tokenizer(texts, tokens=MINI_TOKENS):
-    """A byte-level BPE in CLIP's format: after the merges, every word of the world is one token."""
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
-    bpe.normalizer = normalizers.Lowercase()
-    words = pre_tokenizers.Split(Regex(CLIPTokenizer.SPLIT), "removed", invert=True)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,
-        min_frequency=2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    learned = json.loads(bpe.to_str())["model"]
-    merges = [tuple(merge.split()) if isinstance(merge, str) else tuple(merge) for merge in learned["merges"]]
-    # CLIP's order: the bytes, the bytes that end a word, the merges, the two special tokens
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = letters + [letter + "</w>" for letter in letters] + [a + b for a, b in merges] + [START, END]
-    return CLIPTokenizer({piece: number for number, piece in enumerate(dict.fromkeys(pieces))}, merges, tokens)
-
-
-def train_clip(options):
-    """Train both towers by the contrastive loss (Radford et al. 2021), on captions and pictures.
-
-    Captions hold no instructions, so the text tower would never learn their words. A second loss, on texts alone,
-    pulls an instruction towards the difference of the captions after and before it. No edited picture is shown.
-    """
-    plan, device = options.plan("clip"), options.device
-    drawn, pixels = scenes(options.scenes, options.out)
-    tokenizer = train_tokenizer(world_texts())
-    size = len(tokenizer.vocabulary)
-    text = CLIPTextConfig(size, MINI_TOKENS, 128, layers=4, heads=4, end_token=tokenizer.end, projection=128)
-    torch.manual_seed(plan.seed)
-    clip = CLIP(text, MINI_IMAGE).to(device)
-    initialise_clip(clip)
-    captions = tokenizer([caption(scene) for scene in drawn])
-    rng = np.random.default_rng(plan.seed)
-    edits = [random_edit(rng) for _ in range(min(20_000, options.scenes))]
-    triplets = [
-        tokenizer(texts)
-        for texts in zip(*((caption(e.before), e.instruction, caption(e.after)) for e in edits), strict=True)
-    ]
-
-    def loss_of(step, generator, batch):
-        chosen = choose(len(drawn), batch, generator)
-        images = (to_pictures(pixels[chosen], device) + 1) / 2
-        image, words = clip.image.features(images).float(), clip.text.features(captions[chosen].to(device)).float()
-        scale = clip.logit_scale.exp().clamp(max=100)
-        loss = contrast(scale * image @ words.T, captions[chosen])
-        picked = choose(len(edits), batch // 4, generator)
-        before, instruction, after = (
-            clip.text.features(torch.cat([ids[picked] for ids in triplets]).to(device)).float().chunk(3)
-        )
-        turn = F.normalize(after - before, dim=-1)
-        return loss + 0.5 * contrast(10 * instruction @ turn.T, triplets[1][picked])
-
-    average = fit(clip, loss_of, plan, options.out / "clip", device=device)
-    save_clip(average, tokenizer, anew(options.out / "clip_model"), torch.float16)
-    chosen, x = held_out_pictures(options.test_scenes, device)
-    with torch.no_grad():
-        image = average.image.features((x + 1) / 2)
-        words = average.text.features(tokenizer([caption(scene) for scene in chosen]).to(device))
-    best = (image @ words.T).argmax(1)
-    right = [caption(chosen[i]) == caption(chosen[j]) for i, j in enumerate(best.tolist())]
-    return {f"image to caption, first of {len(chosen)}": float(np.mean(right))}
-
-
-def contrast(logits, ids):
-    """The symmetric contrastive loss of logits [B, B]; texts that are equal (ids [B, L]) count as right alike."""
-    same = (ids[:, None] == ids[None]).all(2).float().to(logits.device)
-    target = same / same.sum(1, keepdim=True)
-    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
-
-
-def initialise_clip(clip):
-    """Small embeddings, as CLIP's authors start from; torch's own are fifty times larger."""
-    for name, weight in clip.named_parameters():
-        if "embedding" in name:
-            nn.init.normal_(weight, std=0.02)
 
 
 # ---- Stable Diffusion ----
@@ -346,15 +203,16 @@ def train_sd(options):
         x = sampler.sample([caption(scene) for scene in some], range(len(some)))
         write_grid(options.out / "sd" / "samples.png", x, [caption(scene) for scene in some])
         with open(options.out / "sd" / "samples.jsonl", "a", encoding="utf-8") as file:
-            print(json.dumps({"step": step, "all attributes right": share_drawn(judge, x, some)}), file=file)
+            print(json.dumps({"step": step, "all attributes right": share_right(judge, x, some)}), file=file)
 
     average = fit(unet, loss_of, plan, options.out / "sd", device=device, show=show)
     model.unet = average
-    save_folder(model, anew(options.out / "sd_model"), torch.float16)
+    shutil.rmtree(options.out / "sd_model", ignore_errors=True)  # of a run that was stopped in its last moments
+    save_folder(model, options.out / "sd_model", torch.float16)
     sampler, judge, pictures = TextToImage(model), Judge.load(options.out / "judge.safetensors").to(device), []
     for seeds in torch.arange(len(held_out)).split(64):
         pictures.append(sampler.sample([caption(held_out[seed]) for seed in seeds], seeds.tolist()))
-    right = share_drawn(judge, torch.cat(pictures), held_out)
+    right = share_right(judge, torch.cat(pictures), held_out)
     return {f"all attributes right on {len(held_out)} held-out captions": right}
 
 
@@ -367,12 +225,6 @@ def encode_all(vae, pixels, device):
         with fast_training(device):
             encoded.append(vae.encode(to_pictures(batch, device)).mode().half().cpu())
     return torch.cat(encoded) * vae.config.scaling
-
-
-def share_drawn(judge, x, wanted):
-    """The share of pictures that show what their captions say, on whichever side."""
-    pairs = zip(judge.read(x), wanted, strict=True)
-    return float(np.mean([reading.unordered == truth(scene).unordered for reading, scene in pairs]))
 
 
 def start_at_zero(unet):
@@ -399,12 +251,6 @@ def text_alone(tower):
 def write_grid(path, pictures, captions=None):
     """A sheet of pictures [3, 64, 64], eight a row."""
     save_png(grid([enlarge(to_image(x)) for x in pictures], 8, captions), path)
-
-
-def anew(folder):
-    """A folder to write a model to, without what a run that was stopped in its last moments may have left there."""
-    shutil.rmtree(folder, ignore_errors=True)
-    return folder
 
 
 TRAIN = {"vae": train_vae, "clip": train_clip, "judge": train_judge, "sd": train_sd}

@@ -1,7 +1,7 @@
 """Text to image by a latent diffusion model: what Stable Diffusion does, and what data generation builds on.
 
     model = TextToImage(checkpoint.load("models/mini/sd"))
-    pictures = model.sample(["a painting of a large red house by the sea"], seeds=[0])
+    pictures = model.sample(["a painting of a large red house on the left by the sea"], seeds=[0])
 """
 
 from functools import cached_property

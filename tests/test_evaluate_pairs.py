@@ -1,6 +1,7 @@
 """Measuring generated pairs: the edits, what counts as change and as right, and what the filter did to a data set."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -207,6 +208,16 @@ def test_both_pictures_of_a_pair_must_be_right(edits, monkeypatch, wrong, share)
     assert sizes == [4, 4, 2, 2, 4, 2, 4, 2]
 
 
+def test_things_on_each_others_side_are_wrong(edits, monkeypatch):
+    edits = edits[:4]
+    scenes = scenes_of([edit for edit, _ in edits])
+    oracle = Oracle(scenes)
+    drawn(monkeypatch, [edit for edit, _ in edits], oracle)
+    oracle.scenes = [replace(scenes[0], left=scenes[0].right, right=scenes[0].left), *scenes[1:]]
+    measured, _ = measure_pairs(MODEL, oracle, edits, (3.0, 6.0))
+    assert [row["both_right"] for row in measured.values()] == [0.75] * 3
+
+
 class Scorer:
     """A CLIP whose similarities are given; it checks that it is shown pictures in [0, 1] with their own captions."""
 
@@ -275,7 +286,7 @@ def write_candidates(path, kept):
 
 
 def test_what_the_filter_did(tmp_path):
-    found = measure_filter(write_candidates(tmp_path / "candidates.jsonl", kept=[2, 3, 10]))
+    found = measure_filter([write_candidates(tmp_path / "candidates.jsonl", kept=[2, 3, 10])])
     assert found["yield"] == 3 / 12
     names = ["clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image"]
     assert list(found["all"]) == list(found["kept"]) == names
@@ -286,6 +297,13 @@ def test_what_the_filter_did(tmp_path):
     json.dumps(found)
 
 
+def test_shards_are_taken_together(tmp_path):
+    shards = [write_candidates(tmp_path / f"candidates_{i}of2.jsonl", kept) for i, kept in enumerate(([2, 3, 10], []))]
+    found = measure_filter(shards)
+    assert found["yield"] == 3 / 24
+    assert found["kept"] == measure_filter(shards[:1])["kept"]
+
+
 def test_seeds_of_other_edits_do_not_count(tmp_path):
     """Where every edit has the same seeds."""
     path = tmp_path / "candidates.jsonl"
@@ -293,13 +311,13 @@ def test_seeds_of_other_edits_do_not_count(tmp_path):
         {"edit": i, "kept": [i], "candidates": [{"seed": s, "clip_sim_0": i + s / 10} for s in (0, 1)]} for i in (0, 1)
     ]
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    found = measure_filter(path)
+    found = measure_filter([path])
     assert found["yield"] == 0.5
     assert found["kept"]["clip_sim_0"][2] == pytest.approx(np.median([0.0, 1.1]))
 
 
 def test_a_data_set_of_which_nothing_was_kept(tmp_path):
-    found = measure_filter(write_candidates(tmp_path / "candidates.jsonl", kept=[]))
+    found = measure_filter([write_candidates(tmp_path / "candidates.jsonl", kept=[])])
     assert found["yield"] == 0
     assert found["all"]["clip_sim_0"][2] == pytest.approx(0.055)
     assert found["kept"] == {}
@@ -311,7 +329,7 @@ def test_damaged_candidates(tmp_path, text):
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError, match="candidates.jsonl"):
-        measure_filter(path)
+        measure_filter([path])
 
 
 # ---- the program ----

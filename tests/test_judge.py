@@ -66,17 +66,6 @@ def test_labels_and_truth_of_a_scene():
     assert truth(alone) == Reading("mosaic", "snow", None, ("tree", "pink", "large"))
 
 
-def test_unordered_ignores_sides_and_nothing_else():
-    swapped = replace(SCENE, left=SCENE.right, right=SCENE.left)
-    alone = replace(SCENE, left=None)
-    assert truth(SCENE) != truth(swapped)
-    assert truth(SCENE).unordered == truth(swapped).unordered
-    assert truth(alone).unordered == truth(replace(swapped, right=None)).unordered
-    crossed = replace(SCENE, left=Thing("ball", "pink", "small"), right=Thing("tree", "red", "large"))
-    others = [alone, crossed, replace(SCENE, medium="sketch"), replace(SCENE, background="sea")]
-    assert all(truth(SCENE).unordered != truth(other).unordered for other in others)
-
-
 @torch.no_grad()
 def test_the_logits_of_a_place_come_from_its_half(judge, monkeypatch):
     class Features(nn.Module):

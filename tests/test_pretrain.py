@@ -22,7 +22,9 @@ from clip_image import CLIP
 from clip_text import CLIPText, CLIPTextConfig, CLIPTokenizer
 from errors import run_program
 from judge import ATTRIBUTES, Judge, labels
-from pretrain import contrast, normalise_latents, start_at_zero, text_alone, train_tokenizer, world_texts
+from pretrain import normalise_latents, start_at_zero, text_alone
+from pretrain_clip import MINI_IMAGE, contrast, initialise_clip, train_tokenizer, world_texts
+from scenes import pixels_of, scenes, share_right, to_pictures, training_scene
 from text2image import TextToImage
 from training import random_at
 from unet import ResBlock, Transformer, UNet
@@ -36,23 +38,23 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_number_stands_for_one_scene():
-    drawn = [pretrain.training_scene(index) for index in range(50)]
-    assert drawn == [pretrain.training_scene(index) for index in range(50)]
+    drawn = [training_scene(index) for index in range(50)]
+    assert drawn == [training_scene(index) for index in range(50)]
     assert len(set(drawn)) == 50
     assert not any(map(held_out, drawn))
-    assert all(held_out(pretrain.training_scene(index, test=True)) for index in range(50))
+    assert all(held_out(training_scene(index, test=True)) for index in range(50))
 
 
 def test_pictures_are_those_of_their_scenes(tmp_path):
-    drawn, pixels = pretrain.scenes(5, tmp_path)
+    drawn, pixels = scenes(5, tmp_path)
     assert pixels.shape == (5, SIZE, SIZE, 3)
-    assert np.array_equal(pixels[3], pretrain.pixels_of(3))
-    assert drawn[3] == pretrain.training_scene(3)
+    assert np.array_equal(pixels[3], pixels_of(3))
+    assert drawn[3] == training_scene(3)
     np.save(tmp_path / "other.npy", 255 - pixels)
     (tmp_path / "other.npy").replace(tmp_path / "scenes_5.npy")
-    assert np.array_equal(pretrain.scenes(5, tmp_path)[1], 255 - pixels)  # what is kept is not drawn again
+    assert np.array_equal(scenes(5, tmp_path)[1], 255 - pixels)  # what is kept is not drawn again
 
-    x = pretrain.to_pictures(pixels[2:4])
+    x = to_pictures(pixels[2:4])
     assert x.shape == (2, 3, SIZE, SIZE)
     assert torch.equal(((x[1] + 1) * 127.5).round().byte().permute(1, 2, 0), torch.tensor(pixels[3]))
     assert x.min() >= -1
@@ -61,10 +63,10 @@ def test_pictures_are_those_of_their_scenes(tmp_path):
 
 def test_kept_pictures_are_read_without_a_warning(tmp_path, recwarn):
     """They lie in a file that cannot be written to, which torch warns of."""
-    _, pixels = pretrain.scenes(2, tmp_path)
+    _, pixels = scenes(2, tmp_path)
     torch.set_warn_always(True)
     try:
-        pretrain.to_pictures(pixels[:2])
+        to_pictures(pixels[:2])
     finally:
         torch.set_warn_always(False)
     assert [str(warning.message) for warning in recwarn if warning.category is UserWarning] == []
@@ -192,9 +194,9 @@ def test_the_text_tower_alone():
 
 def test_clip_starts_small():
     torch.manual_seed(0)
-    clip = CLIP(TEXT, replace(pretrain.MINI_IMAGE, layers=1))
+    clip = CLIP(TEXT, replace(MINI_IMAGE, layers=1))
     untouched = copy.deepcopy(clip.text.blocks)
-    pretrain.initialise_clip(clip)
+    initialise_clip(clip)
     spread = {name: weight.std().item() for name, weight in clip.named_parameters() if "embedding" in name}
     assert len(spread) == 5
     assert all(0.015 < deviation < 0.025 for deviation in spread.values())
@@ -241,9 +243,9 @@ def test_a_unet_that_starts_at_zero():
     assert all(weight.any() for weight in unet.parameters())
 
 
-def test_shares_of_pictures_that_are_right(monkeypatch):
-    """Captions do not say what stands where, true pictures do."""
-    drawn = [pretrain.training_scene(index) for index in range(20)]
+def test_the_share_of_pictures_that_are_right(monkeypatch):
+    """A swapped scene is wrong, too."""
+    drawn = [training_scene(index) for index in range(20)]
     drawn = [scene for scene in drawn if len(scene.things) == 2][:4]
     swapped = replace(drawn[1], left=drawn[1].right, right=drawn[1].left)
     seen = [drawn[0], swapped, replace(drawn[2], left=None), drawn[3]]
@@ -255,8 +257,7 @@ def test_shares_of_pictures_that_are_right(monkeypatch):
 
     monkeypatch.setattr(judge, "forward", forward)
     x = torch.zeros(4, 3, SIZE, SIZE)
-    assert pretrain.share_right(judge, x, drawn) == 0.5
-    assert pretrain.share_drawn(judge, x, drawn) == 0.75
+    assert share_right(judge, x, drawn) == 0.5
 
 
 # ---- the program ----

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
-from pretrain import train_tokenizer, world_texts
+from pretrain_clip import train_tokenizer, world_texts
 from world import (
     BACKGROUNDS,
     COLOURS,
@@ -29,7 +29,8 @@ from world import (
 
 BOX = {"left": np.s_[16:60, :40], "right": np.s_[16:60, 24:]}  # the largest thing, its shadow, and a mosaic's tiles
 THING = f"a ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-CAPTION = f"a ({'|'.join(MEDIA)}) of {THING}( and {THING})? ({'|'.join(BACKGROUNDS.values())})"
+THINGS = f"({THING} and {THING}|{THING} on the (left|right))"
+CAPTION = f"a ({'|'.join(MEDIA)}) of {THINGS} ({'|'.join(BACKGROUNDS.values())})"
 
 
 def pixels(scene):
@@ -208,8 +209,10 @@ def test_a_seed_repeats_its_edits(how):
 def test_captions_say_what_is_there():
     scene = Scene("sketch", "paper", Thing("ball", "red", "small"), Thing("house", "blue", "large"), 0)
     assert caption(scene) == "a sketch of a small red ball and a large blue house on white paper"
-    assert caption(replace(scene, left=None)) == "a sketch of a large blue house on white paper"
-    assert len({caption(scene) for scene in captions_of_one_thing()}) == 3 * 8 * 6 * 6 * 2
+    assert caption(replace(scene, left=None)) == "a sketch of a large blue house on the right on white paper"
+    assert caption(replace(scene, right=None)) == "a sketch of a small red ball on the left on white paper"
+    sides = [(scene, replace(scene, left=None, right=scene.left)) for scene in captions_of_one_thing()]
+    assert len({caption(scene) for both in sides for scene in both}) == 3 * 8 * 6 * 6 * 2 * 2
 
 
 def test_texts_are_grammatical():
@@ -239,7 +242,7 @@ def test_every_text_fits_the_text_tower():
 # ---- what is held out ----
 
 
-def test_a_tenth_of_all_captions_is_held_out():
+def test_a_tenth_of_all_compositions_is_held_out():
     one = [held_out(scene) for scene in captions_of_one_thing()]
     assert np.mean(one) == pytest.approx(0.1, abs=0.02)
     two = [
@@ -251,15 +254,15 @@ def test_a_tenth_of_all_captions_is_held_out():
     assert np.mean(two) == pytest.approx(0.1, abs=0.01)
 
 
-def test_captions_alone_decide():
-    """Neither the layout nor the side may let a held-out caption into training."""
+def test_compositions_alone_decide():
+    """Neither the layout nor the side may let a held-out composition into training."""
     for scene in captions_of_one_thing()[::7]:
         for other in (replace(scene, layout=9), replace(scene, left=None, right=scene.left)):
             assert held_out(scene) == held_out(other)
 
 
 @pytest.mark.parametrize("test", [False, True])
-def test_training_never_sees_a_held_out_caption(test):
+def test_training_never_sees_a_held_out_composition(test):
     rng = np.random.default_rng(2)
     assert all(held_out(random_scene(rng, test)) == test for _ in range(300))
     for kind in KINDS:
