@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import checkpoint
+from attention import fused, reference
 from dataset import EditDataset
 from diffusion import NoiseSchedule
 from errors import Parser, UserError, run_program
@@ -98,21 +99,24 @@ def train(options):
         model.unet = extend_input(model.unet, 2 * channels)
     editor = InstructPix2Pix(model)  # refuses what is neither
     unet = model.unet.requires_grad_(True)
-    coarsest = model.vae.config.factor * 2 ** (len(unet.config.levels) - 1)  # pixels a cell of the UNet
-    if any(side % coarsest for side in shape[1:]):
-        size = f"{shape[2]}x{shape[1]}"
-        raise UserError(f"the pictures are {size}; this model needs sides that are multiples of {coarsest} pixels")
+    if any(side % model.side_multiple for side in shape[1:]):
+        needed = f"this model needs sides that are multiples of {model.side_multiple} pixels"
+        raise UserError(f"the pictures are {shape[2]}x{shape[1]}; {needed}")
     make_folder(options.out)
     data = LatentPairs(model, pairs, device)
     print(f"{len(data.before)} pairs, {len(data.contexts) - 1} different instructions")
     schedule = NoiseSchedule()
+    if options.compile:
+        unet.compile(dynamic=False)
+    # on a CPU torch's fused attention is slow backwards, and at the miniature's sizes the map is small enough to keep
+    predict_eps = partial(unet, attend=reference if torch.device(device).type == "cpu" else fused)
 
     def loss_of(step, generator, batch):
         latent, image_latent, text = data.batch(batch, generator)
         t = torch.randint(1000, (batch,), generator=generator).to(device)
         noise = torch.randn(latent.shape, generator=generator).to(device)
         u = torch.rand(batch, generator=generator).to(device)
-        each = loss(unet, schedule, latent, image_latent, text, data.null_text, t, noise, u)
+        each = loss(predict_eps, schedule, latent, image_latent, text, data.null_text, t, noise, u)
         return (each * schedule.balanced(t)).mean() if options.balanced else each.mean()
 
     def show(average, step):
@@ -120,7 +124,13 @@ def train(options):
         write_samples(editor, *shown, options.out / "samples.png")
 
     plan = Plan(options.steps, options.batch, options.lr, seed=options.seed, ema=options.ema)
-    model.unet = fit(unet, loss_of, plan, options.out, device=device, show=show)
+    try:
+        model.unet = fit(unet, loss_of, plan, options.out, device=device, show=show, compiling=options.compile)
+    except RuntimeError as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the UNet could not be compiled here ({reason}); leave out --compile") from error
     sampling = {"steps": options.sampling_steps, "text_guidance": options.cfg_text, "image_guidance": options.cfg_image}
     model.sampling = replace(model.sampling, **{name: value for name, value in sampling.items() if value is not None})
     shutil.rmtree(options.out / "model", ignore_errors=True)  # of an earlier end of this run
@@ -152,6 +162,7 @@ def parse(arguments=None):
     add("--balanced", action="store_true", help="let all noise levels count about alike (default: Eq. 1 as it is)")
     add("--seed", type=int, default=0, metavar="S", help="of all randomness (default: 0)")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
+    add("--compile", action="store_true", help="compile the UNet first: minutes that long runs win back many times")
     add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     noted = "noted in the model as its default for sampling (default: that of --init)"
     add("--sampling-steps", type=int, metavar="N", help=f"denoising steps, {noted}")

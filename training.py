@@ -21,6 +21,8 @@ from tqdm import tqdm
 
 from errors import UserError, written_whole
 
+WORKERS = 64  # processes of one training at most, so that each has a random stream of its own
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -44,7 +46,7 @@ class Plan:
 
 def random_at(seed, step, worker=0):
     """A generator on the CPU for one step of a run: the same numbers, whether the run was interrupted or not."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) * 64 + worker)
+    return torch.Generator().manual_seed((seed * 1_000_003 + step) * WORKERS + worker)
 
 
 @contextmanager
@@ -56,18 +58,32 @@ def fast_training(device):
     """
     kind = torch.device(device).type
     half = kind == "cuda" or (kind == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    attention = sdpa_kernel(SDPBackend.MATH) if kind == "cpu" else nullcontext()
+    attention = textbook_attention() if kind == "cpu" else nullcontext()
     with torch.autocast(kind, torch.bfloat16, enabled=half), attention:
         yield
 
 
-def fit(network, loss_of, plan, folder, *, device="cpu", show=None, save_every=120):
+@contextmanager
+def textbook_attention():
+    """Let torch keep attention maps, in the inputs' own number format; left alone, it would go to float32 and back."""
+    settings = torch.backends.cuda  # which hold for CPUs as well
+    before = settings.fp16_bf16_reduction_math_sdp_allowed()
+    settings.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        settings.allow_fp16_bf16_reduction_math_sdp(before)
+
+
+def fit(network, loss_of, plan, folder, *, device="cpu", show=None, save_every=120, compiling=False):
     """Train `network` in place and return the moving average of its weights (a network of its own, in eval mode).
 
     loss_of(step, generator, batch) -> a scalar tensor, the mean over `batch` examples, computed with `network`.
     show(average, step) is called at each tenth of the way, to write sample pictures. folder: a Path, made if it is not
-    there; if it holds a `state.pt`, training goes on from there. save_every: seconds. Raises UserError when the loss is
-    no longer a number, or the state does not fit.
+    there; if it holds a `state.pt`, training goes on from there. save_every: seconds. compiling: the first call of
+    loss_of compiles something (see `Crew`). Raises UserError when the loss is no longer a number, or the state does not
+    fit.
     """
     folder.mkdir(parents=True, exist_ok=True)
     average = copy.deepcopy(network).eval().requires_grad_(False)
@@ -82,7 +98,7 @@ def fit(network, loss_of, plan, folder, *, device="cpu", show=None, save_every=1
     log, losses = folder / "log.jsonl", []
     began = saved = logged = time.monotonic()
     with (
-        Crew(network, loss_of, plan, start, device) as crew,
+        Crew(network, loss_of, plan, start, device, compiling) as crew,
         tqdm(total=plan.steps, initial=start, desc=folder.name, unit="step", mininterval=5, leave=False) as bar,
     ):
         for step in range(start, plan.steps):
@@ -129,11 +145,12 @@ class Crew:
 
     WAIT = 900  # seconds until a process gives the others up: longer than sample pictures take
 
-    def __init__(self, network, loss_of, plan, start, device):
+    def __init__(self, network, loss_of, plan, start, device, compiling=False):
         """start: the first step; the rest as for `fit`."""
         self.network, self.loss_of, self.plan, self.start, self.device = network, loss_of, plan, start, device
+        self.compiling = compiling
         cores = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
-        self.count = max(n for n in range(1, cores + 1) if plan.batch % n == 0)
+        self.count = max(n for n in range(1, min(cores, WORKERS) + 1) if plan.batch % n == 0)
         self.threads, self.processes = cores, []
 
     def __enter__(self):
@@ -144,6 +161,9 @@ class Crew:
             self.barrier = context.Barrier(self.count)
             self.losses = torch.zeros(self.count).share_memory_()
             torch.set_num_threads(1)
+            if self.compiling and self.start < self.plan.steps:  # once, here: the others inherit what was compiled
+                self.part(self.start, 0)
+                self.network.zero_grad()
             for worker in range(1, self.count):
                 gradients = [torch.zeros_like(weight).share_memory_() for weight in self.network.parameters()]
                 process = context.Process(target=self.work, args=(worker, gradients), daemon=True)
@@ -163,23 +183,24 @@ class Crew:
         """Put the gradients of the whole batch into the network; returns the loss."""
         if not self.processes:
             return self.part(step, 0)
+        torch.set_num_threads(1)
         try:
             self.barrier.wait(self.WAIT)  # the weights are those of this step
             self.losses[0] = self.part(step, 0)
             self.barrier.wait(self.WAIT)  # all gradients are there
         except BrokenBarrierError as error:
             raise RuntimeError("a process that computes gradients has died; its traceback stands above") from error
+        torch.set_num_threads(self.threads)  # the others wait until the optimizer is done
         own = [weight.grad for weight in self.network.parameters()]
         for _, gradients in self.processes:
             torch._foreach_add_(own, gradients)
-        torch._foreach_div_(own, self.count)
         return self.losses.mean()
 
     def part(self, step, worker):
         """One process's part of a step: its share of the batch, and random numbers of its own."""
         with fast_training(self.device):
             loss = self.loss_of(step, random_at(self.plan.seed, step, worker), self.plan.batch // self.count)
-        loss.backward()
+        (loss / self.count).backward()
         return loss.detach()
 
     def work(self, worker, gradients):
