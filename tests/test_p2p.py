@@ -4,12 +4,15 @@ from itertools import islice
 
 import pytest
 import torch
+from PIL import Image
 from random_model import random_model
 from reference import relative_error
 
-from attention import Layer
+from align import Alignment, phrase_tokens, scale_of
+from attention import Layer, fused
 from diffusion import euler, euler_ancestral
-from p2p import P_RANGE, PairNoise, SharedSelfAttention, sample_pairs
+from errors import UserError
+from p2p import CONTROLS, P_RANGE, LocalBlend, PairControl, PairNoise, alignment_of, main, sample_pairs
 from text2image import TextToImage
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -24,25 +27,35 @@ def model():
     return TextToImage(random_model(seed=3, in_channels=4))
 
 
-def with_maps(share, steps, step):
-    """The control as Hertz et al. have it: maps in memory, and the target's replaced by the source's, row by row."""
+def with_maps(share, steps, step, cross=None, alignment=None, scales=None, scale=None):
+    """The control as Hertz et al. have it: maps in memory, and the target's replaced by the source's, row by row.
+
+    share, cross and scales: of the steps, for self-attention, cross-attention and re-weighting.
+    """
 
     def attend(q, k, v, layer):
         maps = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3)  # [4B, H, N, M]
-        pairs = len(share)
-        for row, p in enumerate(share):
-            if not layer.cross and p * (steps - 1) > step:
-                null_before, null_after, before, after = range(row, 4 * pairs, pairs)
+        pairs = len(q) // 4
+        for row in range(pairs):
+            null_before, null_after, before, after = range(row, 4 * pairs, pairs)
+            if share and not layer.cross and share[row] * (steps - 1) > step:
                 maps[null_after] = maps[null_before]
                 maps[after] = maps[before]
+            if cross and layer.cross and cross[row] * (steps - 1) > step:
+                borrowed = torch.einsum("hns,st->hnt", maps[before], alignment.mapper[row])
+                a = alignment.shared[row]
+                maps[after] = borrowed * a + maps[after] * (1 - a)
+            if scales and layer.cross and scales[row] * (steps - 1) > step:
+                maps[after] = maps[after] * scale[row]
         return maps @ v
 
     return attend
 
 
-def control(share, steps, step):
+def control(share, steps, step, cross=None, alignment=None, scales=None, scale=None):
     """Ours, as it is at this step."""
-    attend = SharedSelfAttention(torch.tensor(share), steps)
+    share, cross, scales = (None if x is None else torch.tensor(x) for x in (share, cross, scales))
+    attend = PairControl(steps, share, cross, alignment, scales, scale)
     for passed in range(step):
         attend.next_step(passed, 1.0, None)
     return attend
@@ -90,14 +103,73 @@ def test_when_it_acts(p, steps):
     """At step i of n when p > i / (n - 1): even p = 1 leaves the last step free. One step alone: when p > 0."""
     q, k, v = torch.randn(3, 4, 1, 4, 2, generator=torch.Generator().manual_seed(0))
     free = with_maps([0.0], 1, 0)(q, k, v, SELF)
-    attend, acted = SharedSelfAttention(torch.tensor([p]), steps), []
+    attend, acted = PairControl(steps, torch.tensor([p])), []
     for step in range(steps):
         acted.append(largest(attend(q, k, v, SELF), free) > 1e-3)
         attend.next_step(step, 1.0, None)
     assert acted == ([p > step / (steps - 1) for step in range(steps)] if steps > 1 else [p > 0])
 
 
+TEXTS = [  # a swap of words of unequal token counts, a refinement, a swap of many
+    ("a red tree by the sea", "a red mushroom by the sea"),
+    ("a house at night", "a small red house at night"),
+    ("a red house by the sea", "the blue tree at the night"),
+]
+
+
+def alignment_and_scale(model):
+    """Of TEXTS, and a scale that singles out words of the captions after."""
+    alignment, scales = alignment_of(model, *zip(*TEXTS, strict=True)), []
+    for (_, text), (words, factor) in zip(TEXTS, (("red mushroom", -2.0), ("small", 3.0), ("tree", 0.0)), strict=True):
+        scales.append(scale_of(model.tokenizer, text, {words: factor}))
+    return alignment, torch.cat(scales)
+
+
+@pytest.mark.parametrize("step", range(5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_words_are_looked_at_as_with_maps(model, step, dtype):
+    """Swap, refinement and re-weighting, each for its own share of the steps, in a batch of three pairs."""
+    (alignment, scale), generator = alignment_and_scale(model), torch.Generator().manual_seed(step)
+    q = 2 * torch.randn(12, 2, 16, 8, generator=generator, dtype=dtype)
+    k, v = torch.randn(2, 12, 2, model.tokenizer.tokens, 8, generator=generator, dtype=dtype)
+    cross, scales = [0.9, 0.4, 1.0], [0.0, 0.9, 0.4]
+    ours = control(None, 5, step, cross, alignment, scales, scale)(q, k, v, CROSS)
+    exact = Alignment(alignment.mapper.to(dtype), alignment.shared.to(dtype))
+    theirs = with_maps(None, 5, step, cross, exact, scales, scale.to(dtype))(q, k, v, CROSS)
+    assert ours.dtype == dtype
+    assert relative_error(ours, theirs) <= 1e-5
+    free = with_maps(None, 5, step)(q, k, v, CROSS)
+    changed = {row for row in range(12) if largest(ours[row], free[row]) > 0.05}
+    controlled = {9 + row for row in range(3) if max(cross[row], scales[row]) > step / 4}
+    assert changed == controlled  # second pictures, the half with text
+
+
+def test_self_attention_is_left_alone_by_the_control_of_words(model):
+    alignment, _ = alignment_and_scale(model)
+    q, k, v = torch.randn(3, 12, 2, 16, 8, generator=torch.Generator().manual_seed(0))
+    ours = control(None, 5, 0, [0.9] * 3, alignment)(q, k, v, SELF)
+    assert largest(ours, with_maps(None, 5, 0)(q, k, v, SELF)) <= 1e-5
+
+
 # ---- the whole network ----
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_the_unet_equals_that_with_maps_of_both_kinds(model, step):
+    (alignment, scale), generator = alignment_and_scale(model), torch.Generator().manual_seed(step)
+    z = torch.randn(3, *SHAPE, generator=generator).repeat(4, 1, 1, 1)
+    t = torch.tensor([700.0, 30.5, 250.0]).repeat(4)
+    texts = [text for side in zip(*TEXTS, strict=True) for text in side]
+    context = torch.cat([model.null_text.expand(6, -1, -1), model.encode_text(texts)])
+    chosen = [0.3, 0.8, 0.6], 5, step, [0.9, 0.3, 0.6], alignment, [0.9, 0.9, 0.3], scale
+    ours, theirs, free = (
+        model.unet(z, t, context, attend) for attend in (control(*chosen), with_maps(*chosen), with_maps(None, 5, step))
+    )
+    assert relative_error(ours, theirs) <= 1e-5
+    for first in (slice(0, 3), slice(6, 9)):  # the first pictures never depend on the control
+        assert relative_error(ours[first], free[first]) <= 1e-5
+    assert (relative_error(ours[9:], free[9:]) > 1e-3) == (step < 4)
 
 
 @torch.no_grad()
@@ -201,6 +273,119 @@ def test_other_samplers_and_the_models_own_steps(model):
     free = pairs(model, [BEFORE], [AFTER], [5], (0.0, 0.0), steps=10, sampler=euler)
     assert torch.equal(free[0], by_euler[0])
     assert largest(free[1], by_euler[1]) > 0.01
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_every_control_leaves_the_first_picture_and_the_free_pair_alone(model, control):
+    free = pairs(model, [BEFORE], [AFTER], [5], (0.0, 0.0))
+    none, much = (pairs(model, [BEFORE], [AFTER], [5], (p, p), control=control) for p in (0.0, 0.9))
+    assert all(relative_error(x, y) <= 1e-5 for x, y in zip(free, none, strict=True))
+    assert relative_error(much[0], free[0]) <= 1e-5
+    assert largest(much[1], free[1]) > 0.01
+
+
+def test_controls_differ(model):
+    made = [pairs(model, [BEFORE], [AFTER], [5], (0.9, 0.9), control=control)[1] for control in CONTROLS]
+    assert all(largest(made[i], made[j]) > 0.005 for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+@pytest.mark.parametrize("control", ["cross", "both"])
+def test_batches_of_other_controls(model, control):
+    befores, afters = ([pair[side] for pair in TEXTS] for side in (0, 1))
+    together = pairs(model, befores, afters, [7, 8, 9], control=control)
+    for row in range(3):
+        alone = pairs(model, [befores[row]], [afters[row]], [7 + row], control=control)
+        for many, one in zip(together, alone, strict=True):
+            assert relative_error(many[row], one[0]) <= 1e-4
+
+
+def test_reweighting_changes_the_second_picture_alone(model):
+    scale = scale_of(model.tokenizer, AFTER, {"tree": 5.0})
+    free, weighed = (pairs(model, [BEFORE], [AFTER], [5], scale=factors) for factors in (None, scale))
+    assert relative_error(weighed[0], free[0]) <= 1e-5
+    assert largest(weighed[1], free[1]) > 0.01
+    ones = pairs(model, [BEFORE], [AFTER], [5], scale=torch.ones_like(scale))
+    assert relative_error(ones[1], free[1]) <= 1e-5
+
+
+# ---- local blending ----
+
+
+def test_the_mask_is_where_words_are_looked_at():
+    """Maps made by hand: only one query of each picture looks at the word; pooling adds its neighbours."""
+    words = torch.zeros(2, 5)
+    words[0, 1] = words[1, 3] = 1
+    blend = LocalBlend(words, size=(4, 4), threshold=0.5)
+    q, k = torch.zeros(4, 1, 16, 2), torch.zeros(4, 1, 5, 2)
+    k[2, 0, 1] = k[3, 0, 3] = q[2, 0, 0] = q[3, 0, 15] = torch.tensor([9.0, 0.0])
+    v = torch.randn(4, 1, 5, 2, generator=torch.Generator().manual_seed(0))
+    attend = blend.watch(fused)
+    with pytest.raises(UserError, match="local blending needs cross-attention at 4x4"):
+        blend.mask(8, 8)
+    assert torch.equal(attend(q, k, v, CROSS), fused(q, k, v, CROSS))
+    attend(q[:, :, :4], k, v, Layer(0, "middle", True, (2, 2)))  # another size, not looked at
+    expected = torch.zeros(8, 8, dtype=torch.bool)
+    expected[:4, :4] = expected[4:, 4:] = True
+    assert torch.equal(blend.mask(8, 8)[0, 0], expected)
+
+
+@torch.no_grad()
+def test_blending_leaves_the_first_picture_alone_and_the_second_one_outside_the_mask(model):
+    marks = torch.zeros(2, model.tokenizer.tokens)
+    for row, (text, words) in enumerate(((BEFORE, "house"), (AFTER, "tree"))):
+        marks[row, phrase_tokens(model.tokenizer, text, words)] = 1
+    blend, outside, inside, latents = LocalBlend(marks, size=(8, 8), threshold=0.95), [], [], []
+
+    def sampler(denoise, x, sigmas, noise, callback):
+        def watched(x, sigma):
+            before, after = denoise(x, sigma)
+            mask = blend.mask(16, 16)[0]
+            outside.append(torch.where(mask, 0, (after - before).abs()).max().item())
+            inside.append(torch.where(mask, (after - before).abs(), 0).max().item())
+            return torch.stack([before, after])
+
+        latents.append(euler_ancestral(watched, x, sigmas, noise, callback))
+        return latents[-1]
+
+    free = pairs(model, [BEFORE], [AFTER], [5])
+    blended = pairs(model, [BEFORE], [AFTER], [5], sampler=sampler, blend=blend)
+    assert outside == [0.0] * 4
+    assert min(inside) > 0.01
+    assert 0 < blend.mask(16, 16).float().mean() < 1
+    assert relative_error(blended[0], free[0]) <= 1e-5
+    assert largest(blended[1], free[1]) > 0.01
+
+
+# ---- the program ----
+
+
+def test_the_program_draws_fig_3(tmp_path, capsys):
+    out = tmp_path / "new" / "pair.png"
+    texts = [f"a painting of a large red house on the left {where}" for where in ("by the sea", "at night")]
+    common = ["--source", texts[0], "--target", texts[1], "--steps", "2", "--num", "1", "--out", str(out)]
+    main([*common, "--p", "0", "0.9", "--control", "both", "--reweight", "night=2", "--blend", "sea", "night"])
+    assert capsys.readouterr().out.strip() == str(out)
+    with Image.open(out) as sheet:
+        assert sheet.width > 4 * 128
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--reweight", "day=2"], 'does not hold the words "day"'),
+        (["--reweight", "night"], "should be WORDS=FACTOR"),
+        (["--blend", "sea", "sea"], 'does not hold the words "sea"'),
+        (["--p", "1.5"], "--p should be from 0 to 1"),
+        (["--num", "0"], "--num should be at least 1"),
+        (["--steps", "0"], "between 1 and 1000"),
+        (["--device", "abacus"], "no device abacus"),
+    ],
+)
+def test_mistakes_are_answered(tmp_path, wrong, message):
+    out = tmp_path / "pair.png"
+    with pytest.raises(UserError, match=message):
+        main(["--source", "a house by the sea", "--target", "a house at night", "--out", str(out), *wrong])
+    assert not out.exists()
 
 
 # ---- random numbers ----
