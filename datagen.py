@@ -1,13 +1,16 @@
 """Generate training data the paper's way: captions and instructions, then pairs of pictures, then a filter (Sec. 3.1).
 
     python datagen.py text   --writer rules --count 5000 --out runs/mini/edits.jsonl
+    python datagen.py text   --writer openai --captions captions.txt --out runs/edits.jsonl
+    python datagen.py finetune --out runs/chats.jsonl      # a language model that writes edits better: the paper's way
     python datagen.py images --edits runs/mini/edits.jsonl --out runs/mini/pairs --samples 4
     python datagen.py calibrate --edits runs/mini/edits.jsonl --clip MY_CLIP     # once for a CLIP of one's own
 
-`images` may be stopped at any time; the same command goes on where it was.
+`text --writer openai` and `images` may be stopped at any time; the same command goes on where it was.
 """
 
 import json
+import os
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -17,10 +20,11 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+from captions import FIELDS
 from dataset import Filter, Pair, write_edit, write_seeds
 from errors import Parser, UserError, run_program, written_whole
 from images import to_image, to_tensor
-from p2p import PairNoise, sample_pairs
+from p2p import CONTROLS, PairNoise, sample_pairs
 from report import make_folder
 from settings import check_device, check_sampling, check_seeds
 from text2image import TextToImage
@@ -28,10 +32,27 @@ from weights import write_json
 from world import caption, random_edit, render
 
 ROOT = Path(__file__).resolve().parent
-FIELDS = ("caption", "edit", "output")
 
 
 # ---- text: captions, instructions, captions after the edit ----
+
+
+def write_text(options):
+    """Triplets by a language model, or by the miniature's own rules."""
+    if options.writer == "rules":
+        return write_rules(options)
+    if not options.captions:
+        raise UserError("--writer openai needs --captions, a .txt, .jsonl or .csv file")
+    from writer import write_edits  # openai takes a second to import
+
+    return write_edits(options)
+
+
+def finetune_text(options):
+    """Fine-tune a language model on the hand-written triplets."""
+    from finetune import finetune
+
+    finetune(options)
 
 
 def write_rules(options):
@@ -186,7 +207,7 @@ def sample_candidates(model, clip, tokenizer, edits, jobs, guidance, options):
     noise = PairNoise(
         [seed for _, seed in jobs], (model.vae.config.latent_channels, side, side), guidance, device=model.device
     )
-    pictures = sample_pairs(model, before, after, noise, options.steps)
+    pictures = sample_pairs(model, before, after, noise, options.steps, control=options.control)
     if not all(half.isfinite().all() for half in pictures):
         raise UserError("the networks gave values that are not numbers: damaged weights, or too coarse a --dtype")
     images = [[to_image(x) for x in half] for half in pictures]
@@ -209,11 +230,16 @@ def sample_candidates(model, clip, tokenizer, edits, jobs, guidance, options):
 
 
 def shard(text):
-    """"1/4" -> (1, 4): the second of four parts."""
+    """Read "1/4" as (1, 4): the second of four parts."""
     part, parts = (int(number) for number in text.split("/"))
     if not 0 <= part < parts:
         raise ValueError
     return part, parts
+
+
+def own_shard():
+    """The part of a process that torchrun started, of as many as there are; else everything."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def parse(arguments=None):
@@ -222,12 +248,33 @@ def parse(arguments=None):
     commands = parser.add_subparsers(dest="command", required=True)
 
     text = commands.add_parser("text", help="captions, instructions and captions after the edit")
-    text.set_defaults(run=write_rules)
+    text.set_defaults(run=write_text)
     add = text.add_argument
-    add("--writer", choices=["rules"], default="rules", help="who writes: the miniature's rules")
-    add("--count", type=int, default=5000, metavar="N", help="how many (default: 5000)")
-    add("--seed", type=int, default=0, metavar="S")
+    add("--writer", choices=["rules", "openai"], default="rules", help="the miniature's rules, or a language model")
     add("--out", type=Path, required=True, metavar="FILE.jsonl")
+    add("--count", type=int, default=5000, metavar="N", help="rules: how many (default: 5000)")
+    add("--seed", type=int, default=0, metavar="S", help="rules: of the edits (default: 0)")
+    add("--captions", type=Path, metavar="FILE", help="openai: captions to edit, in a .txt, .jsonl or .csv file")
+    add("--model", default="gpt-4o-mini", metavar="NAME", help="openai: the language model (default: %(default)s)")
+    add("--few-shot", type=int, default=8, metavar="N", help="openai: examples to show; 0 if fine-tuned (default: 8)")
+    add("--concurrency", type=int, default=16, metavar="N", help="openai: requests at a time (default: 16)")
+    add("--moderate", action="store_true", help="openai: drop what the moderation endpoint flags")
+    add("--max-tokens-total", type=int, metavar="N", help="openai: stop before more tokens are used in this run")
+    add("--timeout", type=float, default=60, metavar="S", help="openai: seconds for an answer (default: 60)")
+    add("--shard", type=shard, default=own_shard(), metavar="I/N", help="openai: part I of N (default: torchrun's)")
+
+    tune = commands.add_parser("finetune", help="fine-tune a language model on hand-written triplets")
+    tune.set_defaults(run=finetune_text)
+    add = tune.add_argument
+    add("--out", type=Path, default=Path("runs/chats.jsonl"), metavar="FILE.jsonl", help="(default: %(default)s)")
+    add("--model", default="gpt-4o-mini-2024-07-18", metavar="NAME", help="to start from (default: %(default)s)")
+    add("--epochs", type=int, default=1, metavar="N", help="(default: 1, as in the paper)")
+    add("--dry-run", action="store_true", help="check and convert, and send nothing")
+    add("--job", metavar="ID", help="only follow a job that was started before")
+    for command in (text, tune):
+        add = command.add_argument
+        add("--examples", type=Path, default=ROOT / "data/edit_examples.jsonl", metavar="FILE", help="triplets to show")
+        add("--retries", type=int, default=8, metavar="N", help="of a request that fails (default: 8)")
 
     true = commands.add_parser("true", help="true pairs of the miniature's world, to compare with (upper bound)")
     true.set_defaults(run=write_true)
@@ -242,7 +289,7 @@ def parse(arguments=None):
     add("--out", type=Path, required=True, metavar="DIR", help="the data set, in the authors' layout")
     add("--samples", type=int, default=100, metavar="N", help="candidates an edit (default: 100)")
     add("--keep", type=int, default=4, metavar="N", help="pairs kept of an edit, at most (default: 4)")
-    add("--shard", type=shard, default=(0, 1), metavar="I/N", help="make part I of N, from 0, beside other processes")
+    add("--shard", type=shard, default=own_shard(), metavar="I/N", help="part I of N, from 0 (default: torchrun's)")
     for field in fields(Filter):
         name = field.name.replace("_", "-")
         add(f"--min-{name}", type=float, metavar="X", help=f"threshold (default: the CLIP's own, else {field.default})")
@@ -265,6 +312,7 @@ def parse(arguments=None):
         add("--edits", type=Path, required=True, metavar="FILE.jsonl", help="from datagen.py text")
         add("--weights", default=str(ROOT / "models/mini/sd"), metavar="PATH", help="a text-to-image model")
         add("--clip", default=str(ROOT / "models/mini/clip"), metavar="PATH", help="the CLIP that filters")
+        add("--control", choices=CONTROLS, default="self", help="what Prompt-to-Prompt borrows (default: self)")
         add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
         add("--guidance", type=float, nargs=2, metavar=("LOW", "HIGH"), help="(default: 1 to 2 times the model's)")
         add("--resolution", type=int, metavar="R", help="pixels a side (default: the model's)")
@@ -279,13 +327,17 @@ def parse(arguments=None):
 def main(arguments=None):
     """Check the settings and run one of the commands."""
     options = parse(arguments)
-    for name in ("count", "samples", "keep", "steps", "batch", "threads"):
+    for name in ("count", "samples", "keep", "steps", "batch", "threads", "concurrency", "max_tokens_total", "epochs"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
-            raise UserError(f"--{name} should be at least 1, not {value}")
+            raise UserError(f"--{name.replace('_', '-')} should be at least 1, not {value}")
+    for name in ("few_shot", "retries"):
+        if getattr(options, name, 0) < 0:
+            raise UserError(f"--{name.replace('_', '-')} should be at least 0, not {getattr(options, name)}")
     if not all(0 <= share < 1 for share in getattr(options, "shares", ())):
         raise UserError("--shares should be from 0 to below 1")
-    check_seeds([options.seed])
+    if hasattr(options, "seed"):
+        check_seeds([options.seed])
     if hasattr(options, "device"):
         for scale in options.guidance or (None,):
             check_sampling(options.steps, scale, None, options.resolution)

@@ -253,9 +253,9 @@ def test_the_batch_changes_nothing(models, pairs, program, tmp_path, monkeypatch
     """And no more pairs are sampled at once than it says, even of one edit."""
     sizes = []
 
-    def counted(model, before, *rest):
+    def counted(model, before, *rest, **settings):
         sizes.append(len(before))
-        return sample_pairs(model, before, *rest)
+        return sample_pairs(model, before, *rest, **settings)
 
     monkeypatch.setattr(datagen, "sample_pairs", counted)
     assert program(*command(models, tmp_path / "data", *OPEN, batch=batch))[0] == 0
@@ -278,19 +278,19 @@ def test_settings_reach_the_sampler(models, program, tmp_path, monkeypatch):
     """The model's own where none are given: its steps, its size, and one to two times its guidance."""
     calls = []
 
-    def watched(model, before, after, noise, steps=None, *rest):
-        calls.append((steps or model.sampling.steps, tuple(noise.first.shape[1:]), noise.guidance))
-        return sample_pairs(model, before, after, noise, steps, *rest)
+    def watched(model, before, after, noise, steps=None, **settings):
+        calls.append((steps or model.sampling.steps, tuple(noise.first.shape[1:]), noise.guidance, settings["control"]))
+        return sample_pairs(model, before, after, noise, steps, **settings)
 
     monkeypatch.setattr(datagen, "sample_pairs", watched)
-    arguments = command(models, tmp_path / "a", *OPEN, steps=1, resolution=80, samples=2)
+    arguments = command(models, tmp_path / "a", *OPEN, steps=1, resolution=80, samples=2, control="both")
     assert program(*arguments)[0] == 0
     own = [word for word in command(models, tmp_path / "b", *OPEN) if word not in ("--guidance", "2", "4")]
     assert program(*own)[0] == 0
-    for (steps, side, low, high), (made, shape, guidance) in zip(
-        [(1, 20, 2, 4), (2, 16, 4, 8)], calls[::3], strict=True
+    for (steps, side, low, high, way), (made, shape, guidance, control) in zip(
+        [(1, 20, 2, 4, "both"), (2, 16, 4, 8, "self")], calls[::3], strict=True
     ):
-        assert (made, shape) == (steps, (4, side, side))
+        assert (made, shape, control) == (steps, (4, side, side), way)
         assert low <= guidance.min() < guidance.max() - 0.2 < high
         assert guidance.max() <= high
     assert EditDataset(tmp_path / "a", "all")[0][0].shape == (3, 80, 80)
