@@ -1,4 +1,4 @@
-# make demo   draw a sheet of pairs with the bundled Stable Diffusion
+# make demo   edit a bundled scene with the bundled model
 # make test   lint and the tests on small networks (minutes)
 # make test-slow   the same proofs on full-size networks (tens of minutes, 16 GB of memory)
 # make bench  times and memory against diffusers
@@ -11,7 +11,9 @@ RUN = .venv/bin/python
 
 demo: .venv/installed
 	$(RUN) examples/demo.py runs/demo.png
-	@echo "runs/demo.png is there. For edits of photographs, with the public weights (about 4 GB, fetched once):"
+	@echo "runs/demo.png is there: a scene and seven edits of it. An edit of your own:"
+	@echo '  $(RUN) sample.py --image examples/scene.png --instr "make it night"'
+	@echo "For edits of photographs, with the public weights (about 4 GB, fetched once):"
 	@echo '  $(RUN) sample.py --image x.png --instr "make it night" --weights timbrooks/instruct-pix2pix'
 
 test: .venv/installed-dev
@@ -24,18 +26,23 @@ test-slow: .venv/installed-dev
 bench: .venv/installed-dev
 	$(RUN) bench.py
 
-# Every step goes on where it was stopped. models/mini/README.md says what each of them took and reached.
+# Every step goes on where it was stopped. models/mini/README.md says what each of them took and reached. Compiling needs a
+# C++ compiler; without one: make mini COMPILE=
 DEVICE ?= cpu
+COMPILE ?= --compile
 HERE = runs/mini
-PAIRS = --edits $(HERE)/edits.jsonl --weights $(HERE)/sd_model --clip $(HERE)/clip_model --steps 12 --guidance 1.5 3 \
+PAIRS = --edits $(HERE)/edits.jsonl --weights $(HERE)/sd_model --clip $(HERE)/clip_model --steps 12 --guidance 2 4 \
 	--dtype bfloat16 --device $(DEVICE)
 mini: .venv/installed
 	$(RUN) pretrain.py all --out $(HERE) --device $(DEVICE)
-	$(RUN) datagen.py text --count 2000 --out $(HERE)/edits.jsonl
-	$(RUN) datagen.py calibrate $(PAIRS) --count 128
-	$(RUN) datagen.py images $(PAIRS) --samples 3 --keep 3 --batch 15 --out $(HERE)/pairs
+	$(RUN) datagen.py text --count 7000 --out $(HERE)/edits.jsonl
+	$(RUN) datagen.py calibrate $(PAIRS) --count 128 --shares 0.1 0.05 0.1
+	$(RUN) datagen.py images $(PAIRS) --samples 2 --keep 2 --batch 16 --out $(HERE)/pairs
 	$(RUN) train.py --data $(HERE)/pairs --init $(HERE)/sd_model --out $(HERE)/editor --device $(DEVICE) \
-		--steps 6800 --batch 32 --lr 6e-4 --ema 0.999 --balanced --sampling-steps 20 --cfg-text 2.5 --cfg-image 1.5
+		--steps 18500 --batch 32 --lr 6e-4 --ema 0.999 --balanced $(COMPILE) \
+		--sampling-steps 20 --cfg-text 2 --cfg-image 1.5
+	$(RUN) evaluate.py pairs --sd $(HERE)/sd_model --judge $(HERE)/judge.safetensors --clip $(HERE)/clip_model --steps 12 \
+		--candidates $(HERE)/pairs/candidates*.jsonl --device $(DEVICE) --out $(HERE)/evaluate
 	$(RUN) evaluate.py world --model $(HERE)/editor/model --judge $(HERE)/judge.safetensors --clip $(HERE)/clip_model \
 		--device $(DEVICE) --out $(HERE)/evaluate
 
