@@ -106,8 +106,6 @@ def train(options):
     data = LatentPairs(model, pairs, device)
     print(f"{len(data.before)} pairs, {len(data.contexts) - 1} different instructions")
     schedule = NoiseSchedule()
-    if options.compile:
-        unet.compile(dynamic=False)
     # on a CPU torch's fused attention is slow backwards, and at the miniature's sizes the map is small enough to keep
     predict_eps = partial(unet, attend=reference if torch.device(device).type == "cpu" else fused)
 
@@ -124,13 +122,7 @@ def train(options):
         write_samples(editor, *shown, options.out / "samples.png")
 
     plan = Plan(options.steps, options.batch, options.lr, seed=options.seed, ema=options.ema)
-    try:
-        model.unet = fit(unet, loss_of, plan, options.out, device=device, show=show, compiling=options.compile)
-    except RuntimeError as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"the UNet could not be compiled here ({reason}); leave out --compile") from error
+    model.unet = fit(unet, loss_of, plan, options.out, device=device, show=show)
     sampling = {"steps": options.sampling_steps, "text_guidance": options.cfg_text, "image_guidance": options.cfg_image}
     model.sampling = replace(model.sampling, **{name: value for name, value in sampling.items() if value is not None})
     shutil.rmtree(options.out / "model", ignore_errors=True)  # of an earlier end of this run
@@ -162,7 +154,6 @@ def parse(arguments=None):
     add("--balanced", action="store_true", help="let all noise levels count about alike (default: Eq. 1 as it is)")
     add("--seed", type=int, default=0, metavar="S", help="of all randomness (default: 0)")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
-    add("--compile", action="store_true", help="compile the UNet first: minutes that long runs win back many times")
     add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     noted = "noted in the model as its default for sampling (default: that of --init)"
     add("--sampling-steps", type=int, metavar="N", help=f"denoising steps, {noted}")

@@ -76,14 +76,13 @@ def textbook_attention():
         settings.allow_fp16_bf16_reduction_math_sdp(before)
 
 
-def fit(network, loss_of, plan, folder, *, device="cpu", show=None, save_every=120, compiling=False):
+def fit(network, loss_of, plan, folder, *, device="cpu", show=None, save_every=120):
     """Train `network` in place and return the moving average of its weights (a network of its own, in eval mode).
 
     loss_of(step, generator, batch) -> a scalar tensor, the mean over `batch` examples, computed with `network`.
     show(average, step) is called at each tenth of the way, to write sample pictures. folder: a Path, made if it is not
-    there; if it holds a `state.pt`, training goes on from there. save_every: seconds. compiling: the first call of
-    loss_of compiles something (see `Crew`). Raises UserError when the loss is no longer a number, or the state does not
-    fit.
+    there; if it holds a `state.pt`, training goes on from there. save_every: seconds. Raises UserError when the loss is
+    no longer a number, or the state does not fit.
     """
     folder.mkdir(parents=True, exist_ok=True)
     average = copy.deepcopy(network).eval().requires_grad_(False)
@@ -98,7 +97,7 @@ def fit(network, loss_of, plan, folder, *, device="cpu", show=None, save_every=1
     log, losses = folder / "log.jsonl", []
     began = saved = logged = time.monotonic()
     with (
-        Crew(network, loss_of, plan, start, device, compiling) as crew,
+        Crew(network, loss_of, plan, start, device) as crew,
         tqdm(total=plan.steps, initial=start, desc=folder.name, unit="step", mininterval=5, leave=False) as bar,
     ):
         for step in range(start, plan.steps):
@@ -145,10 +144,9 @@ class Crew:
 
     WAIT = 900  # seconds until a process gives the others up: longer than sample pictures take
 
-    def __init__(self, network, loss_of, plan, start, device, compiling=False):
+    def __init__(self, network, loss_of, plan, start, device):
         """start: the first step; the rest as for `fit`."""
         self.network, self.loss_of, self.plan, self.start, self.device = network, loss_of, plan, start, device
-        self.compiling = compiling
         cores = torch.get_num_threads() if torch.device(device).type == "cpu" else 1
         self.count = max(n for n in range(1, min(cores, WORKERS) + 1) if plan.batch % n == 0)
         self.threads, self.processes = cores, []
@@ -161,9 +159,6 @@ class Crew:
             self.barrier = context.Barrier(self.count)
             self.losses = torch.zeros(self.count).share_memory_()
             torch.set_num_threads(1)
-            if self.compiling and self.start < self.plan.steps:  # once, here: the others inherit what was compiled
-                self.part(self.start, 0)
-                self.network.zero_grad()
             for worker in range(1, self.count):
                 gradients = [torch.zeros_like(weight).share_memory_() for weight in self.network.parameters()]
                 process = context.Process(target=self.work, args=(worker, gradients), daemon=True)

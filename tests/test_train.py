@@ -377,39 +377,6 @@ def test_it_learns(init, program, tmp_path):
     assert mean_loss(after) < 0.55
 
 
-# ---- compiled ----
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-def test_a_compiled_step_has_the_gradient_of_a_plain_one(data, init, program, tmp_path):
-    """One graph without breaks; bfloat16 is rounded in another order. AdamW's first moment is that gradient, scaled."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    assert program(*command(data, init, tmp_path / "plain", steps=1, batch=6))[0] == 0
-    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert program(*command(data, init, tmp_path / "compiled", steps=1, batch=6), "--compile")[0] == 0
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert not torch._dynamo.utils.counters["graph_break"]
-    states = [torch.load(tmp_path / name / "state.pt")["optimizer"]["state"] for name in ("plain", "compiled")]
-    plain, compiled = (torch.cat([state["exp_avg"].flatten() for state in found.values()]) for found in states)
-    assert plain.norm() > 0
-    assert relative_error(compiled, plain) < 0.03
-
-
-@pytest.mark.slow
-def test_without_a_compiler(data, init, program, tmp_path, monkeypatch):
-    torch._dynamo.reset()
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
-    code, _, errors = program(*command(data, init, tmp_path / "out"), "--compile")
-    assert code == 2
-    assert len(errors) == 1
-    assert errors[0].startswith("train.py: the UNet could not be compiled here")
-    assert errors[0].endswith("leave out --compile")
-    assert not (tmp_path / "out" / "model").exists()
-
-
 # ---- small data sets, and a user's mistakes ----
 
 

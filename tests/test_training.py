@@ -304,26 +304,6 @@ def test_a_batch_is_split_only_into_equal_parts(tmp_path, two_processes, batch, 
     assert sizes == [batch // count] * 2
 
 
-def test_compiling_happens_once_and_before_the_processes_part(tmp_path, two_processes):
-    """The other process inherits what the first call compiled; that call leaves no gradient behind."""
-    plain, network, compiled = toy(), toy(), []
-    fit(plain, regression(plain), replace(PLAN, steps=12), tmp_path / "plain")
-
-    def loss_of(step, generator, batch):
-        if not compiled:
-            assert torch.get_num_threads() == 1
-            compiled.append(multiprocessing.current_process().pid)
-        assert compiled == [first]
-        return regression(network)(step, generator, batch)
-
-    first = multiprocessing.current_process().pid
-    fit(network, loss_of, replace(PLAN, steps=12), tmp_path / "compiled", compiling=True)
-    assert equal(network, plain)
-    compiled.clear()
-    with pytest.raises(RuntimeError, match="has died"):  # so the test can fail
-        fit(network, loss_of, replace(PLAN, steps=14), tmp_path / "compiled")
-
-
 def test_a_machine_of_many_cores_is_not_all_used(monkeypatch):
     """Each process draws from a stream of its own, and there are so many streams a step."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 128)
