@@ -38,7 +38,7 @@ mini: .venv/installed
 	$(RUN) datagen.py images $(PAIRS) --samples 2 --keep 2 --batch 16 --out $(HERE)/pairs
 	$(RUN) train.py --data $(HERE)/pairs --init $(HERE)/sd_model --out $(HERE)/editor --device $(DEVICE) \
 		--steps 18500 --batch 32 --lr 6e-4 --ema 0.999 --balanced \
-		--sampling-steps 20 --cfg-text 2 --cfg-image 1.5
+		--sampling-steps 20 --cfg-text 2 --cfg-image 1.2
 	$(RUN) evaluate.py pairs --sd $(HERE)/sd_model --judge $(HERE)/judge.safetensors --clip $(HERE)/clip_model --steps 12 \
 		--candidates $(HERE)/pairs/candidates*.jsonl --device $(DEVICE) --out $(HERE)/evaluate
 	$(RUN) evaluate.py world --model $(HERE)/editor/model --judge $(HERE)/judge.safetensors --clip $(HERE)/clip_model \
