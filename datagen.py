@@ -331,6 +331,8 @@ def main(arguments=None):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} should be at least 1, not {value}")
+    if not 0 < getattr(options, "timeout", 1) < 1e6:
+        raise UserError(f"--timeout should be a number of seconds above 0, not {options.timeout}")
     for name in ("few_shot", "retries"):
         if getattr(options, name, 0) < 0:
             raise UserError(f"--{name.replace('_', '-')} should be at least 0, not {getattr(options, name)}")

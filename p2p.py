@@ -256,9 +256,11 @@ def draw(options):
 
 
 def factor_of(text):
-    """ "red house=2" -> ("red house", 2.0). Raises UserError."""
+    """Read "red house=2" as ("red house", 2.0). Raises UserError."""
     words, _, number = text.rpartition("=")
     try:
+        if not abs(float(number)) <= 100:
+            raise ValueError
         return words, float(number)
     except ValueError as error:
         raise UserError(f'--reweight should be WORDS=FACTOR, such as "night=2", not "{text}"') from error

@@ -209,6 +209,7 @@ async def write_all(writer, captions, out, concurrency, progress=None):
                 except DroppedError as error:
                     dropped.append({"caption": caption, "url": url, "reason": str(error)})
                     counts["dropped"] += 1
+                    failed_in_row = 0
                 except BudgetError:
                     stopped = True
                 except OpenAIError as error:
@@ -287,6 +288,7 @@ def write_edits(options):
     need_key()
     client = AsyncOpenAI(timeout=options.timeout, max_retries=options.retries)
     writer = Writer(client, options.model, examples, options.few_shot, options.moderate, usage)
+    next(read_captions(options.captions), None)  # a mistake in the file's name ends here, before anything is written
     unique = Unique(read_captions(options.captions))
     captions = (pair for number, pair in enumerate(unique) if number % parts == part)
 

@@ -223,6 +223,32 @@ def test_without_a_key(write, monkeypatch):
         write(model, ["a cat"])
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("missing.txt", None), ("c.parquet", "x"), ("c.csv", "x"), ("c.jsonl", "x")]
+)
+def test_a_wrong_file_of_captions_leaves_nothing_behind(tmp_path, name, text):
+    if text:
+        (tmp_path / name).write_text(text)
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match=name):
+        datagen.main(["text", "--writer", "openai", "--captions", str(tmp_path / name), "--out", str(out)])
+    assert not out.exists()
+
+
+def test_failures_between_which_others_are_dropped_are_not_in_a_row(write):
+    def behave(caption, time):
+        return "500" if int(caption) % 2 else "refusal"
+
+    with LanguageModel(behave) as model, pytest.raises(UserError, match="15 captions failed"):
+        write(model, [str(number) for number in range(30)], "--retries", "0", "--concurrency", "1")
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan"])
+def test_a_timeout_that_is_none(tmp_path, seconds):
+    with pytest.raises(UserError, match="--timeout should be a number of seconds"):
+        datagen.main(["text", "--out", str(tmp_path / "out.jsonl"), "--timeout", seconds])
+
+
 def test_without_captions(tmp_path):
     with pytest.raises(UserError, match="--writer openai needs --captions"):
         datagen.main(["text", "--writer", "openai", "--out", str(tmp_path / "out.jsonl")])
