@@ -153,7 +153,7 @@ def test_the_pixels_elsewhere_stay(kind):
 def test_the_instruction_says_what_changes(kind, new_phrasing):
     """The words are taken from the scenes, apart from how world.py fills them in."""
     phrasings, used = HELD_OUT if new_phrasing else PHRASINGS, set()
-    for edit in edits(kind, 200, new_phrasing=new_phrasing):
+    for edit in edits(kind, 500, new_phrasing=new_phrasing):
         before, after = edit.before, edit.after
         if kind in ("background", "medium"):
             key, words = getattr(after, kind), {}
