@@ -60,6 +60,30 @@ def read_jsonl(file, path):
         yield caption, url
 
 
+def read_edits(path):
+    """The triplets of a .jsonl file: a list of dicts with the texts of FIELDS. Raises UserError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = list(file)  # str.splitlines would also split at U+2028, which JSON may hold
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}; datagen.py text writes one") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    edits = []
+    for number, line in enumerate(lines, 1):
+        try:
+            edit = json.loads(line)
+            complete = all(edit[field].strip().encode() for field in FIELDS)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            complete = False
+        if not complete:
+            raise UserError(f"{path}, line {number}: the texts {', '.join(FIELDS)} are needed")
+        edits.append(edit)
+    if not edits:
+        raise UserError(f"{path} holds no edits")
+    return edits
+
+
 def normal(text):
     """A caption as it is compared: without case, outer spaces and final marks."""
     return text.strip().rstrip(".!?").strip().lower()

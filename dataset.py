@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from configs import Config
 from errors import UserError, written_whole
-from images import open_image, to_tensor
+from images import open_image, to_jpeg, to_tensor
 
 SPLITS = {"train": (0.0, 0.9), "val": (0.9, 0.95), "test": (0.95, 1.0), "all": (0.0, 1.0)}
 
@@ -79,7 +79,8 @@ def write_edit(root, number, prompt, pairs):
         for pair in pairs:
             for side, image in enumerate((pair.before, pair.after)):
                 # without chroma subsampling, which at 64 pixels a side would smear the colours
-                image.save(beside / f"{pair.metadata['seed']}_{side}.jpg", quality=100, subsampling=0)
+                data = to_jpeg(image, quality=100, subsampling=0)
+                (beside / f"{pair.metadata['seed']}_{side}.jpg").write_bytes(data)
         lines = [json.dumps(pair.metadata) + "\n" for pair in pairs]
         (beside / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
         remove_folder(folder)
@@ -94,15 +95,30 @@ def remove_folder(folder):
 
 
 def write_seeds(root):
-    """Write seeds.json from the folders there are; returns the number of pairs."""
-    entries = []
-    for path in sorted(Path(root).glob("[0-9]*/metadata.jsonl")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        if lines:
-            entries.append([path.parent.name, [str(json.loads(line)["seed"]) for line in lines]])
-    with written_whole(Path(root) / "seeds.json") as beside:
-        beside.write_text(json.dumps(entries), encoding="utf-8")
+    """Write seeds.json from the folders there are; returns the number of pairs.
+
+    If another process adds to the folders meanwhile, it is written again: the last one to end leaves it whole.
+    """
+    entries, found = [], None
+    while found != (paths := sorted(Path(root).glob("[0-9]*/metadata.jsonl"))):
+        entries, found = [], paths
+        for path in paths:
+            if lines := path.read_text(encoding="utf-8").splitlines():
+                entries.append([path.parent.name, [str(json.loads(line)["seed"]) for line in lines]])
+        with written_whole(Path(root) / "seeds.json") as beside:
+            beside.write_text(json.dumps(entries), encoding="utf-8")
     return sum(len(seeds) for _, seeds in entries)
+
+
+def read_seeds(root):
+    """What seeds.json lists: (folder, its seeds) of every edit, in order. Raises UserError."""
+    path = Path(root) / "seeds.json"
+    try:
+        return [(folder, list(seeds)) for folder, seeds in json.loads(path.read_text(encoding="utf-8"))]
+    except FileNotFoundError as error:
+        raise UserError(f"{root} holds no seeds.json; datagen.py images makes such a folder") from error
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
 
 
 class EditDataset(Dataset):
@@ -111,14 +127,9 @@ class EditDataset(Dataset):
     def __init__(self, root, split="train"):
         """Raises UserError where `root` is no data set."""
         self.root = Path(root)
-        try:
-            entries = json.loads((self.root / "seeds.json").read_text(encoding="utf-8"))
-            first, last = (int(round(share * len(entries))) for share in SPLITS[split])
-            self.pairs = [(folder, seed) for folder, seeds in entries[first:last] for seed in seeds]
-        except FileNotFoundError as error:
-            raise UserError(f"{root} holds no seeds.json; datagen.py images makes such a folder") from error
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{self.root / 'seeds.json'} is damaged: {error}") from error
+        entries = read_seeds(root)
+        first, last = (int(round(share * len(entries))) for share in SPLITS[split])
+        self.pairs = [(folder, seed) for folder, seeds in entries[first:last] for seed in seeds]
         if not self.pairs:
             raise UserError(f"{root} holds no pairs for the split {split}")
 

@@ -1,6 +1,7 @@
 """Failing cleanly: a mistake of the user's ends in one line, and no file is ever left half-written."""
 
 import argparse
+import errno
 import os
 import shutil
 import sys
@@ -59,3 +60,18 @@ def written_whole(path):
         with suppress(OSError):  # there may be nothing to remove, nor a folder where it could have been
             beside.unlink()
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def append_whole(path, data):
+    """Append bytes to a file, all or nothing. Raises UserError where the system refuses."""
+    try:
+        with open(path, "ab", buffering=0) as file:
+            size = file.tell()
+            try:
+                if file.write(data) < len(data):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                file.truncate(size)
+                raise
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error

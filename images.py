@@ -3,6 +3,7 @@
 Inside the program a picture is an RGB PIL image, or a tensor [3, H, W] with values in [-1, 1].
 """
 
+import io
 import json
 import logging
 import warnings
@@ -114,6 +115,13 @@ def save_png(image, path, settings=None):
         info.add_itxt("ip2p", text.encode("utf-8", "backslashreplace").decode())
     with written_whole(path) as beside:
         image.save(beside, format="PNG", pnginfo=info)
+
+
+def to_jpeg(image, **settings):
+    """The bytes of a JPEG file. Pillow, left to write the file itself, takes no notice of a disk that is full."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", **settings)
+    return buffer.getvalue()
 
 
 def read_settings(path):

@@ -3,6 +3,7 @@
 Imports nothing heavy, so that programs can answer a mistake at once.
 """
 
+import os
 from dataclasses import dataclass
 
 from errors import UserError
@@ -45,6 +46,12 @@ def check_device(name):
         torch.zeros(1, device=name).item()
     except Exception as error:  # torch has another one for every device that it was not made for
         raise UserError(f"this machine or this torch has no device {name}; try --device cpu") from error
+
+
+def own_device(name):
+    """The device for this process: "cuda" is the one GPU, or of several that of this process of torchrun's."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if name == "cuda" and rank else name
 
 
 def check_seeds(seeds):

@@ -13,6 +13,8 @@ from PIL import Image
 from random_model import randomise, small_tokenizer
 
 import datagen
+import pairs as pairs_module
+from captions import read_edits
 from checkpoint import load, load_clip, save_clip, save_folder
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIPTextConfig
@@ -20,8 +22,21 @@ from dataset import EditDataset, Filter
 from errors import run_program
 from images import to_image, to_tensor
 from p2p import P_RANGE, PairNoise, sample_pairs
+from phrasings import PHRASINGS
 from text2image import TextToImage
-from world import BACKGROUNDS, COLOURS, MEDIA, PHRASINGS, SHAPES, SIZES, random_edit, render
+from world import (
+    BACKGROUNDS,
+    COLOURS,
+    MEDIA,
+    SHAPES,
+    SIZES,
+    caption,
+    held_out,
+    random_edit,
+    random_scene,
+    read_caption,
+    render,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -125,7 +140,7 @@ def test_triplets_by_rule(program, tmp_path):
     edits = read_lines(out)
     assert len(edits) == 300
     assert all(list(edit) == ["caption", "edit", "output", "url"] for edit in edits)
-    assert datagen.read_edits(out) == edits
+    assert read_edits(out) == edits
     options = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "other": SHAPES}
     words = {name: f"({'|'.join(values)})" for name, values in options.items()}
     thing = "a {size} {colour} {shape}".format(**words)
@@ -142,6 +157,46 @@ def test_triplets_by_rule(program, tmp_path):
         assert all(zlib.crc32(composition.encode()) % 10 for composition in compositions)
     assert len({edit["caption"] for edit in edits}) > 280
     assert len({edit["edit"] for edit in edits}) > 100
+
+
+def test_triplets_of_given_captions(program, tmp_path):
+    """One for each caption of the world's, with its url; repeated ones and those of held-out scenes are left out."""
+    rng = np.random.default_rng(5)
+    captions = [caption(random_scene(rng)) for _ in range(200)]
+    given = [{"caption": text, "url": f"u{i}"} for i, text in enumerate(captions)]
+    given += [{"caption": captions[0]}, {"caption": caption(random_scene(rng, test=True))}]
+    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in given))
+    out = tmp_path / "edits.jsonl"
+    arguments = "text", f"--captions={tmp_path / 'captions.jsonl'}", f"--out={out}"
+    code, lines, errors = program(*arguments)
+    unique = dict.fromkeys(captions)
+    again = len(captions) + 1 - len(unique)
+    left_out = f"left out: {again} captions that came before, 1 of scenes kept to be measured on"
+    assert (code, lines, errors) == (0, [left_out, f"{out}: {len(unique)} triplets"], [])
+    edits = read_lines(out)
+    assert [edit["caption"] for edit in edits] == list(unique)
+    assert [edit["url"] for edit in edits] == [f"u{captions.index(text)}" for text in unique]
+    for edit in edits:
+        before, after = read_caption(edit["caption"]), read_caption(edit["output"])
+        assert not held_out(after)
+        parts = ("medium", "background", "left", "right")
+        assert sum(getattr(before, part) != getattr(after, part) for part in parts) == 1
+    kinds = [len(read_caption(edit["output"]).things) - len(read_caption(edit["caption"]).things) for edit in edits]
+    assert set(kinds) == {-1, 0, 1}
+    first = out.read_bytes()
+    assert program(*arguments)[0] == 0
+    assert out.read_bytes() == first
+    assert program(*arguments, "--seed=1")[0] == 0
+    assert out.read_bytes() != first
+
+
+def test_captions_of_another_world(program, tmp_path):
+    (tmp_path / "captions.txt").write_text("a cat on a mat\n")
+    files = f"--captions={tmp_path / 'captions.txt'}", f"--out={tmp_path / 'edits.jsonl'}"
+    code, lines, errors = program("text", *files)
+    assert (code, lines) == (2, [])
+    assert "\"a cat on a mat\" is not a caption of the miniature's world; --writer openai reads any" in errors[0]
+    assert list(tmp_path.iterdir()) == [tmp_path / "captions.txt"]
 
 
 def test_triplets_can_be_repeated(program, tmp_path):
@@ -257,7 +312,7 @@ def test_the_batch_changes_nothing(models, pairs, program, tmp_path, monkeypatch
         sizes.append(len(before))
         return sample_pairs(model, before, *rest, **settings)
 
-    monkeypatch.setattr(datagen, "sample_pairs", counted)
+    monkeypatch.setattr(pairs_module, "sample_pairs", counted)
     assert program(*command(models, tmp_path / "data", *OPEN, batch=batch))[0] == 0
     equal_but_for_rounding(tmp_path / "data", pairs)
     assert max(sizes) <= batch
@@ -282,7 +337,7 @@ def test_settings_reach_the_sampler(models, program, tmp_path, monkeypatch):
         calls.append((steps or model.sampling.steps, tuple(noise.first.shape[1:]), noise.guidance, settings["control"]))
         return sample_pairs(model, before, after, noise, steps, **settings)
 
-    monkeypatch.setattr(datagen, "sample_pairs", watched)
+    monkeypatch.setattr(pairs_module, "sample_pairs", watched)
     arguments = command(models, tmp_path / "a", *OPEN, steps=1, resolution=80, samples=2, control="both")
     assert program(*arguments)[0] == 0
     own = [word for word in command(models, tmp_path / "b", *OPEN) if word not in ("--guidance", "2", "4")]
@@ -394,12 +449,12 @@ def test_a_run_that_was_stopped_goes_on(models, pairs, program, tmp_path, monkey
         written.append(number)
         return write_edit(root, number, *rest)
 
-    write_edit = datagen.write_edit
-    monkeypatch.setattr(datagen, "write_edit", interrupted)
+    write_edit = pairs_module.write_edit
+    monkeypatch.setattr(pairs_module, "write_edit", interrupted)
     code, _, errors = program(*command(models, folder, *OPEN))
     assert (code, errors) == (130, ["datagen.py: stopped; nothing half-written is left behind"])
     assert sorted(path.name for path in folder.glob("0*")) == [f"{number:07d}" for number in range(stop_at)]
-    monkeypatch.setattr(datagen, "write_edit", write_edit)
+    monkeypatch.setattr(pairs_module, "write_edit", write_edit)
     assert program(*command(models, folder, *OPEN))[0] == 0
     equal_but_for_rounding(folder, pairs)
 
@@ -407,7 +462,7 @@ def test_a_run_that_was_stopped_goes_on(models, pairs, program, tmp_path, monkey
 def test_a_finished_run_samples_nothing(models, pairs, program, tmp_path, monkeypatch):
     folder = tmp_path / "data"
     shutil.copytree(pairs, folder)
-    monkeypatch.setattr(datagen, "sample_pairs", None)
+    monkeypatch.setattr(pairs_module, "sample_pairs", None)
     code, out, _ = program(*command(models, folder, *OPEN))
     assert code == 0
     assert f"{len(EDITS) * KEEP} pairs" in out[-1]
@@ -557,7 +612,7 @@ def test_odd_characters_in_edits_are_no_line_breaks(tmp_path):
     """Python's splitlines takes U+2028 for one; other programs write it into JSON as it is."""
     edit = {"caption": "a\u2028b", "edit": "make\x85it night", "output": "c"}
     (tmp_path / "edits.jsonl").write_text(json.dumps(edit, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert datagen.read_edits(tmp_path / "edits.jsonl") == [edit]
+    assert read_edits(tmp_path / "edits.jsonl") == [edit]
 
 
 @pytest.mark.parametrize("line", ["hello", "{}", "[]", '{"edit": '])

@@ -129,8 +129,8 @@ class Unwilling:
     def __init__(self, error):
         self.error = error
 
-    def save(self, path, **settings):
-        path.write_bytes(b"half a picture")
+    def save(self, file, *rest, **settings):
+        file.write(b"half a picture")
         raise self.error
 
 

@@ -32,8 +32,9 @@ from evaluate_world import (
 from images import to_image, to_tensor
 from ip2p import InstructPix2Pix
 from judge import Judge, truth
+from phrasings import HELD_OUT, PHRASINGS
 from settings import Sampling
-from world import HELD_OUT, KINDS, PHRASINGS, held_out, render
+from world import KINDS, held_out, render
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,14 +7,13 @@ from dataclasses import fields, replace
 import numpy as np
 import pytest
 
+from phrasings import HELD_OUT, PHRASINGS
 from pretrain_clip import train_tokenizer, world_texts
 from world import (
     BACKGROUNDS,
     COLOURS,
-    HELD_OUT,
     KINDS,
     MEDIA,
-    PHRASINGS,
     SHAPES,
     SIZE,
     SIZES,
@@ -24,6 +23,7 @@ from world import (
     held_out,
     random_edit,
     random_scene,
+    read_caption,
     render,
 )
 
@@ -223,6 +223,30 @@ def test_texts_are_grammatical():
         assert re.fullmatch(r"[a-z]+(,? [a-z]+)*", text), text
         assert not re.search(r"\ban? (a|an|the|it|[aeiou]\w*)\b", text), text
         assert not re.search(r"\b(\w+) \1\b", text), text
+
+
+def test_captions_are_read_back():
+    """All of training's and of the held-out ones; the layout is no part of a caption."""
+    rng = np.random.default_rng(0)
+    for scene in (random_scene(rng, test) for test in (False, True) for _ in range(300)):
+        assert read_caption(caption(scene), scene.layout) == scene
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a cat on a mat",
+        "a painting of a small red ball at night",  # on which side?
+        "a painting of a small red ball and a large blue ball at night",
+        "a painting of a small red ball on the left at night.",
+        "A painting of a small red ball on the left at night",
+        "a painting of a small red ball and a small red tree on the left at night",
+    ],
+)
+def test_other_captions_are_refused(text):
+    with pytest.raises(ValueError, match="miniature's world"):
+        read_caption(text)
 
 
 def test_every_text_fits_the_text_tower():
