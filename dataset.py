@@ -13,6 +13,8 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import torch
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
 from configs import Config
@@ -20,6 +22,7 @@ from errors import UserError, written_whole
 from images import open_image, to_jpeg, to_tensor
 
 SPLITS = {"train": (0.0, 0.9), "val": (0.9, 0.95), "test": (0.95, 1.0), "all": (0.0, 1.0)}
+TOLERATED = 0.01  # of all pairs may be missing or damaged
 
 
 @dataclass(frozen=True)
@@ -122,30 +125,95 @@ def read_seeds(root):
 
 
 class EditDataset(Dataset):
-    """The pairs of one split: (before [3, H, W], after [3, H, W], instruction), pictures in [-1, 1], as on disk."""
+    """The pairs of one split: (before [3, H, W], after [3, H, W], instruction), pictures in [-1, 1].
 
-    def __init__(self, root, split="train"):
-        """Raises UserError where `root` is no data set."""
-        self.root = Path(root)
+    A large data set that came over a network has gaps: a pair that is missing or damaged is left out, and the next
+    whole one takes its place, until more than 1 % of all are. `broken` marks them, over all processes of a DataLoader.
+    """
+
+    def __init__(self, root, split="train", resolution=None, largest=None, flip=0.0):
+        """resolution: pixels a side of square crops; None for pictures as they are on disk.
+
+        Pictures are made `resolution` pixels large on their shorter side and cropped in the middle. With a key (index,
+        seed) they are augmented as in Sec. A.1: the shorter side is by chance from `resolution` to `largest`, the crop
+        and, with probability `flip`, the mirroring are by chance as well, the same for both pictures.
+
+        Raises UserError where `root` is no data set.
+        """
+        self.root, self.resolution, self.flip = Path(root), resolution, flip
+        self.largest = largest or resolution
         entries = read_seeds(root)
         first, last = (int(round(share * len(entries))) for share in SPLITS[split])
         self.pairs = [(folder, seed) for folder, seeds in entries[first:last] for seed in seeds]
         if not self.pairs:
             raise UserError(f"{root} holds no pairs for the split {split}")
+        self.broken = torch.zeros(len(self.pairs), dtype=torch.bool).share_memory_()
 
     def __len__(self):
-        """How many pairs there are."""
+        """How many pairs there are, broken ones included."""
         return len(self.pairs)
 
-    def __getitem__(self, index):
-        """The pair at a position. Raises UserError where a file is missing or damaged."""
+    def __getitem__(self, key):
+        """The pair at a position, or (position, seed). Raises UserError where too many are missing or damaged."""
+        index, seed = key if isinstance(key, tuple) else (key, None)
+        if not -len(self) <= index < len(self):
+            raise IndexError
+        while (pair := self.read(index)) is None:
+            index = (index + 1) % len(self)
+        before, after, instruction = pair
+        if self.resolution:
+            before, after = self.crop(before, after, seed)
+        return to_tensor(before), to_tensor(after), instruction
+
+    def read(self, index):
+        """(before, after, instruction) with RGB images as on disk; None, and counted, where it is missing or damaged.
+
+        Raises UserError when these are more than 1 % of all.
+        """
+        if self.broken[index]:
+            return None
         folder, seed = self.pairs[index]
         path = self.root / folder
         try:
-            instruction = json.loads((path / "prompt.json").read_text(encoding="utf-8"))["edit"]
-            if not isinstance(instruction, str):
-                raise ValueError("its edit is no text")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path / 'prompt.json'} is missing or damaged: {error}") from error
-        before, after = (to_tensor(open_image(path / f"{seed}_{side}.jpg")) for side in (0, 1))
-        return before, after, instruction
+            instruction = read_instruction(path / "prompt.json")
+            before, after = (open_image(path / f"{seed}_{side}.jpg") for side in (0, 1))
+            if before.size != after.size:
+                raise UserError(f"{path}: the pictures of seed {seed} differ in size")
+            return before, after, instruction
+        except UserError as error:
+            self.broken[index] = True
+            count = int(self.broken.sum())
+            if count > TOLERATED * len(self):
+                reason = f"{count} of {len(self)} pairs are missing or damaged, which is too many; the last one"
+                raise UserError(f"{reason}: {error}") from error
+            return None
+
+    def crop(self, before, after, seed):
+        """Two images of one size -> squares of `resolution`; in the middle, or with a seed augmented."""
+        width, height = before.size
+        if seed is None:
+            side, x, y, mirrored = self.resolution, 0.5, 0.5, False
+        else:
+            generator = torch.Generator().manual_seed(seed)
+            side = int(torch.randint(self.resolution, self.largest + 1, (), generator=generator))
+            x, y, chance = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+            mirrored = chance < self.flip
+        scale = side / min(width, height)
+        size = [max(side, round(length * scale)) for length in (width, height)]
+        # any of the places where the square fits, all of them alike
+        left, top = (int(share * (length - self.resolution + 1)) for share, length in zip((x, y), size, strict=True))
+        box = (left, top, left + self.resolution, top + self.resolution)
+        for image in (before, after):
+            cropped = image.resize(size, Image.Resampling.LANCZOS).crop(box)
+            yield ImageOps.mirror(cropped) if mirrored else cropped
+
+
+def read_instruction(path):
+    """The instruction in a prompt.json. Raises UserError."""
+    try:
+        instruction = json.loads(path.read_text(encoding="utf-8"))["edit"]
+        if not isinstance(instruction, str):
+            raise ValueError("its edit is no text")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is missing or damaged: {error}") from error
+    return instruction

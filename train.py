@@ -104,7 +104,9 @@ def train(options):
         raise UserError(f"the pictures are {shape[2]}x{shape[1]}; {needed}")
     make_folder(options.out)
     data = LatentPairs(model, pairs, device)
-    print(f"{len(data.before)} pairs, {len(data.contexts) - 1} different instructions")
+    broken = int(pairs.broken.sum())
+    left_out = f"; {broken} are missing or damaged, and others stand in for them" if broken else ""
+    print(f"{len(data.before)} pairs, {len(data.contexts) - 1} different instructions{left_out}")
     schedule = NoiseSchedule()
     # on a CPU torch's fused attention is slow backwards, and at the miniature's sizes the map is small enough to keep
     predict_eps = partial(unet, attend=reference if torch.device(device).type == "cpu" else fused)

@@ -1,6 +1,7 @@
 """Edited pairs on disk: the authors' layout to the letter, whole or not at all, and read as they were written."""
 
 import json
+import shutil
 from contextlib import suppress
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import colourful
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from dataset import EditDataset, Filter, Pair, folder_name, write_edit, write_seeds
 from errors import UserError
@@ -267,7 +269,7 @@ def test_damaged_prompts(root, text):
     if text is not None:
         path.write_text(text)
     data = EditDataset(root, "all")
-    with pytest.raises(UserError, match="0000003/prompt.json is missing or damaged: "):
+    with pytest.raises(UserError, match="^1 of 3 pairs are .*0000003/prompt.json is missing or damaged: "):
         data[0]
     assert data[1][2] == "make it night"
 
@@ -333,3 +335,115 @@ def test_damaged_thresholds(tmp_path, text, message):
     (tmp_path / "filter.json").write_text(text)
     with pytest.raises(UserError, match=f"filter.json.*{message}"):
         Filter.read(tmp_path)
+
+
+# ---- gaps ----
+
+
+def gap(root, index):
+    """Damage a pair: now its first picture, now its second one or its prompt."""
+    folder = root / folder_name(index)
+    if index % 3 == 2:
+        (folder / "prompt.json").unlink()
+    else:
+        path = folder / f"{index}_{index % 3}.jpg"
+        path.write_bytes(path.read_bytes()[: 30 * (index % 2)])
+
+
+@pytest.fixture(scope="module")
+def two_hundred(tmp_path_factory):
+    """200 edits of a pair each, seeds and instructions after their numbers. Shared: copy before changing it."""
+    root = tmp_path_factory.mktemp("many")
+    for number in range(200):
+        side = Image.new("RGB", (32, 32), (number, 0, 255 - number))
+        write_edit(root, number, prompt(f"edit {number}"), [Pair(side, side, {"seed": number})])
+    write_seeds(root)
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_gaps_are_skipped_and_counted(two_hundred, tmp_path, workers):
+    """Up to 1 %, whichever process meets them: the next pair stands in, and the last one's stand-in is the first."""
+    shutil.copytree(two_hundred, tmp_path, dirs_exist_ok=True)
+    for index in (77, 199):
+        gap(tmp_path, index)
+    data = EditDataset(tmp_path, "all")
+    found = [text for _, _, texts in DataLoader(data, 10, num_workers=workers) for text in texts]
+    expected = [f"edit {number}" for number in range(200)]
+    expected[77], expected[199] = "edit 78", "edit 0"
+    assert found == expected
+    assert data.broken.nonzero().flatten().tolist() == [77, 199]
+    gap(tmp_path, 5)
+    message = r"^3 of 200 pairs are missing or damaged, which is too many; the last one: .*0000005"
+    if workers == 0:
+        with pytest.raises(UserError, match=message):
+            list(data)
+        with pytest.raises(UserError, match=message.replace("0000005", "0000199")):
+            list(EditDataset(tmp_path, "all"))
+    else:
+        with pytest.raises(UserError, match="3 of 200 pairs are missing or damaged"):
+            list(DataLoader(data, 10, num_workers=workers))
+
+
+def test_pictures_of_a_pair_that_differ_in_size(two_hundred, tmp_path):
+    shutil.copytree(two_hundred, tmp_path, dirs_exist_ok=True)
+    Image.new("RGB", (32, 40)).save(tmp_path / "0000009/9_1.jpg")
+    data = EditDataset(tmp_path, "all")
+    assert data[9][2] == "edit 10"
+    assert data.broken.sum() == 1
+
+
+# ---- crops ----
+
+
+@pytest.fixture
+def wide(tmp_path):
+    """One pair of 80x60 pixels: a ramp in both directions, and its negative."""
+    x, y = np.meshgrid(np.linspace(0, 255, 80), np.linspace(0, 255, 60))
+    before = np.stack([x, y, np.full_like(x, 128)], axis=2).astype(np.uint8)
+    images = Image.fromarray(before), Image.fromarray(255 - before)
+    write_edit(tmp_path, 0, prompt("invert it"), [Pair(*images, {"seed": 1})])
+    write_seeds(tmp_path)
+    return tmp_path
+
+
+def window(x):
+    """(left, top, right, bottom) of what a crop of `wide` shows, as shares of the whole picture."""
+    red, green, _ = (x + 1) / 2
+    return tuple(edge.mean().item() for edge in (red[:, 0], green[0], red[:, -1], green[-1]))
+
+
+def test_without_a_seed_crops_are_in_the_middle(wide):
+    before, after, _ = EditDataset(wide, "all", resolution=30, largest=45, flip=1.0)[0]
+    assert before.shape == after.shape == (3, 30, 30)
+    assert window(before) == pytest.approx((1 / 8, 0, 7 / 8, 1), abs=0.03)  # 80x60 becomes 40x30
+    assert (before + after).abs().max() < 0.05
+
+
+def test_crops_are_by_chance_and_the_same_for_both_pictures(wide):
+    """Their size, their place and their mirroring, over the whole of what is possible; a seed gives the same again."""
+    data = EditDataset(wide, "all", resolution=40, largest=60, flip=0.5)
+    windows = []
+    for seed in range(300):
+        before, after, _ = data[0, seed]
+        assert before.shape == after.shape == (3, 40, 40)
+        assert (before + after).abs().max() < 0.06
+        left, top, right, bottom = window(before)
+        windows.append((min(left, right), top, abs(right - left), bottom - top, left > right))
+    left, top, width, height, mirrored = np.array(windows).T
+    assert 0.4 < mirrored.mean() < 0.6
+    assert (height.min(), height.max()) == pytest.approx((40 / 60, 1), abs=0.03)
+    assert (width.min(), width.max()) == pytest.approx((40 / 80, 60 / 80), abs=0.03)
+    assert (left.min(), (left + width).max()) == pytest.approx((0, 1), abs=0.03)
+    assert (top.min(), (top + height).max()) == pytest.approx((0, 1), abs=0.03)
+    assert len(set(np.round(height, 2))) > 15
+    assert all(torch.equal(*pair) for pair in zip(data[0, 7][:2], data[0, 7][:2], strict=True))
+    assert not torch.equal(data[0, 7][0], data[0, 8][0])
+
+
+@pytest.mark.parametrize(("flip", "mirrored"), [(0.0, False), (1.0, True)])
+def test_mirroring_can_be_sure_or_off(wide, flip, mirrored):
+    data = EditDataset(wide, "all", resolution=30, flip=flip)
+    for seed in range(20):
+        left, _, right, _ = window(data[0, seed][0])
+        assert (left > right) == mirrored
