@@ -1,5 +1,7 @@
 """Speed and memory of our networks and loaders against those of diffusers and transformers, with equal weights.
 
+And of a Prompt-to-Prompt pair against the same with attention maps held in memory, as the papers' code has it.
+
     python bench.py --runs 3 > benchmarks/cpu.md
 
 Machines are shared and their speed drifts, so the two sides take turns (ours, theirs, ours, theirs, ...) and the RATIO
@@ -24,6 +26,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,15 +37,24 @@ from errors import UserError, run_program
 
 sys.path.append(str(Path(__file__).resolve().parent / "tests"))
 
-OURS, THEIRS = "ours", "diffusers"
+OURS, THEIRS, MAPS = "ours", "diffusers", "with maps"
 NETWORKS = {  # what it is, our call, their call
     "unet": ("UNet step, batch 3", lambda net, *inputs: net(*inputs), lambda net, *inputs: net(*inputs).sample),
     "encode": ("VAE encoder", lambda net, x: net.encode(x).mode(), lambda net, x: net.encode(x).latent_dist.mode()),
     "decode": ("VAE decoder", lambda net, z: net.decode(z), lambda net, z: net.decode(z).sample),
     "text": ("text encoder", lambda net, ids: net(ids), lambda net, ids: net(ids).last_hidden_state),
 }
+PAIRS = {  # Prompt-to-Prompt, beside the same with attention maps in memory
+    "p2p-layer": "one layer of self-attention",
+    "p2p": "UNet step, batch 4: one pair",
+}
 LOADS = {"file": "load one file", "folder": "load a folder"}
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # most that two outputs may differ, relatively
+LEGEND = """\
+Times and ratios are medians; a ratio is ours through theirs in one pair of runs, so below 1 we are faster.
+Peak memory is what the process holds at most, the programs (0.3 GB) and memory-mapped files included; for
+networks on CUDA it is what PyTorch allocates there. The difference is the relative one between the outputs,
+or between the weights that were loaded.""".splitlines()
 SHORT = 0.5  # seconds; what is faster is repeated for so long, and averaged
 
 
@@ -71,7 +83,7 @@ def parse(arguments=None):
         epilog="Loading writes a 4.3 GB model twice, as a file and as a folder, to a temporary folder below TMPDIR.",
     )
     parser.error = lambda message: parser.exit(2, f"bench.py: {message} (--help shows what is possible)\n")
-    names = [*NETWORKS, "load"]
+    names = [*NETWORKS, *PAIRS, "load"]
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
     add("--dtype", choices=list(TOLERANCE), default="float32", help="number format of the networks (default: float32)")
@@ -105,11 +117,17 @@ def main(arguments=None):
     settings = Settings(options.device, options.dtype, options.size, options.small)
     try:
         rows = [compare_networks(part, settings, options.runs) for part in NETWORKS if part in parts]
+        pairs = [compare_networks(part, settings, options.runs) for part in PAIRS if part in parts]
         loads, notes = compare_loading(settings, options.runs) if "load" in parts else ([], [])
     except (BrokenProcessPool, torch.OutOfMemoryError) as error:  # the first one also where the system ends a process
         raise UserError("there is not enough memory; try a smaller --size, or fewer parts with --only") from error
     arguments = sys.argv[1:] if arguments is None else arguments
-    print("\n".join([*heading(settings, arguments), "", *table(rows + loads), "", *notes]).rstrip())
+    lines = [*heading(settings, arguments), ""]
+    if rows + loads:
+        lines += [*table(rows + loads), ""]
+    if pairs:
+        lines += ["## Prompt-to-Prompt, beside the same with attention maps in memory", "", *table(pairs, MAPS), ""]
+    print("\n".join([*lines, *LEGEND, "", *notes]).rstrip())
 
 
 # ---- in the main process ----
@@ -117,13 +135,13 @@ def main(arguments=None):
 
 def compare_networks(part, settings, runs):
     """One network, on both sides -> Row. Raises UserError if the outputs differ."""
-    what = NETWORKS[part][0]
+    what, other = (NETWORKS[part][0], THEIRS) if part in NETWORKS else (PAIRS[part], MAPS)
     with own_process() as our_process, own_process() as their_process:
 
         def both(function):
             """Call a function in our process, then in theirs: (result, result)."""
             ours = our_process.submit(function, OURS, part, settings).result()
-            return ours, their_process.submit(function, THEIRS, part, settings).result()
+            return ours, their_process.submit(function, other, part, settings).result()
 
         say(f"{what}: making the networks and warming up")
         error = relative_error(*both(first_output))
@@ -132,7 +150,7 @@ def compare_networks(part, settings, runs):
         pairs = []
         for _ in range(runs):
             pairs.append(both(timed))
-            say_pair(what, pairs[-1])
+            say_pair(what, pairs[-1], other)
     return Row(what, pairs, error)
 
 
@@ -204,10 +222,10 @@ def heading(settings, arguments):
     ]
 
 
-def table(rows):
-    """The rows in Markdown, and how to read them: lines."""
+def table(rows, other=THEIRS):
+    """The rows in Markdown: lines."""
     lines = [
-        "| | ours | diffusers | ratio | its range | peak, ours | peak, diffusers | difference |",
+        f"| | ours | {other} | ratio | its range | peak, ours | peak, {other} | difference |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for what, pairs, error in rows:
@@ -223,14 +241,7 @@ def table(rows):
             f"{error:.1e}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return [
-        *lines,
-        "",
-        "Times and ratios are medians; a ratio is ours through theirs in one pair of runs, so below 1 we are faster.",
-        "Peak memory is what the process holds at most, the programs (0.3 GB) and memory-mapped files included; for",
-        "networks on CUDA it is what PyTorch allocates there. The difference is the relative one between the outputs,",
-        "or between the weights that were loaded.",
-    ]
+    return lines
 
 
 def peaks(pairs):
@@ -248,9 +259,9 @@ def say(message):
     print(f"bench.py: {message}", file=sys.stderr, flush=True)
 
 
-def say_pair(what, pair):
+def say_pair(what, pair, other=THEIRS):
     """The seconds of one turn each."""
-    say(f"{what}: {pair[0][0]:.3g} s ours, {pair[1][0]:.3g} s diffusers")
+    say(f"{what}: {pair[0][0]:.3g} s ours, {pair[1][0]:.3g} s {other}")
 
 
 # ---- in the measuring processes ----
@@ -280,9 +291,10 @@ def prepared(side, part, settings):
     """Make one side's network and its input, both the same on either side -> the function () -> output."""
     import torch
 
-    model = blank_model(settings.small)
+    model = blank_model(settings.small, in_channels=4 if part in PAIRS else 8)
     unet, vae, text = model.unet.config, model.vae.config, model.text_encoder.config
-    network = randomised({"unet": model.unet, "text": model.text_encoder}.get(part, model.vae))
+    chosen = model.unet if part in ("unet", "p2p", "p2p-layer") else {"text": model.text_encoder}.get(part, model.vae)
+    network = randomised(chosen)
     if side == THEIRS:
         import reference  # the tests' way to diffusers and transformers
 
@@ -296,6 +308,8 @@ def prepared(side, part, settings):
         return torch.randn(shape, generator=generator).to(settings.device, getattr(torch, settings.dtype))
 
     latent = settings.size // vae.factor
+    if part in PAIRS:
+        return pair_prepared(part, side, network, noise, latent, text.tokens)
     if part == "unet":
         z, t = noise(3, unet.in_channels, latent, latent), torch.full((3,), 500.0, device=settings.device)
         inputs = z, t, noise(3, text.tokens, text.width)
@@ -308,19 +322,42 @@ def prepared(side, part, settings):
     return torch.no_grad()(functools.partial(ours if side == OURS else theirs, network, *inputs))
 
 
-def blank_model(small):
-    """An editor of Stable Diffusion 1.5's size whose weights take no memory yet; or a tiny one."""
+def pair_prepared(part, side, unet, noise, latent, tokens):
+    """One side's function () -> output of a pair, sampled at a step at which its control acts."""
+    import torch
+
+    from attention import Layer
+    from p2p import PairControl
+
+    def with_maps(q, k, v, layer):
+        """The control as the papers write it: the second picture's map is overwritten by the first one's."""
+        maps = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)  # [4, H, N, M]
+        if not layer.cross:
+            maps[1::2] = maps[::2]
+        return maps @ v
+
+    level, z = unet.config.levels[0], noise(4, unet.config.in_channels, latent, latent)
+    attend = PairControl(100, self_share=torch.tensor([0.9], device=z.device)) if side == OURS else with_maps
+    if part == "p2p-layer":
+        q, k, v = (noise(4, level.heads, latent**2, level.channels // level.heads) for _ in range(3))
+        return torch.no_grad()(functools.partial(attend, q, k, v, Layer(0, "down", False, (latent, latent))))
+    inputs = z, torch.full((4,), 999.0, device=z.device), noise(4, tokens, unet.config.context_width)
+    return torch.no_grad()(functools.partial(unet, *inputs, attend=attend))
+
+
+def blank_model(small, in_channels=8):
+    """A model of Stable Diffusion 1.5's size whose weights take no memory yet; or a tiny one. 8 channels: an editor."""
     import torch
     from random_model import random_model
     from tokenizers.pre_tokenizers import ByteLevel
 
     from checkpoint import Model
     from clip_text import CLIP_L_TEXT, END, START, CLIPText, CLIPTokenizer
-    from unet import INSTRUCT_PIX2PIX, UNet
+    from unet import STABLE_DIFFUSION, UNet
     from vae import STABLE_DIFFUSION_VAE, VAE
 
     if small:
-        return random_model()
+        return random_model(in_channels=in_channels)
     # a tokenizer of CLIP's size and making, but with made-up merges
     letters = sorted(ByteLevel.alphabet())
     pieces = letters + [letter + "</w>" for letter in letters]
@@ -328,7 +365,8 @@ def blank_model(small):
     pieces += [left + right for left, right in merges] + [START, END]
     tokenizer = CLIPTokenizer({piece: number for number, piece in enumerate(pieces)}, merges)
     with torch.device("meta"):
-        return Model(UNet(INSTRUCT_PIX2PIX), VAE(STABLE_DIFFUSION_VAE), CLIPText(CLIP_L_TEXT), tokenizer)
+        unet = UNet(replace(STABLE_DIFFUSION, in_channels=in_channels))
+        return Model(unet, VAE(STABLE_DIFFUSION_VAE), CLIPText(CLIP_L_TEXT), tokenizer)
 
 
 def randomised(network):

@@ -51,10 +51,10 @@ def in_process(monkeypatch):
     bench.prepared.cache_clear()
 
 
-def cells_of(text):
-    """The table's lines: {first cell: [the others]}."""
-    lines = text.splitlines()
-    start = lines.index(HEADER) + 2
+def cells_of(text, other="diffusers"):
+    """The lines of the table that compares with `other`: {first cell: [the others]}."""
+    lines = [*text.splitlines(), ""]
+    start = lines.index(HEADER.replace("diffusers", other)) + 2
     rows = {}
     for line in lines[start : lines.index("", start)]:
         what, *cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -104,6 +104,25 @@ def test_with_processes_of_their_own():
     check_cells(rows["text encoder"], 1e-5)
 
 
+def test_a_pair_beside_one_with_maps(in_process, capsys):
+    """And nothing of diffusers, when only that was asked for."""
+    bench.main(["--small", "--size", "64", "--runs", "2", "--only", "p2p-layer,p2p"])
+    out = capsys.readouterr().out
+    rows = cells_of(out, "with maps")
+    assert list(rows) == ["one layer of self-attention", "UNet step, batch 4: one pair"]
+    for cells in rows.values():
+        check_cells(cells, 1e-5)
+    assert HEADER not in out
+
+
+def test_the_pair_is_controlled(in_process, monkeypatch):
+    """A control that does nothing gives another output, and nothing is timed."""
+    monkeypatch.setattr("p2p.PairControl.controlled", lambda self, share: share < 0)
+    for part in ("p2p-layer", "p2p"):
+        with pytest.raises(UserError, match="the outputs of the two sides differ"):
+            bench.main(["--small", "--size", "64", "--only", part])
+
+
 def test_ratios_are_taken_pair_by_pair():
     runs = [((1.0, 5_000_000_000), (2.0, None)), ((9.0, 6_000_000_000), (3.0, None)), ((4.0, None), (4.0, None))]
     (cells,) = cells_of("\n".join(bench.table([Row("this", runs, 1e-7)]))).values()
@@ -125,8 +144,8 @@ def test_different_outputs_are_not_timed(in_process, monkeypatch):
         (["--size", "500"], "--size should be a multiple of 64, not 500"),
         (["--size", "0"], "--size should be a multiple of 64, not 0"),
         (["--runs", "0"], "--runs should be at least 1, not 0"),
-        (["--only", "unet,vae"], "--only knows unet, encode, decode, text, load, not 'vae'"),
-        (["--only", ""], "--only knows unet, encode, decode, text, load, not ''"),
+        (["--only", "unet,vae"], "--only knows unet, encode, decode, text, p2p-layer, p2p, load, not 'vae'"),
+        (["--only", ""], "--only knows unet, encode, decode, text, p2p-layer, p2p, load, not ''"),
     ],
 )
 def test_mistakes(arguments, message):

@@ -405,9 +405,9 @@ def test_pictures_of_several_sizes(data, init, program, tmp_path, both, number):
         resize(folder / f"{number:07d}" / f"{number}_{side}.jpg", (96, 64))
     code, _, errors = program(*command(folder, init, tmp_path / "out"))
     assert code == 2
-    within = f"the pictures of seed {number} differ in size"
-    assert len(errors) == 1
-    assert errors[0].endswith("the pictures of the data set differ in size; one size for all is needed" if both else within)
+    among = "the pictures of the data set differ in size; one size for all is needed"
+    (error,) = errors
+    assert error.endswith(among if both else f"the pictures of seed {number} differ in size")
 
 
 def test_pictures_that_differ_within_every_pair(latents):
