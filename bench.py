@@ -293,14 +293,16 @@ def prepared(side, part, settings):
 
     model = blank_model(settings.small, in_channels=4 if part in PAIRS else 8)
     unet, vae, text = model.unet.config, model.vae.config, model.text_encoder.config
-    chosen = model.unet if part in ("unet", "p2p", "p2p-layer") else {"text": model.text_encoder}.get(part, model.vae)
-    network = randomised(chosen)
+    network = {"text": model.text_encoder, "encode": model.vae, "decode": model.vae}.get(part, model.unet)
+    if part != "p2p-layer":  # which needs no weights, so that its peak memory is its own
+        randomised(network)
     if side == THEIRS:
         import reference  # the tests' way to diffusers and transformers
 
         make = {"unet": reference.unet_reference, "text": reference.text_reference}.get(part, reference.vae_reference)
         network = make(network)
-    network.to(settings.device, getattr(torch, settings.dtype))
+    if part != "p2p-layer":
+        network.to(settings.device, getattr(torch, settings.dtype))
 
     generator = torch.Generator().manual_seed(0)
 

@@ -6,42 +6,46 @@ form; what fills it is collected here.
 
 import base64
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
-from PIL import Image
-
 from configs import Config
-from dataset import Filter, read_seeds
+from dataset import Filter, read_metadata, read_seeds
 from errors import UserError, written_whole
-from images import to_jpeg
+from images import open_image, to_jpeg
 
 FORM = Path(__file__).resolve().parent / "data/browse.html"
-SIDE = 256  # pixels; larger pictures are made smaller, or a page of many would be huge
-SIMILARITIES = ("clip_sim_0", "clip_sim_1", "clip_sim_image", "clip_sim_dir")
+SIDE, BYTES = 256, 30_000  # larger pictures are made smaller, or a page of many would be huge
+NUMBERS = ("p2p_threshold", "cfg_scale", "clip_sim_0", "clip_sim_1", "clip_sim_image", "clip_sim_dir")
 
 
 def write_page(root, out, count):
-    """Write a page of at most about `count` pairs of the data set `root`, whole edits spread over all of it.
+    """Write a page of about `count` pairs of the data set `root` at most, whole edits spread over all of it.
 
-    Returns a line that says what is there. Raises UserError where `root` is no data set or the page cannot be written.
+    Where every candidate's similarities are noted (datagen.py does so), they are on it for these edits, and for those
+    between them of which nothing was kept. Returns a line that says what is there. Raises UserError where `root` is no
+    data set or the page cannot be written.
     """
-    entries = read_seeds(root)
-    total = sum(len(seeds) for _, seeds in entries)
-    every = max(1, -(-total // count))
-    chosen = [folder for folder, _ in entries[::every]]
-    pairs, broken = [], 0
-    for folder in chosen:
+    logs = sorted(root.glob("candidates*.jsonl"))
+    edits = edits_of_logs(logs) if logs else [(folder, seeds, None) for folder, seeds in read_seeds(root)]
+    total = sum(len(seeds) for _, seeds, _ in edits)
+    chosen = edits[:: max(1, -(-total // count))]
+    pairs, candidates, broken = [], [], 0
+    for index, (folder, seeds, line) in enumerate(chosen):
         try:
-            pairs += pairs_of(root / folder)
-        except (OSError, ValueError, KeyError, TypeError):  # Pillow and json say so of damaged files
-            broken += 1
-    candidates = candidates_of(root, {int(folder) for folder in chosen})
-    settings = settings_of(root)
+            found = pairs_of(root / folder, index, seeds)
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
+            found, broken = [], broken + 1
+        pairs += found
+        scores = read_candidates(*line) if line else found
+        candidates += [[index, *(scored.get(name) for name in NUMBERS[2:])] for scored in scores]
+    settings = Config.read(root / "settings.json").values if (root / "settings.json").exists() else {}
     data = {
         "title": root.resolve().name,
         "pairs": pairs,
-        "candidates": candidates or [[pair[name] for name in ("edit_number", *SIMILARITIES)] for pair in pairs],
+        "candidates": candidates,
+        "every": bool(logs),  # are candidates that were not kept among them?
         "thresholds": {name: settings.get(f"min_{name}", own) for name, own in asdict(Filter()).items()},
         "keep": settings.get("keep", 4),
         "total": total,
@@ -54,46 +58,59 @@ def write_page(root, out, count):
     return f"{out}: {len(pairs)} of {total} pairs{left}"
 
 
-def pairs_of(folder):
-    """The pairs of one edit, as the page takes them."""
+def edits_of_logs(logs):
+    """[(folder, kept seeds, (file, offset of its line))] of every edit, in order; a torn last line is left out.
+
+    Such lists may be larger than memory, so of each line only the start is looked at.
+    """
+    edits = {}
+    for path in logs:
+        offset = 0
+        with open(path, "rb") as file:
+            for line in file:
+                start = re.match(rb'\{"edit": (\d+), "kept": \[([\d, ]*)\]', line)
+                if not start and line.endswith(b"\n"):
+                    raise UserError(f"{path} is damaged; remove it, and datagen.py makes its edits anew")
+                if start and line.endswith(b"\n"):
+                    number = int(start[1])
+                    edits[number] = (f"{number:07d}", start[2].decode().replace(",", " ").split(), (path, offset))
+                offset += len(line)
+    return [edits[number] for number in sorted(edits)]
+
+
+def read_candidates(path, offset):
+    """What is noted of an edit's candidates, in the line that starts there. Raises UserError."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        try:
+            return [dict(noted) for noted in json.loads(file.readline())["candidates"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged; remove it, and datagen.py makes its edits anew ({error})") from error
+
+
+def pairs_of(folder, index, seeds):
+    """The pairs of one edit, as the page takes them; what is not noted of a pair is None."""
     prompt = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
+    texts = {
+        "caption": str(prompt.get("caption", prompt.get("input", ""))),  # the authors' older files call it input
+        "edit": str(prompt["edit"]),
+        "output": str(prompt.get("output", "")),
+    }
+    path = folder / "metadata.jsonl"
+    known = {str(noted["seed"]): noted for noted in read_metadata(path)} if path.exists() else {}
     pairs = []
-    for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
-        noted = json.loads(line)
-        pictures = [picture(folder / f"{noted['seed']}_{side}.jpg") for side in (0, 1)]
-        numbers = {name: noted.get(name) for name in ("p2p_threshold", "cfg_scale", *SIMILARITIES)}
-        texts = {name: str(prompt[name]) for name in ("caption", "edit", "output")}
-        pairs.append({"edit_number": int(folder.name), "seed": noted["seed"], **texts, **numbers, "pictures": pictures})
+    for seed in seeds:
+        noted = known.get(seed, {})
+        pictures = [picture(folder / f"{seed}_{side}.jpg") for side in (0, 1)]
+        numbers = {name: noted.get(name) for name in NUMBERS}
+        pairs.append({"index": index, "folder": folder.name, "seed": seed, **texts, **numbers, "pictures": pictures})
     return pairs
 
 
 def picture(path):
     """A picture file as a data URL: as it is, or smaller."""
-    with Image.open(path) as image:
-        image.load()
-        data = path.read_bytes()
-        if max(image.size) > SIDE:
-            image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
-            data = to_jpeg(image.convert("RGB"), quality=90)
+    image, data = open_image(path), path.read_bytes()
+    if max(image.size) > SIDE or len(data) > BYTES:
+        image.thumbnail((SIDE, SIDE))
+        data = to_jpeg(image, quality=90)
     return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
-
-
-def candidates_of(root, numbers):
-    """[edit's number, its similarities] of every candidate of these edits, kept or not, as far as they are noted."""
-    rows = []
-    for path in sorted(root.glob("candidates*.jsonl")):
-        try:
-            with open(path, encoding="utf-8") as file:
-                for entry in map(json.loads, file):
-                    if entry["edit"] in numbers:
-                        scores = ([noted[name] for name in SIMILARITIES] for noted in entry["candidates"])
-                        rows += [[entry["edit"], *four] for four in scores]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged: {error}") from error
-    return rows
-
-
-def settings_of(root):
-    """How the data set was made, as far as it is noted: its thresholds and how many pairs of an edit it keeps."""
-    path = root / "settings.json"
-    return Config.read(path).values if path.exists() else {}

@@ -11,6 +11,7 @@
 """
 
 import json
+import math
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -61,6 +62,8 @@ def write_rules(options):
         for record in edits:
             print(json.dumps(record), file=file)
             count += 1
+        if not count:
+            raise UserError(f"{options.captions} holds no captions to edit")
     print(f"{options.out}: {count} triplets")
 
 
@@ -82,7 +85,8 @@ def edits_of_captions(path, rng):
         if not held_out(scene):
             yield triplet(edit_scene(scene, rng), url)
     if captions.skipped or kept_out:
-        print(f"left out: {captions.skipped} captions that came before, {kept_out} of scenes kept to be measured on")
+        again = f"{captions.skipped} captions that are empty or came before"
+        print(f"left out: {again}, {kept_out} of scenes kept to be measured on")
 
 
 def triplet(edit, url=None):
@@ -120,7 +124,8 @@ def write_html(options):
 
 def own_shard():
     """The part of a process that torchrun started, of as many as there are; else everything."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    parts = int(os.environ.get("WORLD_SIZE") or 1)
+    return (int(os.environ["RANK"]), parts) if parts > 1 else (0, 1)
 
 
 def parse(arguments=None):
@@ -227,6 +232,9 @@ def main(arguments=None):
             raise UserError(f"--{name.replace('_', '-')} should be at least 0, not {getattr(options, name)}")
     if not all(0 <= share < 1 for share in getattr(options, "shares", ())):
         raise UserError("--shares should be from 0 to below 1")
+    for name in vars(options):
+        if name.startswith("min_") and not math.isfinite(getattr(options, name) or 0):
+            raise UserError(f"--{name.replace('_', '-')} should be a number")
     if hasattr(options, "seed"):
         check_seeds([options.seed])
     if hasattr(options, "device"):

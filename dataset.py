@@ -10,6 +10,7 @@ Splits go by position in seeds.json: the first 90 % are for training, 5 % for va
 """
 
 import json
+import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -90,15 +91,17 @@ def write_edit(root, number, prompt, pairs):
 
 
 def remove_folder(folder):
-    """Remove an edit's folder if it is there; only files of this layout are touched."""
+    """Remove an edit's folder if it is there. Raises UserError, and removes nothing, if it holds any other file."""
     if folder.is_dir():
-        for path in [*folder.glob("*_[01].jpg"), folder / "prompt.json", folder / "metadata.jsonl"]:
-            path.unlink(missing_ok=True)
-        folder.rmdir()
+        own = {*folder.glob("*_[01].jpg"), folder / "prompt.json", folder / "metadata.jsonl"}
+        for path in folder.iterdir():
+            if path not in own:
+                raise UserError(f"{folder} holds {path.name}, which is no part of a data set; move it away")
+        shutil.rmtree(folder)
 
 
-def write_seeds(root):
-    """Write seeds.json from the folders there are; returns the number of pairs.
+def write_seeds(root, writer=None):
+    """Write seeds.json from the folders there are; returns the number of pairs. writer: as for `written_whole`.
 
     If another process adds to the folders meanwhile, it is written again: the last one to end leaves it whole.
     """
@@ -106,18 +109,35 @@ def write_seeds(root):
     while found != (paths := sorted(Path(root).glob("[0-9]*/metadata.jsonl"))):
         entries, found = [], paths
         for path in paths:
-            if lines := path.read_text(encoding="utf-8").splitlines():
-                entries.append([path.parent.name, [str(json.loads(line)["seed"]) for line in lines]])
-        with written_whole(Path(root) / "seeds.json") as beside:
+            try:
+                if seeds := [str(noted["seed"]) for noted in read_metadata(path)]:
+                    entries.append([path.parent.name, seeds])
+            except FileNotFoundError:
+                found = None  # another process is just writing that edit anew
+        with written_whole(Path(root) / "seeds.json", writer) as beside:
             beside.write_text(json.dumps(entries), encoding="utf-8")
     return sum(len(seeds) for _, seeds in entries)
+
+
+def read_metadata(path):
+    """The lines of a metadata.jsonl: a dict for each pair. Raises FileNotFoundError, or UserError for a damaged one."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if not all("seed" in line for line in lines):
+            raise ValueError("a line without a seed")
+        return lines
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove its folder, and the edit is made anew") from error
 
 
 def read_seeds(root):
     """What seeds.json lists: (folder, its seeds) of every edit, in order. Raises UserError."""
     path = Path(root) / "seeds.json"
     try:
-        return [(folder, list(seeds)) for folder, seeds in json.loads(path.read_text(encoding="utf-8"))]
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        if not all(type(folder) is str and type(seeds) is list for folder, seeds in entries):
+            raise ValueError("a list of folders with lists of seeds is expected")
+        return entries
     except FileNotFoundError as error:
         raise UserError(f"{root} holds no seeds.json; datagen.py images makes such a folder") from error
     except (OSError, ValueError, TypeError) as error:
@@ -128,7 +148,7 @@ class EditDataset(Dataset):
     """The pairs of one split: (before [3, H, W], after [3, H, W], instruction), pictures in [-1, 1].
 
     A large data set that came over a network has gaps: a pair that is missing or damaged is left out, and the next
-    whole one takes its place, until more than 1 % of all are. `broken` marks them, over all processes of a DataLoader.
+    whole one takes its place, until more than 1 % of all are. `broken` marks them, for all processes of a DataLoader.
     """
 
     def __init__(self, root, split="train", resolution=None, largest=None, flip=0.0):
@@ -148,6 +168,14 @@ class EditDataset(Dataset):
         if not self.pairs:
             raise UserError(f"{root} holds no pairs for the split {split}")
         self.broken = torch.zeros(len(self.pairs), dtype=torch.bool).share_memory_()
+
+    def thin_out(self, amount):
+        """Keep so many pairs, or such a share, spread evenly over all of them. Raises UserError for more than all."""
+        count = max(1, round(amount * len(self))) if isinstance(amount, float) else amount
+        if count > len(self):
+            raise UserError(f"{self.root} holds {len(self)} pairs for this split, not {count}")
+        self.pairs = [self.pairs[i * len(self.pairs) // count] for i in range(count)]
+        self.broken = torch.zeros(count, dtype=torch.bool).share_memory_()
 
     def __len__(self):
         """How many pairs there are, broken ones included."""
@@ -171,6 +199,7 @@ class EditDataset(Dataset):
         Raises UserError when these are more than 1 % of all.
         """
         if self.broken[index]:
+            self.check_gaps("see above")
             return None
         folder, seed = self.pairs[index]
         path = self.root / folder
@@ -182,11 +211,15 @@ class EditDataset(Dataset):
             return before, after, instruction
         except UserError as error:
             self.broken[index] = True
-            count = int(self.broken.sum())
-            if count > TOLERATED * len(self):
-                reason = f"{count} of {len(self)} pairs are missing or damaged, which is too many; the last one"
-                raise UserError(f"{reason}: {error}") from error
+            self.check_gaps(error)
             return None
+
+    def check_gaps(self, last):
+        """Raise UserError if too many pairs are missing or damaged; `last` says what was wrong with one of them."""
+        count = int(self.broken.sum())
+        if count > TOLERATED * len(self):
+            reason = f"{count} of {len(self)} pairs are missing or damaged, which is too many; the last one"
+            raise UserError(f"{reason}: {last}")
 
     def crop(self, before, after, seed):
         """Two images of one size -> squares of `resolution`; in the middle, or with a seed augmented."""

@@ -43,14 +43,16 @@ def run_program(main):
 
 
 @contextmanager
-def written_whole(path):
+def written_whole(path, writer=None):
     """Give a path beside `path` to write to (a file or a folder), and rename it to `path` when the block ends well.
+
+    writer: tells those apart that may write at the same time; None for processes of one machine.
 
     When the block fails, whatever was written is removed and `path` is as it was before. Raises UserError where
     the system refuses the writing (no such folder, no permission, disk full).
     """
     path = Path(path)
-    beside = path.parent / f".{path.name[:40]}.{os.getpid()}.tmp"  # no longer than a file's name may be
+    beside = path.parent / f".{path.name[:40]}.{writer or os.getpid()}.tmp"  # no longer than a file's name may be
     try:
         yield beside
         os.replace(beside, path)

@@ -22,7 +22,8 @@ import checkpoint
 from captions import FIELDS, read_edits
 from clip_image import CLIP
 from clip_text import CLIPTokenizer
-from dataset import Filter, Pair, write_edit, write_seeds
+from configs import Config
+from dataset import Filter, Pair, folder_name, write_edit, write_seeds
 from errors import UserError, append_whole, written_whole
 from images import to_image, to_tensor
 from p2p import PairNoise, sample_pairs
@@ -104,14 +105,19 @@ def make_images(options):
     sampler = Sampler.load(edits, options)
     wanted = thresholds(options)
     size = max(1, options.batch // options.samples)  # edits in a group
+    log = options.out / ("candidates.jsonl" if parts == 1 else f"candidates_{part}of{parts}.jsonl")
+    check_settings(options, sampler, wanted)
+    done, end = finished(log, mine, size)
+    if done and read_prompt(options.out, mine[done - 1]) != prompt_of(edits[mine[done - 1]]):
+        raise UserError(f"{options.out} was begun with other edits than those of {options.edits}; take another folder")
     if options.dry_run:
-        estimate(sampler, mine, wanted, size, options)
+        estimate(sampler, mine[done:], wanted, options)
         return
     make_folder(options.out)
     keep_settings(options, sampler, wanted)
-    clean(options.out, set(mine), alone=parts == 1)
-    log = options.out / ("candidates.jsonl" if parts == 1 else f"candidates_{part}of{parts}.jsonl")
-    done = finished(log, mine, size)
+    clean(options.out, mine)
+    if log.exists():
+        os.truncate(log, end)
     start, kept = time.monotonic(), 0
     with tqdm(total=len(mine), initial=done, desc="pairs", unit="edit", mininterval=5) as bar:
         for first in range(done, len(mine), size):
@@ -123,13 +129,12 @@ def make_images(options):
                 passed = [pair for pair in candidates if wanted.keeps(pair.metadata)]
                 best = sorted(passed, key=lambda pair: -pair.metadata["clip_sim_dir"])[: options.keep]
                 write_edit(options.out, number, prompt_of(edits[number]), best)
-                scores, seeds = ([pair.metadata for pair in candidates], [pair.metadata["seed"] for pair in best])
-                lines.append(json.dumps({"edit": number, "kept": seeds, "candidates": scores}) + "\n")
+                lines.append(noted(number, best, candidates))
                 kept += len(best)
             append_whole(log, "".join(lines).encode())
             bar.update(len(numbers))
             bar.set_postfix(kept=kept)
-    total = write_seeds(options.out)
+    total = write_seeds(options.out, writer=f"{part}of{parts}")
     print(f"{options.out}: {total} pairs so far, of {len(edits)} edits ({time.monotonic() - start:.0f} s)")
 
 
@@ -139,9 +144,21 @@ def jobs_of(numbers, options):
     return [(number, first + number * options.samples + i) for number in numbers for i in range(options.samples)]
 
 
+def noted(number, best, candidates):
+    """The line of an edit in candidates.jsonl."""
+    kept, scores = [pair.metadata["seed"] for pair in best], [pair.metadata for pair in candidates]
+    return json.dumps({"edit": number, "kept": kept, "candidates": scores}) + "\n"
+
+
 def prompt_of(edit):
     """What prompt.json holds of an edit."""
     return {**{field: edit[field] for field in FIELDS}, "url": edit.get("url")}
+
+
+def read_prompt(root, number):
+    """The prompt.json of an edit that was made; None where it is gone."""
+    path = root / folder_name(number) / "prompt.json"
+    return Config.read(path).values if path.exists() else None
 
 
 def thresholds(options):
@@ -150,79 +167,93 @@ def thresholds(options):
     return Filter(**{**asdict(Filter.read(options.clip)), **{k: v for k, v in given.items() if v is not None}})
 
 
-def keep_settings(options, sampler, wanted):
-    """Note in settings.json how a data set is made. Raises UserError if it was begun with other settings."""
-    chosen = {
-        **{name: Path(getattr(options, name)).name for name in ("edits", "weights", "clip")},
+def settings_of(options, sampler, wanted):
+    """Whatever the files of a data set depend on, but for the edits; of models only where they are."""
+    models = {name: getattr(options, name) for name in ("weights", "clip")}
+    return {
+        **{name: str(Path(path).resolve()) if Path(path).exists() else path for name, path in models.items()},
         **{name: getattr(options, name) for name in ("samples", "keep", "batch", "seed", "dtype", "control")},
+        "device": torch.device(options.device).type,  # random numbers are drawn there
+        "shards": options.shard[1],
         "steps": sampler.steps,
         "guidance": list(sampler.guidance),
         "resolution": sampler.resolution,
         **{f"min_{name}": float(value) for name, value in asdict(wanted).items()},
     }
+
+
+def check_settings(options, sampler, wanted):
+    """Raise UserError if the data set was begun with other settings."""
     path = options.out / "settings.json"
-    try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        differing = [name for name in chosen if begun.get(name) != chosen[name]]
-    except FileNotFoundError:
-        with written_whole(path) as beside:
-            write_json(beside, chosen)
-        return
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if differing:
-        name = differing[0]
-        change = f"{name} {begun.get(name)}, now it is {chosen[name]}"
-        raise UserError(f"{options.out} was begun with {change}; take the same settings, or another folder")
+    if path.exists():
+        begun = Config.read(path).values
+        for name, value in settings_of(options, sampler, wanted).items():
+            if begun.get(name) != value:
+                change = f"{name} {begun.get(name)}, now it is {value}"
+                raise UserError(f"{options.out} was begun with {change}; take the same settings, or another folder")
 
 
-def clean(root, numbers, alone):
-    """Remove what a killed process left half-written of edits with these numbers; if alone, of the lists as well."""
-    for path in root.glob(".*.tmp"):
+def keep_settings(options, sampler, wanted):
+    """Note in settings.json how a data set is made."""
+    part, parts = options.shard
+    with written_whole(options.out / "settings.json", writer=f"{part}of{parts}") as beside:
+        write_json(beside, settings_of(options, sampler, wanted))
+
+
+def clean(root, numbers):
+    """Remove what a killed process left half-written of edits with these numbers."""
+    for path in root.glob(".[0-9]*.tmp"):
         name = path.name[1:].split(".")[0]
         if name.isdecimal() and int(name) in numbers:
-            shutil.rmtree(path)
-        elif alone and name in ("seeds", "settings"):  # else another process may be writing it just now
-            path.unlink()
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def finished(log, mine, size):
-    """How many of the edits `mine` a list of candidates holds; after the last whole group it is cut off."""
-    if not log.exists():
-        return 0
-    lines = [line for line in log.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    """(how many of the edits `mine` are done, in whole groups of `size`; the bytes of their lines in the log)."""
+    done = end = count = length = 0
     try:
-        if [json.loads(line)["edit"] for line in lines] != list(mine[: len(lines)]):
-            raise ValueError("its edits are others")
-    except (ValueError, KeyError, TypeError) as error:
+        with open(log, "rb") as file:
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                if json.loads(line)["edit"] != mine[count]:
+                    raise ValueError("its edits are others")
+                count, length = count + 1, length + len(line)
+                if count % size == 0 or count == len(mine):
+                    done, end = count, length
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{log} is damaged; remove it, and its edits are made anew ({error})") from error
-    done = len(lines) if len(lines) == len(mine) else len(lines) // size * size
-    os.truncate(log, sum(map(len, lines[:done])))
-    return done
+    return done, end
 
 
 # ---- before all that: how long, how large, and by which thresholds ----
 
 
-def estimate(sampler, mine, wanted, size, options):
-    """Say how long the work would take and how large the data set would be, from one batch, which is not kept."""
-    jobs = jobs_of(mine[:size], options)[: options.batch]
-    if not jobs:
-        print("no edits, nothing to do")
+def estimate(sampler, numbers, wanted, options):
+    """Say how long these edits would take and how large they would be, from one batch, which is not kept."""
+    if not numbers:
+        print("nothing is left to do")
         return
+    step = max(1, len(numbers) // options.batch)
+    jobs = [jobs_of([number], options)[0] for number in numbers[::step][: options.batch]]
     sampler.sample(jobs)  # the first batch takes longer than all others
     start = time.monotonic()
     made = sampler.sample(jobs)
     seconds = (time.monotonic() - start) / len(jobs)
     with TemporaryDirectory() as folder:
-        write_edit(folder, 0, prompt_of(sampler.edits[mine[0]]), made)
-        size = sum(path.stat().st_size for path in Path(folder).rglob("*.*")) / len(made)
+        write_edit(folder, 0, prompt_of(sampler.edits[numbers[0]]), made)
+        pair_bytes = sum(path.stat().st_size for path in Path(folder).rglob("*.*")) / len(made)
+    line_bytes = len(noted(0, [], made)) / len(made)
     share = sum(wanted.keeps(pair.metadata) for pair in made) / len(made)
-    total, kept = len(mine) * options.samples, len(mine) * min(options.keep, share * options.samples)
-    print(f"{len(mine):,} edits with {options.samples} candidates each: {total:,} candidates")
+    total, kept = len(numbers) * options.samples, len(numbers) * min(options.keep, share * options.samples)
+    part, parts = options.shard
+    of = f" (part {part} of {parts})" if parts > 1 else ""
+    print(f"{len(numbers):,} edits{of} with {options.samples} candidates each: {total:,} candidates")
     print(f"time: about {duration(total * seconds)} ({seconds:.3g} s a candidate, in batches of {len(jobs)})")
-    pairs = f"{kept:,.0f} pairs of {size / 1e3:.1f} kB"
-    print(f"size: about {kept * size / 1e6:,.1f} MB, {pairs}, if {share:.0%} of the candidates pass the filter")
+    size = f"{(kept * pair_bytes + total * line_bytes) / 1e6:,.1f} MB"
+    print(f"size: about {size}: {kept:,.0f} pairs of {pair_bytes / 1e3:.1f} kB, if {share:.0%} of the candidates pass")
 
 
 def duration(seconds):

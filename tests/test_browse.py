@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import browse
 import datagen
 from dataset import Pair, write_edit, write_seeds
 from errors import UserError, run_program
@@ -22,8 +23,9 @@ SCORES = {  # (edit, seed): image-text twice, image-image, direction
     (7, 3): (0.35, 0.30, 0.70, 0.30),
     (12, 4): (0.40, 0.45, 0.95, 0.70),
 }
-REFUSED = {(7, 30): (0.1, 0.1, 0.5, 0.1), (12, 40): (0.1, 0.3, 0.9, 0.9)}  # candidates that are no pairs
-TEXTS = {0: "make it night", 7: 'as a </script><b>"mosaic"', 12: "füge einen Baum hinzu"}
+# candidates that are no pairs; of edit 9 there is no other
+REFUSED = {(7, 30): (0.1, 0.1, 0.5, 0.1), (12, 40): (0.1, 0.3, 0.9, 0.9), (9, 50): (0.1, 0.1, 0.4, 0.0)}
+TEXTS = {0: "make it night", 7: 'as a </script><b>"mosaic"', 9: "nothing came of it", 12: "füge einen Baum hinzu"}
 
 
 def noted(seed, scores):
@@ -37,7 +39,7 @@ def image(seed, size=(64, 48)):
 
 @pytest.fixture
 def root(tmp_path):
-    """Three edits, four pairs, six candidates."""
+    """Four edits, four pairs, seven candidates."""
     root = tmp_path / "data"
     root.mkdir()
     with open(root / "candidates.jsonl", "w") as log:
@@ -73,14 +75,16 @@ def test_the_page_holds_it_all(root, capsys):
     datagen.main(["browse", str(root)])
     assert capsys.readouterr().out == f"{root / 'index.html'}: 4 of 4 pairs\n"
     data = page_data(root / "index.html")
-    assert [(pair["edit_number"], pair["seed"]) for pair in data["pairs"]] == list(SCORES)
+    assert [(int(pair["folder"]), int(pair["seed"])) for pair in data["pairs"]] == list(SCORES)
     assert [pair["edit"] for pair in data["pairs"]] == [TEXTS[edit] for edit, _ in SCORES]
-    assert (data["total"], data["keep"]) == (4, 2)
+    assert (data["total"], data["keep"], data["every"]) == (4, 2, True)
     assert data["thresholds"] == {"image_text": 0.2, "image_image": 0.6, "direction": 0.2}
-    assert sorted(data["candidates"]) == sorted([edit, *scores] for (edit, _), scores in {**SCORES, **REFUSED}.items())
+    order = {edit: index for index, edit in enumerate(TEXTS)}
+    every = sorted([order[edit], *scores] for (edit, _), scores in {**SCORES, **REFUSED}.items())
+    assert sorted(data["candidates"]) == every
     for pair in data["pairs"]:
         for side, url in enumerate(pair["pictures"]):
-            assert np.array_equal(pixels(url), image(pair["seed"] + side))
+            assert np.array_equal(pixels(url), image(int(pair["seed"]) + side))
     text = (root / "index.html").read_text(encoding="utf-8")
     assert text.count("</script>") == 1
     assert not re.search(r'(src|href)="?http|url\(|@import|fetch\(', text)
@@ -94,9 +98,42 @@ def test_a_page_of_many_is_of_some_and_of_smaller_pictures(tmp_path, capsys):
     datagen.main(["browse", str(tmp_path), "--count", "4", "--out", str(tmp_path / "page.html")])
     assert "4 of 10 pairs" in capsys.readouterr().out
     data = page_data(tmp_path / "page.html")
-    assert [pair["edit_number"] for pair in data["pairs"]] == [0, 3, 6, 9]
+    assert [pair["folder"] for pair in data["pairs"]] == ["0000000", "0000003", "0000006", "0000009"]
+    assert not data["every"]
     assert pixels(data["pairs"][0]["pictures"][0]).size == (256, 192)
     assert data["thresholds"] == {"image_text": 0.2, "image_image": 0.7, "direction": 0.2}  # the paper's
+
+
+def test_a_data_set_of_the_authors_tools(tmp_path, capsys):
+    """Older keys, other folders, and nothing noted of the pairs."""
+    folder = tmp_path / "shard-00" / "0454444"
+    folder.mkdir(parents=True)
+    (folder / "prompt.json").write_text('{"input": "a", "edit": "as a cat", "output": "b", "url": "http://x"}')
+    for side in (0, 1):
+        image(side + 1).save(folder / f"4294967295_{side}.jpg", quality=100)
+    (tmp_path / "seeds.json").write_text('[["shard-00/0454444", ["4294967295"]]]')
+    datagen.main(["browse", str(tmp_path)])
+    assert "1 of 1 pairs" in capsys.readouterr().out
+    data = page_data(tmp_path / "index.html")
+    (pair,) = data["pairs"]
+    assert (pair["caption"], pair["edit"], pair["output"], pair["folder"]) == ("a", "as a cat", "b", "0454444")
+    assert data["candidates"] == [[0, None, None, None, None]]
+
+
+def test_a_data_set_in_the_making(root, capsys):
+    """Without seeds.json, and with a last line that is not yet whole."""
+    (root / "seeds.json").unlink()
+    lines = (root / "candidates.jsonl").read_bytes()
+    (root / "candidates.jsonl").write_bytes(lines[:-9])
+    datagen.main(["browse", str(root)])
+    assert "3 of 3 pairs" in capsys.readouterr().out
+
+
+def test_large_files_become_smaller(tmp_path):
+    """Also such as are no larger in pixels than the page shows them."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8))
+    noise.save(tmp_path / "x.jpg", quality=100, subsampling=0)
+    assert len(browse.picture(tmp_path / "x.jpg")) < (tmp_path / "x.jpg").stat().st_size
 
 
 def test_damaged_edits_are_left_out(root, capsys):
@@ -109,10 +146,14 @@ def test_damaged_edits_are_left_out(root, capsys):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda root: (root / "seeds.json").unlink(), "holds no seeds.json"),
-        (lambda root: (root / "seeds.json").write_text("[1]"), "seeds.json is damaged"),
+        (lambda root: [path.unlink() for path in root.glob("*.json*")], "holds no seeds.json"),
+        (lambda root: ((root / "candidates.jsonl").unlink(), (root / "seeds.json").write_text("[1]")), "is damaged"),
         (lambda root: (root / "settings.json").write_text("{"), "settings.json cannot be read"),
-        (lambda root: (root / "candidates.jsonl").write_text('{"edit": 0}\n'), "candidates.jsonl is damaged"),
+        (lambda root: (root / "candidates.jsonl").write_text('{"edit": 0}\n'), r"candidates.jsonl is damaged"),
+        (
+            lambda root: (root / "candidates.jsonl").write_text('{"edit": 0, "kept": [1], "candidates": [7]}\n'),
+            r"candidates.jsonl is damaged",
+        ),
     ],
 )
 def test_mistakes(root, change, words):
@@ -169,9 +210,10 @@ def test_in_a_browser(browser):
 
     night, mosaic, tree = (TEXTS[edit] for edit in (0, 7, 12))
     assert listed() == [(night, False), (night, False), (mosaic, False), (tree, False)]
-    assert summary().startswith("4 of 6 candidates would pass (67 %), and 4 of them be kept, at most 2 of an edit.")
+    passing = "4 of 7 candidates of these edits would pass (57 %), and 4 of them be kept, at most 2 of an edit."
+    assert summary().startswith(passing)
     numbers = browser.execute_script("return document.querySelector('article dl').textContent")
-    assert numbers == "number0p0.01guidance7.00before–text0.30after–text0.40image–image0.90direction0.50"
+    assert numbers == "number0000000p0.01guidance7.00before–text0.30after–text0.40image–image0.90direction0.50"
     sizes = browser.execute_script("return [...document.images].map(x => [x.naturalWidth, x.naturalHeight])")
     assert sizes == [[64, 48]] * 8
 
@@ -191,7 +233,7 @@ def test_in_a_browser(browser):
     choose("direction", 0.0)
     choose("image_image", 0.0)
     choose("image_text", 0.1)  # now a candidate without pictures is among the best two of its edit
-    assert summary().startswith("6 of 6 candidates would pass (100 %), and 6 of them be kept")
+    assert summary().startswith("7 of 7 candidates of these edits would pass (100 %), and 7 of them be kept")
     browser.find_element("id", "reset").click()
     assert len(listed()) == 4
     assert not [entry for entry in browser.get_log("browser") if "favicon" not in entry["message"]]

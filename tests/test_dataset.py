@@ -12,6 +12,7 @@ from conftest import colourful
 from PIL import Image
 from torch.utils.data import DataLoader
 
+import dataset
 from dataset import EditDataset, Filter, Pair, folder_name, write_edit, write_seeds
 from errors import UserError
 from images import to_image, to_tensor
@@ -118,10 +119,10 @@ def test_foreign_files_are_never_removed(root):
     """An edit's folder that holds something else as well is not replaced."""
     notes = root / "0000003" / "notes.txt"
     notes.write_text("mine")
-    with pytest.raises(UserError, match="cannot write .*0000003"):
+    with pytest.raises(UserError, match="0000003 holds notes.txt, which is no part of a data set; move it away"):
         write_edit(root, 3, prompt(), [pair(1)])
     assert notes.read_text() == "mine"
-    assert not (root / "0000003" / "1_0.jpg").exists()
+    assert names(root / "0000003") == ["40_0.jpg", "40_1.jpg", "metadata.jsonl", "notes.txt", "prompt.json"]
     assert not [path for path in root.iterdir() if path.name.startswith(".")]
 
 
@@ -171,6 +172,31 @@ def test_seeds_are_those_of_the_folders(root):
 
 
 # ---- reading ----
+
+
+def test_seeds_while_another_process_writes(root, monkeypatch):
+    """An edit that appears meanwhile is listed, and so is one that was just being written anew."""
+    read, events = dataset.read_metadata, ["new", "gone"]
+
+    def meanwhile(path):
+        event = events.pop() if events else None
+        if event == "gone":
+            raise FileNotFoundError
+        if event == "new":
+            write_edit(root, 99, prompt("too late?"), [pair(7)])
+        return read(path)
+
+    monkeypatch.setattr(dataset, "read_metadata", meanwhile)
+    assert write_seeds(root, writer="0of2") == 4
+    assert read_json(root / "seeds.json") == [["0000003", ["40"]], ["0000012", ["171", "5"]], ["0000099", ["7"]]]
+    assert not list(root.glob(".*"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]\n", '{"p2p_threshold": 0.5}\n', "3\n"])
+def test_damaged_metadata(root, text):
+    (root / "0000003" / "metadata.jsonl").write_text(text)
+    with pytest.raises(UserError, match="0000003/metadata.jsonl is damaged"):
+        write_seeds(root)
 
 
 def test_what_was_written_is_read(root):

@@ -116,19 +116,22 @@ def complete(models, folder):
 
 
 def test_what_a_killed_process_leaves_is_removed(models, data, tmp_path):
-    """But of edits that are other processes' it is not, nor is what another one may be writing."""
+    """But of edits that are other processes' it is not."""
     folder = tmp_path / "data"
-    shutil.copytree(data, folder)
+    datagen.main(command(models, folder, "--shard=0/2"))
     left = [folder / ".0000004.77.tmp", folder / ".0000005.77.tmp"]
     for path in left:
         path.mkdir()
         (path / "1_0.jpg").write_bytes(b"half")
-    (folder / ".seeds.json.77.tmp").write_text("[")
+    for name in ("seeds", "settings"):
+        (folder / f".{name}.json.0of2.tmp").write_text("[")
+        (folder / f".{name}.json.1of2.tmp").write_text("[")
     datagen.main(command(models, folder, "--shard=0/2"))
-    assert sorted(path.name for path in folder.glob(".*")) == [".0000005.77.tmp", ".seeds.json.77.tmp"]
-    (folder / "candidates_0of2.jsonl").unlink()
-    datagen.main(command(models, folder))
+    others = [".0000005.77.tmp", ".seeds.json.1of2.tmp", ".settings.json.1of2.tmp"]
+    assert sorted(path.name for path in folder.glob(".*")) == others
+    datagen.main(command(models, folder, "--shard=1/2"))
     assert not list(folder.glob(".*"))
+    assert [folder for folder, _ in read_seeds(folder)] == [folder for folder, _ in read_seeds(data)]
 
 
 def test_groups_are_the_same_after_a_stop(models, data, tmp_path, monkeypatch):
@@ -154,6 +157,7 @@ def test_groups_are_the_same_after_a_stop(models, data, tmp_path, monkeypatch):
         ("--steps=3", "steps 2, now it is 3"),
         ("--min-direction=0.5", "min_direction 0.0, now it is 0.5"),
         ("--seed=1", "seed 0, now it is 1"),
+        ("--shard=0/2", "shards 1, now it is 2"),
     ],
 )
 def test_other_settings_are_no_resuming(models, data, capsys, monkeypatch, change, words):
@@ -162,6 +166,16 @@ def test_other_settings_are_no_resuming(models, data, capsys, monkeypatch, chang
     line = fail([*command(models, data), change], capsys, monkeypatch)
     assert f"was begun with {words}; take the same settings, or another folder" in line
     assert contents(data) == before
+
+
+def test_other_edits_are_no_resuming(models, data, tmp_path, capsys, monkeypatch):
+    """A file of edits that was written anew, with as many lines or fewer or more."""
+    edits = tmp_path / "edits.jsonl"
+    edits.write_text((models / "edits.jsonl").read_text().replace("make it red", "paint it red"))
+    line = fail([*command(models, data), f"--edits={edits}"], capsys, monkeypatch)
+    assert f"was begun with other edits than those of {edits}; take another folder" in line
+    edits.write_text((models / "edits.jsonl").read_text().splitlines(keepends=True)[0])
+    assert "candidates.jsonl is damaged" in fail([*command(models, data), f"--edits={edits}"], capsys, monkeypatch)
 
 
 def test_more_edits_may_be_added(models, data, tmp_path):
@@ -232,19 +246,22 @@ def test_a_dry_run_tells_and_writes_nothing(models, data, tmp_path, capsys):
     datagen.main([*command(models, folder, "--batch=60"), "--dry-run"])
     edits, seconds, size = capsys.readouterr().out.splitlines()
     assert edits == "30 edits with 2 candidates each: 60 candidates"
-    assert re.fullmatch(r"time: about [\d.]+ (seconds|minutes) \([\d.e-]+ s a candidate, in batches of 60\)", seconds)
+    assert re.fullmatch(r"time: about [\d.]+ (seconds|minutes) \([\d.e-]+ s a candidate, in batches of 30\)", seconds)
     megabytes, count, kilobytes, share = re.fullmatch(
-        r"size: about ([\d.]+) MB, (\d+) pairs of ([\d.]+) kB, if (\d+)% of the candidates pass the filter", size
+        r"size: about ([\d.]+) MB: (\d+) pairs of ([\d.]+) kB, if (\d+)% of the candidates pass", size
     ).groups()
     assert not folder.exists()
     folders = [data / name for name, _ in read_seeds(data)]
     true_size = sum(path.stat().st_size for folder in folders for path in folder.iterdir()) / len(folders)
     assert float(kilobytes) == pytest.approx(true_size / 1e3, rel=0.2)
     entries = [json.loads(line) for line in (data / "candidates.jsonl").read_text().splitlines()]
-    passed = sum(entry["clip_sim_dir"] >= 0 for line in entries for entry in line["candidates"])
-    assert int(share) == round(100 * passed / 60)
-    assert int(count) == round(EDITS * min(KEEP, passed / 60 * SAMPLES))
-    assert float(megabytes) == pytest.approx(int(count) * float(kilobytes) / 1e3, abs=0.1)
+    passed = sum(line["candidates"][0]["clip_sim_dir"] >= 0 for line in entries)  # one of each edit was sampled
+    assert int(share) == round(100 * passed / EDITS)
+    assert int(count) == round(EDITS * min(KEEP, passed / EDITS * SAMPLES))
+    written = true_size * int(count) + (data / "candidates.jsonl").stat().st_size
+    assert float(megabytes) == pytest.approx(written / 1e6, rel=0.2)
+    datagen.main([*command(models, data), "--dry-run"])
+    assert capsys.readouterr().out == "nothing is left to do\n"
 
 
 @pytest.mark.parametrize(("rank", "device"), [("1", "cuda:1"), (None, "cuda")])
