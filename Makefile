@@ -28,6 +28,7 @@ bench: .venv/installed-dev
 
 # Every step goes on where it was stopped. models/mini/README.md says what each of them took and reached.
 DEVICE ?= cpu
+PROCESSES ?= $(if $(filter cpu,$(DEVICE)),2,1)
 HERE = runs/mini
 PAIRS = --edits $(HERE)/edits.jsonl --weights $(HERE)/sd_model --clip $(HERE)/clip_model --steps 12 --guidance 2 4 \
 	--dtype bfloat16 --device $(DEVICE)
@@ -36,9 +37,9 @@ mini: .venv/installed
 	$(RUN) datagen.py text --count 7000 --out $(HERE)/edits.jsonl
 	$(RUN) datagen.py calibrate $(PAIRS) --count 128 --shares 0.1 0.05 0.1
 	$(RUN) datagen.py images $(PAIRS) --samples 2 --keep 2 --batch 16 --out $(HERE)/pairs
-	$(RUN) train.py --data $(HERE)/pairs --init $(HERE)/sd_model --out $(HERE)/editor --device $(DEVICE) \
-		--steps 18500 --batch 32 --lr 6e-4 --ema 0.999 --balanced \
-		--sampling-steps 20 --cfg-text 2 --cfg-image 1.2
+	$(RUN) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) train.py --preset mini --resume \
+		--data $(HERE)/pairs --init $(HERE)/sd_model --out $(HERE)/editor --device $(DEVICE) --total 32 --batch 16 \
+		--sampling-steps 20 --cfg-text 2 --cfg-image 1.5
 	$(RUN) evaluate.py pairs --sd $(HERE)/sd_model --judge $(HERE)/judge.safetensors --clip $(HERE)/clip_model --steps 12 \
 		--candidates $(HERE)/pairs/candidates*.jsonl --device $(DEVICE) --out $(HERE)/evaluate
 	$(RUN) evaluate.py world --model $(HERE)/editor/model --judge $(HERE)/judge.safetensors --clip $(HERE)/clip_model \

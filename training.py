@@ -240,6 +240,40 @@ def resume(state, network, average, optimizer):
         raise UserError(f"{state} is damaged, or of another run ({reason}); remove its folder to start anew") from error
 
 
+class MovingAverage:
+    """The moving average of some weights, kept where there is room for it."""
+
+    def __init__(self, weights, device=None):
+        """weights: a list of parameters."""
+        self.weights = weights
+        self.values = [weight.detach().to(device or weight.device, copy=True) for weight in weights]
+
+    @torch.no_grad()
+    def follow(self, decay):
+        """average = decay * average + (1 - decay) * weights."""
+        torch._foreach_lerp_(self.values, [w.detach().to(v.device) for w, v in self.pairs()], 1 - decay)
+
+    def pairs(self):
+        """(weight, its average)."""
+        return zip(self.weights, self.values, strict=True)
+
+    @contextmanager
+    def in_place(self):
+        """The network has the average for its weights."""
+        own = [weight.detach().to(value.device, copy=True) for weight, value in self.pairs()]
+        self.put(self.values)
+        try:
+            yield
+        finally:
+            self.put(own)
+
+    @torch.no_grad()
+    def put(self, values):
+        """Set the weights."""
+        for weight, value in zip(self.weights, values, strict=True):
+            weight.copy_(value)
+
+
 @torch.no_grad()
 def follow(average, network, decay):
     """One step of the moving average: average = decay * average + (1 - decay) * network."""

@@ -138,7 +138,7 @@ def test_the_whole_chain_at_toy_scale(tmp_path, capsys):
     datagen.main(["images", *models, "--out", str(pairs), "--samples", "2", "--keep", "2", "--steps", "2"])
     kept = sum(len(seeds) for _, seeds in json.loads((pairs / "seeds.json").read_text()))
     assert 20 < kept < 80  # the filter works, at thresholds that most candidates pass
-    train.main(["--data", str(pairs), "--init", sd, "--out", str(tmp_path / "run"), "--steps", "2"])
+    train.main(["--data", str(pairs), "--init", sd, "--out", str(tmp_path / "run"), "--preset", "mini", "--steps", "2"])
     editor = tmp_path / "run" / "model"
     assert load(editor).unet.config.in_channels == 8
     tools = ["--judge", str(mini / "judge.safetensors"), "--clip", clip, "--steps", "2"]

@@ -1,0 +1,18 @@
+"""Small data sets to train on in tests: true pairs of the miniature's world."""
+
+import numpy as np
+
+from dataset import Pair, write_edit, write_seeds
+from world import caption, random_edit, render
+
+
+def write_pairs(root, count, size=(64, 64), different=None):
+    """A data set of true pairs, one an edit; of `different` edits that come again and again, if given."""
+    root.mkdir()
+    for number in range(count):
+        edit = random_edit(np.random.default_rng(number % (different or count)))
+        prompt = {"caption": caption(edit.before), "edit": edit.instruction, "output": caption(edit.after), "url": None}
+        before, after = (render(scene).resize(size) for scene in (edit.before, edit.after))
+        write_edit(root, number, prompt, [Pair(before, after, {"seed": number})])
+    write_seeds(root)
+    return root
