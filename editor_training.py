@@ -14,6 +14,7 @@ from diffusion import NoiseSchedule
 from errors import UserError
 from images import enlarge, grid, save_png, to_image
 from ip2p import InstructPix2Pix, loss
+from lora import add_lora
 from report import plain
 from states import newest_state, save_state
 from training import MovingAverage, textbook_attention
@@ -21,7 +22,7 @@ from unet import Attention, ResBlock, Transformer
 from weights import extend_input
 
 SHOWN, MEASURED = 8, 64  # pairs of the validation split on the sample sheet; examples of the validation loss
-SAME = ("seed", "total", "trainable", "resolution", "largest", "subset", "overfit")  # or it is another run
+SAME = ("seed", "total", "trainable", "rank", "resolution", "largest", "subset", "overfit")  # or it is another run
 
 
 class Training:
@@ -45,7 +46,7 @@ class Training:
         self.model = load_editor(options.init, self.device)
         self.unet, self.schedule = self.model.unet, NoiseSchedule()
         check_pictures(self.pairs, self.model)
-        self.names = choose_weights(self.unet, options.trainable)
+        self.names = choose_weights(self.unet, options.trainable, options.rank)
         self.weights = [weight for weight in self.unet.parameters() if weight.requires_grad]
         self.average = MovingAverage(self.weights, options.ema_device)
         betas, decay = (0.9, options.beta2), options.weight_decay
@@ -188,10 +189,12 @@ def check_pictures(pairs, model):
         raise UserError(f"the pictures have sides of {smallest} pixels; crops of {pairs.resolution} need larger ones")
 
 
-def choose_weights(unet, trainable):
-    """Let some weights of a UNet be trained, and return their names."""
+def choose_weights(unet, trainable, rank):
+    """Let some weights of a UNet be trained, or weights of `rank` that LoRA adds; returns their names."""
     unet.requires_grad_(trainable == "full")
-    if trainable == "attention":
+    if trainable == "lora":
+        add_lora(unet, rank)
+    elif trainable == "attention":
         unet.conv_in.requires_grad_(True)  # has the new channels
         for layer in unet.modules():
             if isinstance(layer, Attention):

@@ -6,8 +6,9 @@ from dataclasses import replace
 import torch
 
 import checkpoint
-from editor_training import load_editor
+from editor_training import choose_weights, load_editor
 from errors import UserError
+from lora import merge_lora, write_lora
 from states import newest_state
 
 
@@ -16,6 +17,7 @@ def write_model(model, options, path):
 
     options: of train.py; what they say of sampling becomes the model's default.
     """
+    merge_lora(model.unet)
     names = {"steps": "sampling_steps", "text_guidance": "cfg_text", "image_guidance": "cfg_image"}
     chosen = {name: getattr(options, option) for name, option in names.items() if getattr(options, option) is not None}
     model.sampling = replace(model.sampling, **chosen)
@@ -33,11 +35,17 @@ def export(options):
         raise UserError(f"{options.run} holds no states of a training")
     run = Settings(state["settings"])
     model = load_editor(run.init, "cpu")
+    choose_weights(model.unet, run.trainable, run.rank)
     weights = dict(model.unet.named_parameters())
     with torch.no_grad():
         for name, value in state["weights" if options.raw else "average"].items():
             weights[name].copy_(value)
-    write_model(model, run, options.out)
+    if options.lora:
+        if run.trainable != "lora":
+            raise UserError(f"{options.run} was trained with --trainable {run.trainable}; it has no LoRA of its own")
+        write_lora(model.unet, options.out)
+    else:
+        write_model(model, run, options.out)
     print(options.out)
 
 

@@ -23,6 +23,7 @@ COMMON = {
     "ema_device": None,
     "balanced": False,
     "trainable": "full",
+    "rank": 32,
     "checkpointing": False,
     "cache_latents": False,
 }
@@ -34,7 +35,7 @@ PRESETS = {
     "12gb": {
         **COMMON,
         "resolution": 256, "batch": 8, "total": 128, "checkpointing": True, "ema_device": "cpu",
-        "trainable": "attention",
+        "trainable": "lora",
     },
     # the miniature: pictures as they are, encoded once
     "mini": {
@@ -72,7 +73,9 @@ def parse(arguments=None, processes=1):
     add("--ema", type=float, metavar="X", help="decay of the weights' moving average, which becomes the editor")
     add("--ema-device", metavar="D", help="where that average is kept")
     add("--balanced", action="store_true", default=None, help="let all noise levels count about alike")
-    add("--trainable", choices=["full", "attention"], help="all weights, or those of attention and the new channels")
+    kinds = "all weights; those of attention and the first convolution; or small ones beside these (lora.py)"
+    add("--trainable", choices=["full", "attention", "lora"], help=kinds)
+    add("--rank", type=int, metavar="N", help="of LoRA's weights")
     add("--checkpointing", action="store_true", default=None, help="compute activations twice instead of keeping them")
     add("--cache-latents", action="store_true", default=None, help="encode once, in memory; no crops by chance")
     add("--subset", type=amount, metavar="N", help="so many of the pairs, or a share such as 0.1")
@@ -107,7 +110,7 @@ def amount(text):
 def check(options):
     """Raise UserError for a value out of range."""
     at_least_one = ("steps", "batch", "accumulate", "total", "save_every", "keep", "look_every", "threads", "overfit")
-    for name in (*at_least_one, "sampling_steps"):
+    for name in (*at_least_one, "rank", "sampling_steps"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} should be at least 1, not {value}")
@@ -158,5 +161,6 @@ def parse_export(arguments):
     add = parser.add_argument
     add("--run", type=Path, required=True, metavar="DIR", help="the --out of the training")
     add("--out", type=Path, required=True, metavar="PATH", help="a folder, or a .safetensors file")
+    add("--lora", action="store_true", help="only what LoRA has learned, as a file for diffusers")
     add("--raw", action="store_true", help="the weights as they were last, not their moving average")
     return parser.parse_args(arguments)

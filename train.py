@@ -55,8 +55,8 @@ def train(options):
         print(f"stopped at step {done}; the same command with --resume goes on")
         sys.exit(128 + signal.number)
     if ranks.first:
-        with run.average.in_place():
-            write_model(run.model, options, options.out / "model")
+        run.average.put(run.average.values)
+        write_model(run.model, options, options.out / "model")
         print(options.out / "model")
 
 

@@ -311,6 +311,28 @@ def test_only_what_is_trainable_changes(data, init, tmp_path, program, trainable
     assert all(torch.equal(exported[name], before[name].half().float()) for name in kept)
 
 
+def test_lora(data, init, trained, program, tmp_path):
+    """Its state holds only the small weights; the model is a plain one with them merged in; the file is diffusers'."""
+    flags = {"trainable": "lora", "rank": 3, "lr": 0.01}
+    assert program(*command(data, init, tmp_path / "run", **flags))[0] == 0
+    state, start = newest_state(tmp_path / "run"), extend_input(load(init).unet, 8).state_dict()
+    assert all(name.endswith((".a", ".b")) for name in state["weights"])
+    exported = load(tmp_path / "run" / "model").unet.state_dict()
+    changed = {name for name in start if not torch.equal(exported[name], start[name].half().float())}
+    assert changed == {name for name in start if re.search(r"attention\.to_\w+\.weight|conv_in\.weight", name)}
+    path = tmp_path / "lora.safetensors"
+    export = "export", f"--run={tmp_path / 'run'}", f"--out={path}"
+    assert program(*export, "--lora") == (0, [str(path)], [])
+    tensors = load_file(path)
+    assert len(tensors) == len(state["weights"])
+    found = [(len(tensor), tensor.flatten().tolist()) for tensor in tensors.values()]
+    assert all((len(value), value.flatten().tolist()) in found for value in state["average"].values())
+    code, _, errors = program("export", f"--run={trained}", f"--out={path}", "--lora")
+    assert (code, len(errors)) == (2, 1)
+    assert "was trained with --trainable full; it has no LoRA of its own" in errors[0]
+    assert program(*command(data, init, tmp_path / "run", "--resume", **flags, steps=5, save_every=1))[0] == 0
+
+
 @pytest.mark.parametrize("flag", ["--checkpointing", "--channels-last"])
 def test_ways_to_save_memory_or_time_change_nothing(data, init, trained, tmp_path, program, flag):
     """But for rounding."""
