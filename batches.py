@@ -1,10 +1,12 @@
 """What a training step is computed from: which pairs, and which random numbers.
 
-Both follow from (seed, step) alone. Whoever computes a part of a batch, one process of many or one piece of several,
-draws for the whole batch and takes its own rows. So a run that was stopped, or goes on with another number of
+All examples that a run computes stand in one order, and what chance says of an example follows from the seed and its
+position there. So it does not matter who computes it: a run that was stopped, or goes on with another number of
 processes, sees what it would have seen, and no pair comes twice or is left out.
 """
 
+import hashlib
+import os
 from functools import lru_cache
 
 import torch
@@ -13,57 +15,66 @@ from tqdm import tqdm
 
 from errors import UserError
 
-ENCODED_AT_ONCE = 64
+PIXELS_AT_ONCE = 64 * 64 * 64  # of pictures to encode before a training, which should not take its memory
+TEXTS_AT_ONCE = 64
 REMEMBERED = 1e9  # bytes of embedded instructions at most; CLIP ViT-L/14 makes 0.24 MB of each
 
 
 class Draws:
-    """The random numbers of some rows of a step's batch."""
+    """The random numbers of some examples; those of an example depend on nothing but the seed and its position."""
 
-    def __init__(self, seed, step, total, rows=slice(None)):
-        """total: the examples of the step's whole batch; rows: the slice of it that is wanted."""
-        self.seed, self.total, self.rows = seed, total, rows
-        self.generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        self.positions = torch.arange(step * total, (step + 1) * total)[rows]  # in the order of all examples of a run
+    def __init__(self, seed, positions):
+        """positions: whole numbers, the examples' places in the order of all that a run computes."""
+        self.seed, self.positions = seed, torch.as_tensor(positions)
+        self.generators = [torch.Generator().manual_seed(chance(seed, at)) for at in self.positions.tolist()]
 
     def __len__(self):
-        """How many rows."""
-        return len(self.positions)
+        """How many examples."""
+        return len(self.generators)
 
     def normal(self, *shape):
-        """Standard normal numbers [rows, *shape]."""
-        return torch.randn(self.total, *shape, generator=self.generator)[self.rows]
+        """Standard normal numbers [B, *shape]."""
+        return torch.stack([torch.randn(shape, generator=generator) for generator in self.generators])
 
     def uniform(self):
-        """Uniform numbers in [0, 1), [rows]."""
-        return torch.rand(self.total, generator=self.generator)[self.rows]
+        """Uniform numbers in [0, 1), [B]."""
+        return torch.cat([torch.rand(1, generator=generator) for generator in self.generators])
 
     def whole(self, high):
-        """Whole numbers from 0 to `high` - 1, [rows]."""
-        return torch.randint(high, (self.total,), generator=self.generator)[self.rows]
+        """Whole numbers from 0 to `high` - 1, [B]."""
+        return torch.cat([torch.randint(high, (1,), generator=generator) for generator in self.generators])
 
     def order(self, count):
-        """Which of `count` examples, [rows]: in every epoch each of them once, in an order of the epoch's own."""
+        """Which of `count` examples of a data set, [B]: in every epoch each of them once, in an order of its own."""
         epochs, places = self.positions // count, self.positions % count
         chosen = torch.empty_like(places)
         for epoch in epochs.unique().tolist():
             chosen[epochs == epoch] = permutation(self.seed, epoch, count)[places[epochs == epoch]]
         return chosen
 
+    def keys(self, count):
+        """The same for an `EditDataset` that augments: a list of (place in the data set, seed of the augmentation)."""
+        seeds = [chance(self.seed, at, "crop") for at in self.positions.tolist()]
+        return list(zip(self.order(count).tolist(), seeds, strict=True))
+
+
+def chance(*what):
+    """A seed for something, unlike the seed for anything else."""
+    return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=7).digest())
+
 
 @lru_cache(maxsize=2)
 def permutation(seed, epoch, count):
     """The order of `count` examples in an epoch."""
-    generator = torch.Generator().manual_seed((seed + 1) * 1_000_000_007 + epoch)
-    return torch.randperm(count, generator=generator)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(chance(seed, epoch, "epoch")))
 
 
 class Contexts:
     """Instructions embedded by a text encoder, none of them twice as long as it is remembered."""
 
-    def __init__(self, model, device):
-        """model: a `checkpoint.Model`."""
-        self.model, self.device, self.known = model, device, {}
+    def __init__(self, model, device, precision):
+        """model: a `checkpoint.Model`; precision: as for `LatentPairs`."""
+        self.model, self.device, self.precision, self.known = model, device, precision, {}
         self.null_text = self([""])  # [1, L, E]
 
     @torch.no_grad()
@@ -71,9 +82,11 @@ class Contexts:
         """A list of B texts -> context [B, L, E]."""
         new = [text for text in dict.fromkeys(texts) if text not in self.known]
         found = {text: self.known[text] for text in texts if text not in new}
-        for first in range(0, len(new), ENCODED_AT_ONCE):
-            part = new[first : first + ENCODED_AT_ONCE]
-            found.update(zip(part, self.model.text_encoder(self.model.tokenizer(part).to(self.device)), strict=True))
+        for first in range(0, len(new), TEXTS_AT_ONCE):
+            part = new[first : first + TEXTS_AT_ONCE]
+            with self.precision():
+                contexts = self.model.text_encoder(self.model.tokenizer(part).to(self.device))
+            found.update(zip(part, contexts.float(), strict=True))
         self.known.update(found)
         most = REMEMBERED / self.null_text.nbytes if len(self.known) > 1 else 1
         while len(self.known) > most:  # those that were met first go first
@@ -92,11 +105,12 @@ class LatentPairs:
 
         precision: makes the context in which the autoencoder, which is frozen, computes; half precision is enough.
         """
-        self.device, self.contexts, self.texts = device, Contexts(model, device), []
+        self.device, self.contexts, self.texts = device, Contexts(model, device, precision), []
         self.scaling, shape = model.vae.config.scaling, pairs[0][0].shape
         before, after, spread = [], [], []
-        for first in tqdm(range(0, len(pairs), ENCODED_AT_ONCE), desc="encoding", leave=False):
-            part = [pairs[i] for i in range(first, min(first + ENCODED_AT_ONCE, len(pairs)))]
+        at_once = max(1, PIXELS_AT_ONCE // (shape[1] * shape[2]))
+        for first in tqdm(range(0, len(pairs), at_once), desc="encoding", leave=False):
+            part = [pairs[i] for i in range(first, min(first + at_once, len(pairs)))]
             x_before, x_after, texts = stack(part, shape)
             self.texts += texts
             for mirrored in (False, True)[: 1 + flip]:
@@ -129,14 +143,10 @@ class PicturePairs:
     def __init__(self, model, pairs, device, precision, all_draws, workers):
         """pairs: an `EditDataset` with a resolution; all_draws: the `Draws` of every batch that will be asked for."""
         self.model, self.device, self.precision = model, device, precision
-        self.contexts = Contexts(model, device)
-        keys = (
-            list(zip(draws.order(len(pairs)).tolist(), draws.positions.tolist(), strict=True)) for draws in all_draws
-        )
-        loader = DataLoader(
-            Batches(pairs), batch_size=None, sampler=keys, num_workers=workers, pin_memory=device != "cpu"
-        )
-        self.batches = iter(loader)
+        self.contexts = Contexts(model, device, precision)
+        keys = (draws.keys(len(pairs)) for draws in all_draws)
+        settings = {"batch_size": None, "num_workers": workers, "worker_init_fn": leave_group}
+        self.batches = iter(DataLoader(Batches(pairs), sampler=keys, pin_memory=device != "cpu", **settings))
 
     def batch(self, draws):
         """(latent, image_latent, text) of a step's rows, as `ip2p.loss` takes them."""
@@ -164,6 +174,11 @@ class Batches(Dataset):
             return stack([self.pairs[key] for key in keys])
         except UserError as error:
             return error
+
+
+def leave_group(worker):
+    """Put a reading process into a group of its own: when the others are told to stop, the training still needs it."""
+    os.setpgrp()
 
 
 def stack(pairs, shape=None):

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from errors import Parser, UserError
-from settings import check_device, check_sampling
+from settings import check_device, check_sampling, own_device
 
 COMMON = {
     "largest": None,
@@ -94,11 +94,14 @@ def parse(arguments=None, processes=1):
     add("--cfg-text", type=float, metavar="S_T", help=f"text guidance, {noted}")
     add("--cfg-image", type=float, metavar="S_I", help=f"image guidance, {noted}")
     options = parser.parse_args(arguments)
-    for name, value in PRESETS[options.preset].items():
+    preset, given_total = PRESETS[options.preset], options.total
+    if options.resolution and options.largest is None and preset["largest"]:  # as much larger as the preset has it
+        options.largest = options.resolution * preset["largest"] // preset["resolution"]
+    for name, value in preset.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     check(options)
-    decide(options, processes)
+    decide(options, processes, given_total)
     return options
 
 
@@ -119,10 +122,13 @@ def check(options):
         if not low < getattr(options, name) < high or (low < 0 and getattr(options, name) < 0):
             wanted = f"from 0 to below {high}" if low < 0 else f"between 0 and {high}"
             raise UserError(f"--{name.replace('_', '-')} should be {wanted}, not {getattr(options, name)}")
-    if options.clip < 0 or options.warmup < 0 or options.workers < 0:
+    if not options.clip >= 0 or options.warmup < 0 or options.workers < 0:
         raise UserError("--clip, --warmup and --workers should be at least 0")
-    if options.subset is not None and not (options.subset >= 1 or 0 < options.subset < 1):
+    whole = isinstance(options.subset, int) and options.subset > 0
+    if options.subset is not None and not (whole or 0 < options.subset < 1):
         raise UserError(f"--subset should be a number of pairs, or a share above 0 and below 1, not {options.subset}")
+    if options.subset and options.overfit:
+        raise UserError("--subset and --overfit both say how many pairs; one of them is enough")
     if not 0 <= options.seed < 10**8:
         raise UserError(f"--seed should be between 0 and {10**8 - 1}, not {options.seed}")
     if options.resolution and options.largest and options.largest < options.resolution:
@@ -130,10 +136,10 @@ def check(options):
     check_sampling(options.sampling_steps, options.cfg_text, options.cfg_image, options.resolution or None)
 
 
-def decide(options, processes):
-    """Put in place what follows from other settings."""
+def decide(options, processes, given_total):
+    """Put in place what follows from other settings. given_total: what --total said."""
     if options.overfit:
-        options.subset, options.cache_latents = None, True
+        options.cache_latents = True
     if options.cache_latents:
         options.largest = None
     if not options.resolution:
@@ -146,13 +152,21 @@ def decide(options, processes):
             found = f"{processes} processes with a batch of {options.batch}" if processes > 1 else f"{options.batch}"
             raise UserError(f"a step of {options.total} pairs cannot be divided by {found}; change --total or --batch")
         options.accumulate = options.total // each if options.total else 1
+    elif given_total not in (None, options.batch * options.accumulate * processes):
+        raise UserError(f"--total {given_total} is not --batch times --accumulate times {processes} processes")
     options.total = options.batch * options.accumulate * processes
     options.look_every = options.look_every or max(1, options.steps // 10)
-    check_device(options.device)
+    for device in {options.device, options.ema_device or options.device}:
+        check_device(own_device(device))
     if options.dtype == "auto":
-        kind = torch.device(options.device).type
-        fast = kind == "cuda" or (kind == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        options.dtype = "bfloat16" if fast else "float32"
+        options.dtype = fast_dtype(torch.device(options.device).type)
+
+
+def fast_dtype(kind):
+    """The number format in which a kind of device computes fastest, without being too coarse to train in."""
+    if kind == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+    return "bfloat16" if kind == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 
 def parse_export(arguments):

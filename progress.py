@@ -1,15 +1,15 @@
 """A training that can be followed: a bar, metrics.jsonl with a line now and then, and loss.png drawn from it."""
 
 import json
-import os
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from errors import UserError, append_whole
+from errors import UserError, append_whole, written_whole
 from images import save_png
 
 EVERY = 5.0  # seconds between two lines
@@ -55,6 +55,13 @@ class Progress:
             self.bar.set_postfix({key: value for key, value in shown.items() if value is not None})
         self.losses, self.noted = [], now
 
+    @contextmanager
+    def beside(self):
+        """What is done in here is no part of the examples a second."""
+        start = time.monotonic()
+        yield
+        self.noted += time.monotonic() - start
+
     def draw(self):
         """Write loss.png."""
         if self.shown and self.path.exists():
@@ -72,20 +79,21 @@ class Progress:
 def read_metrics(path):
     """The lines of a metrics.jsonl. Raises UserError."""
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+        text = path.read_text(encoding="utf-8")
+        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # a torn last one is none
+        if not all(type(line["step"]) is int for line in lines):
+            raise ValueError("a step is a whole number")
+        return lines
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); remove it, and the run goes on without its past") from error
 
 
 def cut(path, step):
-    """Leave out the lines after a step: a resumed run writes them again."""
+    """Leave out the lines after a step: a resumed run writes them again. Raises UserError."""
     if path.exists():
-        whole = path.read_bytes()
-        lines = [line for line in whole.splitlines(keepends=True) if line.endswith(b"\n")]
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        if b"".join(kept) != whole:
-            os.truncate(path, 0)
-            append_whole(path, b"".join(kept))
+        kept = [line for line in read_metrics(path) if line["step"] <= step]
+        with written_whole(path) as beside:
+            beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def memory():

@@ -7,12 +7,16 @@ Without torchrun there is one process, and nothing of this costs anything.
 import os
 import signal
 from contextlib import nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from errors import UserError
 from settings import own_device
+
+PATIENCE = timedelta(hours=2)  # the others wait while the first one saves, measures and draws samples
 
 
 class Ranks:
@@ -27,7 +31,7 @@ class Ranks:
             on_gpu = torch.device(device).type == "cuda"
             if on_gpu:
                 torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if on_gpu else "gloo")
+            dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
 
     def share(self, network):
         """The network to compute with: its gradients become the mean over all processes."""
@@ -44,6 +48,14 @@ class Ranks:
         both = torch.stack([loss.float(), torch.tensor(float(stop), device=loss.device)])
         dist.all_reduce(both)
         return both[0].item() / self.count, both[1].item() > 0
+
+    def check_same(self, step):
+        """Raise UserError unless all processes begin with the same step."""
+        if self.count > 1:
+            steps = torch.tensor([step, -step], device=self.device)
+            dist.all_reduce(steps, op=dist.ReduceOp.MAX)
+            if steps[0] != -steps[1]:
+                raise UserError("the processes would go on from different states; --out should be a folder they share")
 
     def leave(self):
         """Part from the others."""

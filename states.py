@@ -1,5 +1,7 @@
 """A training run on disk: states to resume from, each of them whole, of which the newest few are kept."""
 
+import os
+
 import torch
 
 from errors import UserError, written_whole
@@ -15,12 +17,17 @@ def save_state(run, step, parts, keep):
     path = run / FOLDER / f"{step:08d}.pt"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for torn in path.parent.glob(".*.tmp"):  # of a process that was killed
+            torn.unlink()
         with written_whole(path) as beside:
             torch.save({"step": step, **parts}, beside)
+            with open(beside, "rb") as file:
+                os.fsync(file.fileno())  # older ones are removed only when this one is on the disk
     except RuntimeError as error:  # torch's own writer says so of a full disk
-        raise UserError(f"cannot write {path}; is the disk full?") from error
-    for old in state_paths(run)[:-keep]:
-        old.unlink()
+        raise UserError(f"cannot write {path}; is the disk full? ({' '.join(str(error).split())[:100]})") from error
+    paths = state_paths(run)
+    for old in [*paths[: max(0, paths.index(path) + 1 - keep)], *paths[paths.index(path) + 1 :]]:
+        old.unlink()  # the later ones are damaged, or the run would have gone on from them
     return path
 
 
@@ -29,9 +36,11 @@ def newest_state(run):
     paths = state_paths(run)
     for path in reversed(paths):
         try:
-            parts = torch.load(path, map_location="cpu", weights_only=True)
+            parts = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             if isinstance(parts["step"], int):
                 return parts
+        except (OSError, MemoryError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from error
         except Exception as error:  # torch.load meets damaged files with exceptions of every kind
             reason = " ".join(str(error).split())[:100] or type(error).__name__
             print(f"{path} is damaged and left aside ({reason})")

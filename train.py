@@ -6,27 +6,23 @@
     python train.py export --run runs/paper --out editor.safetensors
 
 The UNet gets input channels for the picture to edit, their weights zero; autoencoder and text encoder stay as they are.
-A step's examples and random numbers follow from (seed, step): a run may be stopped, gone on with by --resume, and
-spread over another number of processes without a change to what it learns. In --out: states to resume from,
+What a step sees and draws by chance follows from the seed and the step: a run may be stopped, gone on with by --resume,
+and spread over another number of processes without a change to what it learns. In --out: states to resume from,
 metrics.jsonl, loss.png, samples.png, and in the end the editor, as the folder `model`.
 """
 
-import math
 import os
 import sys
 
 import torch
 
 from editor_training import Training
-from errors import UserError, run_program
-from export import export, write_model
+from errors import run_program
+from export import export, replace_model
 from presets import parse, parse_export
 from progress import Progress
 from ranks import Ranks, StopSignal
 from report import make_folder
-from states import state_paths
-
-MEAN_OF, TOO_MUCH = 50, 5  # the mean loss of so many steps, so many times the lowest so far: training has gone astray
 
 
 def train(options):
@@ -37,39 +33,38 @@ def train(options):
         make_folder(options.out)
     run.read_data()
     progress = Progress(options.out, options.steps, run.start, run.seconds, options.total, ranks.first)
-    done, stopped, losses, lowest = run.start, False, [], math.inf
+    done, stopped = run.start, False
     with StopSignal() as signal, progress:
         while done < options.steps and not stopped:
             loss, stopped = ranks.agree(run.backward(done), signal.asked)
-            losses, lowest = watch(options.out, done, [*losses, loss], lowest)
+            run.watch(done, loss)
             run.update(done)
             done += 1
             progress.step(done, loss)
-            if ranks.first and (stopped or done % options.save_every == 0 or done == options.steps):
-                run.save(done, progress.seconds)
-            if ranks.first and not stopped and (done % options.look_every == 0 or done == options.steps):
-                progress.note(done, validation=round(run.look(), 6))
+            if not ranks.first:
+                continue
+            last = done == options.steps
+            if stopped or last or done % options.save_every == 0:
+                with progress.beside():
+                    run.save(done, progress.seconds)
+            if last or done % options.look_every == 0:
+                with progress.beside():
+                    validation = run.look()
+                progress.note(done, validation=round(validation, 6))
                 progress.draw()
+        if stopped:
+            progress.note(done)
     ranks.leave()
     if done < options.steps:
-        print(f"stopped at step {done}; the same command with --resume goes on")
+        if ranks.first:
+            print(f"stopped at step {done}; the same command with --resume goes on")
         sys.exit(128 + signal.number)
     if ranks.first:
+        if gaps := int(run.pairs.broken.sum()):
+            print(f"{gaps} pairs are missing or damaged and were left out")
         run.average.put(run.average.values)
-        write_model(run.model, options, options.out / "model")
+        replace_model(run.model, options.out / "model")
         print(options.out / "model")
-
-
-def watch(out, step, losses, lowest):
-    """(the last losses, the lowest mean of so many). Raises UserError where the loss is no number or explodes."""
-    losses = losses[-MEAN_OF:]
-    mean = sum(losses) / MEAN_OF if len(losses) == MEAN_OF else lowest
-    if math.isfinite(losses[-1]) and not mean > TOO_MUCH * lowest:
-        return losses, min(lowest, mean)
-    states = [path.name for path in state_paths(out)]
-    kept = f"the last good state is {states[-1]}: go on from it with --resume and a" if states else "try a"
-    what = f"has grown to {TOO_MUCH} times what it was" if math.isfinite(losses[-1]) else f"is {losses[-1]}"
-    raise UserError(f"the loss {what} at step {step + 1}; {kept} lower --lr")
 
 
 def main(arguments=None):

@@ -1,4 +1,4 @@
-"""The training loop that every network here shares: AdamW, a moving average of the weights, logs, and resuming.
+"""The training loop of the networks that pretrain.py makes: AdamW, a moving average of the weights, logs, and resuming.
 
 A step draws all its randomness from (seed, step), so a run that was stopped and resumed sees what an uninterrupted one
 sees. What a run leaves in its folder: `log.jsonl`, one line every few seconds, and `state.pt`, from which it resumes.
@@ -251,7 +251,8 @@ class MovingAverage:
     @torch.no_grad()
     def follow(self, decay):
         """average = decay * average + (1 - decay) * weights."""
-        torch._foreach_lerp_(self.values, [w.detach().to(v.device) for w, v in self.pairs()], 1 - decay)
+        if self.values:
+            torch._foreach_lerp_(self.values, [w.detach().to(v.device) for w, v in self.pairs()], 1 - decay)
 
     def pairs(self):
         """(weight, its average)."""

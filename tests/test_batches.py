@@ -40,18 +40,18 @@ def all_of(draws):
 
 
 def test_parts_of_a_batch_see_what_the_whole_sees():
-    """Whatever the cut: order, normal, whole and uniform numbers are those of the rows."""
-    whole = all_of(Draws(3, 7, 12))
+    """Whatever the cut: order, normal, whole and uniform numbers are those of the examples' positions."""
+    whole = all_of(Draws(3, range(84, 96)))
     for size in (1, 3, 4, 6):
-        parts = [all_of(Draws(3, 7, 12, slice(first, first + size))) for first in range(0, 12, size)]
+        parts = [all_of(Draws(3, range(first, first + size))) for first in range(84, 96, size)]
         for expected, found in zip(whole, zip(*parts, strict=True), strict=True):
             assert torch.equal(torch.cat(found), expected)
-    assert [len(Draws(3, 7, 12)), len(Draws(3, 7, 12, slice(4, 7)))] == [12, 3]
+    assert len(Draws(3, range(84, 96))) == 12
 
 
-def test_steps_and_seeds_have_their_own_chance():
-    first = all_of(Draws(3, 7, 12))
-    for other in (Draws(3, 8, 12), Draws(4, 7, 12)):
+def test_examples_and_seeds_have_their_own_chance():
+    first = all_of(Draws(3, range(84, 96)))
+    for other in (Draws(3, range(96, 108)), Draws(4, range(84, 96))):
         assert not any(torch.equal(x, y) for x, y in zip(first, all_of(other), strict=True))
 
 
@@ -59,14 +59,15 @@ def test_steps_and_seeds_have_their_own_chance():
 def test_every_epoch_sees_each_example_once(total, count):
     """Also where steps do not divide an epoch; and each epoch has an order of its own."""
     steps = -(-5 * count // total)
-    seen = torch.cat([Draws(0, step, total).order(count) for step in range(steps)])[: 5 * count]
+    parts = [Draws(0, range(first, first + total)).order(count) for first in range(0, steps * total, total)]
+    seen = torch.cat(parts)[: 5 * count]
     epochs = seen.view(5, count)
     assert all(sorted(epoch.tolist()) == list(range(count)) for epoch in epochs)
     assert len({tuple(epoch.tolist()) for epoch in epochs}) > 1
 
 
 def test_numbers_are_of_their_kind():
-    draws = Draws(0, 0, 20_000)
+    draws = Draws(0, range(20_000))
     normal, whole, uniform = draws.normal(), draws.whole(7), draws.uniform()
     assert (normal.mean().item(), normal.std().item()) == pytest.approx((0, 1), abs=0.03)
     assert torch.bincount(whole, minlength=7).float().div(20_000).sub(1 / 7).abs().max() < 0.01
@@ -80,7 +81,7 @@ def test_numbers_are_of_their_kind():
 def test_an_instruction_is_embedded_once(monkeypatch):
     """However often it comes, in a batch or later; and each as if it were alone."""
     model, seen = tiny_model(), []
-    contexts = Contexts(model, "cpu")
+    contexts = Contexts(model, "cpu", EXACT)
     encoder = model.text_encoder
     monkeypatch.setattr(model, "text_encoder", lambda ids: seen.append(len(ids)) or encoder(ids))
     texts = ["make it night", "add a moon", "make it night", ""]
@@ -95,7 +96,7 @@ def test_an_instruction_is_embedded_once(monkeypatch):
 def test_memory_for_instructions_is_limited(monkeypatch):
     """Those that came first are forgotten, and embedded again when they come back."""
     monkeypatch.setattr("batches.REMEMBERED", 24 * 16 * 4 * 10)
-    contexts = Contexts(tiny_model(), "cpu")
+    contexts = Contexts(tiny_model(), "cpu", EXACT)
     texts = [f"number {i}" for i in range(30)]
     whole = contexts(texts)
     assert len(contexts.known) == 10
@@ -109,10 +110,10 @@ def test_pictures_give_what_cached_latents_give(data):
     """Of equal draws, without augmentation: the same latents, targets and texts, but for half precision on disk."""
     model, pairs = tiny_model(), EditDataset(data, resolution=64)
     cached = LatentPairs(model, pairs, "cpu", EXACT, flip=False)
-    every = [Draws(0, step, 4, slice(1, 3)) for step in range(3)]
+    every = [Draws(0, (4 * step + 1, 4 * step + 2)) for step in range(3)]
     streamed = PicturePairs(model, pairs, "cpu", EXACT, every, 0)
     for step in range(3):
-        draws = [Draws(0, step, 4, slice(1, 3)) for _ in range(2)]
+        draws = [Draws(0, (4 * step + 1, 4 * step + 2)) for _ in range(2)]
         for one, two in zip(streamed.batch(draws[0]), cached.batch(draws[1]), strict=True):
             assert one.shape == two.shape
             assert relative_error(one, two) < 2e-3
@@ -123,15 +124,23 @@ def test_crops_follow_from_the_position_in_the_run(data, workers):
     """So that they do not depend on who computes them: two halves see what the whole sees."""
     model, pairs = tiny_model(), EditDataset(data, resolution=32, largest=48, flip=0.5)
 
-    def batches(*slices):
-        every = [Draws(0, step, 4, rows) for step in (5, 6) for rows in slices]
-        source = PicturePairs(model, pairs, "cpu", EXACT, every, workers)
-        return [source.batch(Draws(0, step, 4, rows)) for step in (5, 6) for rows in slices]
+    def batches(size):
+        parts = [range(first, first + size) for first in range(20, 28, size)]
+        source = PicturePairs(model, pairs, "cpu", EXACT, [Draws(0, part) for part in parts], workers)
+        return [source.batch(Draws(0, part)) for part in parts]
 
-    whole, halves = batches(slice(0, 4)), batches(slice(0, 2), slice(2, 4))
+    whole, halves = batches(4), batches(2)
     for step in range(2):
         for one, *parts in zip(whole[step], halves[2 * step], halves[2 * step + 1], strict=True):
             assert relative_error(torch.cat(parts), one) < 1e-5
+
+
+def test_crops_differ_between_seeds_and_epochs(data):
+    pairs = EditDataset(data, resolution=32, largest=48, flip=0.5)
+    keys = [dict(Draws(seed, range(first, first + 18)).keys(18)) for seed, first in [(0, 0), (0, 18), (1, 0)]]
+    assert all(keys[0][number] != other[number] for other in keys[1:] for number in range(18))
+    first, second = (pairs[3, key[3]][0] for key in keys[:2])
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -141,9 +150,9 @@ def test_errors_arrive_as_they_are(data, tmp_path, workers):
     for path in (tmp_path / "pairs").glob("*/*_1.jpg"):
         path.unlink()
     pairs = EditDataset(tmp_path / "pairs", "all", resolution=64)
-    source = PicturePairs(tiny_model(), pairs, "cpu", EXACT, [Draws(0, 0, 2)], workers)
+    source = PicturePairs(tiny_model(), pairs, "cpu", EXACT, [Draws(0, range(2))], workers)
     with pytest.raises(UserError, match=r"^1 of 4 pairs are missing or damaged, which is too many; the last one: th"):
-        source.batch(Draws(0, 0, 2))
+        source.batch(Draws(0, range(2)))
 
 
 # ---- latents ----
@@ -182,7 +191,7 @@ def test_texts_are_those_of_the_instructions(data, latents):
 def test_a_batch_is_of_whole_pairs(latents):
     """The condition: the mode, unscaled. The target: near its mean, scaled. The text of the same pair."""
     _, pairs = latents
-    latent, image_latent, text = pairs.batch(Draws(0, 0, 64))
+    latent, image_latent, text = pairs.batch(Draws(0, range(64)))
     assert latent.shape == image_latent.shape == (64, 4, 16, 16)
     assert latent.dtype == image_latent.dtype == torch.float32
     known = pairs.before.float().flatten(0, 1)
@@ -199,10 +208,10 @@ def test_a_batch_is_of_whole_pairs(latents):
 def test_batches_are_drawn_by_chance(latents):
     """Every pair as often, about half of them mirrored; equal draws give the same."""
     _, pairs = latents
-    first, again, other = (pairs.batch(Draws(0, step, 5)) for step in (0, 0, 1))
+    first, again, other = (pairs.batch(Draws(0, range(5 * step, 5 * step + 5))) for step in (0, 0, 1))
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
     assert not any(torch.equal(x, y) for x, y in zip(first, other, strict=True))
-    _, image_latent, _ = pairs.batch(Draws(0, 2, 1800))
+    _, image_latent, _ = pairs.batch(Draws(0, range(3600, 5400)))
     known = pairs.before.float().flatten(0, 1).flatten(1)
     counts = torch.bincount(torch.cdist(image_latent.flatten(1), known).argmin(1), minlength=36).view(18, 2)
     assert counts.sum(1).tolist() == [100] * 18
@@ -215,7 +224,7 @@ def test_a_target_is_a_sample(latents):
     model, _ = latents
     x = to_tensor(render(random_edit(np.random.default_rng(0)).before))
     one = LatentPairs(model, [(x, x, "make it night")], "cpu", EXACT)
-    latent, image_latent, _ = one.batch(Draws(0, 0, 3000))
+    latent, image_latent, _ = one.batch(Draws(0, range(3000)))
     mirrored = (image_latent - one.before[0, 1]).abs().flatten(1).max(1).values < 1e-3
     for side in (0, 1):
         found = latent[mirrored == bool(side)]
