@@ -157,7 +157,8 @@ def evaluate_pairs(options, command):
     for way, row in ways.items():
         first += line(way, f"{row['change']:.4f}", f"{row['change'] / independent:.2f}", percent(row["both_right"]))
     second = table(["kept", "both pictures right, of all", "of those kept"])
-    second += line(str(asdict(wanted)), *(percent(found[name]) for name in ("yield", "right_all", "right_kept")))
+    thresholds = ", ".join(f"{name} {value}" for name, value in asdict(wanted).items())
+    second += line(thresholds, *(percent(found[name]) for name in ("yield", "right_all", "right_kept")))
     texts = ["# Generated pairs", f"`{command}`", "\n".join(first), "\n".join(second)]
     if quantiles:
         results["candidates"] = quantiles
