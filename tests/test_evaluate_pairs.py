@@ -356,7 +356,7 @@ def test_the_program(tmp_path, capsys):
     assert results["candidates"]["yield"] == 0.25
     assert results["settings"]["count"] == 3
     report = (tmp_path / "out" / "pairs.md").read_text()
-    for words in (*NOISE, "100.0 %", "25.0 %", "kept, clip_sim_dir", "'image_image': 0.5"):
+    for words in (*NOISE, "100.0 %", "25.0 %", "kept, clip_sim_dir", "image_image 0.5"):
         assert words in report
     assert (tmp_path / "out" / "pairs.png").stat().st_size > 0
     assert report.strip().splitlines()[-1] in capsys.readouterr().out
