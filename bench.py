@@ -12,10 +12,7 @@ weights are random, which changes no time; both sides must give the same output 
 # Nothing heavy is imported before the arguments are read, so that --help and mistakes are answered at once.
 import argparse
 import datetime
-import functools
-import gc
 import importlib.util
-import itertools
 import os
 import platform
 import re
@@ -23,31 +20,19 @@ import shlex
 import signal
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import replace
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from bench_sides import MAPS, NETWORKS, OURS, PAIRS, THEIRS, TRAIN, Settings, first_output, load, timed, write_models
 from errors import UserError, run_program
 
-sys.path.append(str(Path(__file__).resolve().parent / "tests"))
-
-OURS, THEIRS, MAPS = "ours", "diffusers", "with maps"
-NETWORKS = {  # what it is, our call, their call
-    "unet": ("UNet step, batch 3", lambda net, *inputs: net(*inputs), lambda net, *inputs: net(*inputs).sample),
-    "encode": ("VAE encoder", lambda net, x: net.encode(x).mode(), lambda net, x: net.encode(x).latent_dist.mode()),
-    "decode": ("VAE decoder", lambda net, z: net.decode(z), lambda net, z: net.decode(z).sample),
-    "text": ("text encoder", lambda net, ids: net(ids), lambda net, ids: net(ids).last_hidden_state),
-}
-PAIRS = {  # Prompt-to-Prompt, beside the same with attention maps in memory
-    "p2p-layer": "one layer of self-attention",
-    "p2p": "UNet step, batch 4: one pair",
-}
+WHAT = {part: what for part, (what, _, _) in NETWORKS.items()}
+WHAT |= {TRAIN: "training step without its optimizer, batch 1, half the size", **PAIRS}
 LOADS = {"file": "load one file", "folder": "load a folder"}
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # most that two outputs may differ, relatively
 LEGEND = """\
@@ -55,16 +40,6 @@ Times and ratios are medians; a ratio is ours through theirs in one pair of runs
 Peak memory is what the process holds at most, the programs (0.3 GB) and memory-mapped files included; for
 networks on CUDA it is what PyTorch allocates there. The difference is the relative one between the outputs,
 or between the weights that were loaded.""".splitlines()
-SHORT = 0.5  # seconds; what is faster is repeated for so long, and averaged
-
-
-class Settings(NamedTuple):
-    """What a measuring process has to know."""
-
-    device: str
-    dtype: str
-    size: int  # pixels of the picture's side
-    small: bool  # tiny networks, to try this program
 
 
 class Row(NamedTuple):
@@ -83,7 +58,7 @@ def parse(arguments=None):
         epilog="Loading writes a 4.3 GB model twice, as a file and as a folder, to a temporary folder below TMPDIR.",
     )
     parser.error = lambda message: parser.exit(2, f"bench.py: {message} (--help shows what is possible)\n")
-    names = [*NETWORKS, *PAIRS, "load"]
+    names = [*NETWORKS, TRAIN, *PAIRS, "load"]
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
     add("--dtype", choices=list(TOLERANCE), default="float32", help="number format of the networks (default: float32)")
@@ -116,7 +91,7 @@ def main(arguments=None):
         raise UserError("this machine or this torch has no CUDA device; try --device cpu")
     settings = Settings(options.device, options.dtype, options.size, options.small)
     try:
-        rows = [compare_networks(part, settings, options.runs) for part in NETWORKS if part in parts]
+        rows = [compare_networks(part, settings, options.runs) for part in (*NETWORKS, TRAIN) if part in parts]
         pairs = [compare_networks(part, settings, options.runs) for part in PAIRS if part in parts]
         loads, notes = compare_loading(settings, options.runs) if "load" in parts else ([], [])
     except (BrokenProcessPool, torch.OutOfMemoryError) as error:  # the first one also where the system ends a process
@@ -135,7 +110,7 @@ def main(arguments=None):
 
 def compare_networks(part, settings, runs):
     """One network, on both sides -> Row. Raises UserError if the outputs differ."""
-    what, other = (NETWORKS[part][0], THEIRS) if part in NETWORKS else (PAIRS[part], MAPS)
+    what, other = WHAT[part], MAPS if part in PAIRS else THEIRS
     with own_process() as our_process, own_process() as their_process:
 
         def both(function):
@@ -262,202 +237,6 @@ def say(message):
 def say_pair(what, pair, other=THEIRS):
     """The seconds of one turn each."""
     say(f"{what}: {pair[0][0]:.3g} s ours, {pair[1][0]:.3g} s {other}")
-
-
-# ---- in the measuring processes ----
-
-
-def first_output(side, part, settings):
-    """Make a network and run it once, which warms it up -> its output as an array."""
-    run = prepared(side, part, settings)
-    forget_peak(settings.device)
-    return run().float().cpu().numpy()
-
-
-def timed(side, part, settings):
-    """(seconds a run takes, peak bytes so far)."""
-    run = prepared(side, part, settings)
-    synchronise(settings.device)
-    runs, start, elapsed = 0, time.perf_counter(), 0
-    while elapsed < SHORT:
-        run()
-        synchronise(settings.device)
-        runs, elapsed = runs + 1, time.perf_counter() - start
-    return elapsed / runs, peak(settings.device)
-
-
-@functools.cache
-def prepared(side, part, settings):
-    """Make one side's network and its input, both the same on either side -> the function () -> output."""
-    import torch
-
-    model = blank_model(settings.small, in_channels=4 if part in PAIRS else 8)
-    unet, vae, text = model.unet.config, model.vae.config, model.text_encoder.config
-    network = {"text": model.text_encoder, "encode": model.vae, "decode": model.vae}.get(part, model.unet)
-    if part != "p2p-layer":  # which needs no weights, so that its peak memory is its own
-        randomised(network)
-    if side == THEIRS:
-        import reference  # the tests' way to diffusers and transformers
-
-        make = {"unet": reference.unet_reference, "text": reference.text_reference}.get(part, reference.vae_reference)
-        network = make(network)
-    if part != "p2p-layer":
-        network.to(settings.device, getattr(torch, settings.dtype))
-
-    generator = torch.Generator().manual_seed(0)
-
-    def noise(*shape):
-        return torch.randn(shape, generator=generator).to(settings.device, getattr(torch, settings.dtype))
-
-    latent = settings.size // vae.factor
-    if part in PAIRS:
-        return pair_prepared(part, side, network, noise, latent, text.tokens)
-    if part == "unet":
-        z, t = noise(3, unet.in_channels, latent, latent), torch.full((3,), 500.0, device=settings.device)
-        inputs = z, t, noise(3, text.tokens, text.width)
-    elif part == "text":
-        ids = torch.randint(text.end_token, (1, text.tokens), generator=generator)
-        inputs = (ids.to(settings.device),)
-    else:
-        inputs = (noise(1, 3, settings.size, settings.size) if part == "encode" else noise(1, 4, latent, latent),)
-    _, ours, theirs = NETWORKS[part]
-    return torch.no_grad()(functools.partial(ours if side == OURS else theirs, network, *inputs))
-
-
-def pair_prepared(part, side, unet, noise, latent, tokens):
-    """One side's function () -> output of a pair, sampled at a step at which its control acts."""
-    import torch
-
-    from attention import Layer
-    from p2p import PairControl
-
-    def with_maps(q, k, v, layer):
-        """The control as the papers write it: the second picture's map is overwritten by the first one's."""
-        maps = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)  # [4, H, N, M]
-        if not layer.cross:
-            maps[1::2] = maps[::2]
-        return maps @ v
-
-    level, z = unet.config.levels[0], noise(4, unet.config.in_channels, latent, latent)
-    attend = PairControl(100, self_share=torch.tensor([0.9], device=z.device)) if side == OURS else with_maps
-    if part == "p2p-layer":
-        q, k, v = (noise(4, level.heads, latent**2, level.channels // level.heads) for _ in range(3))
-        return torch.no_grad()(functools.partial(attend, q, k, v, Layer(0, "down", False, (latent, latent))))
-    inputs = z, torch.full((4,), 999.0, device=z.device), noise(4, tokens, unet.config.context_width)
-    return torch.no_grad()(functools.partial(unet, *inputs, attend=attend))
-
-
-def blank_model(small, in_channels=8):
-    """A model of Stable Diffusion 1.5's size whose weights take no memory yet; or a tiny one. 8 channels: an editor."""
-    import torch
-    from random_model import random_model
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    from checkpoint import Model
-    from clip_text import CLIP_L_TEXT, END, START, CLIPText, CLIPTokenizer
-    from unet import STABLE_DIFFUSION, UNet
-    from vae import STABLE_DIFFUSION_VAE, VAE
-
-    if small:
-        return random_model(in_channels=in_channels)
-    # a tokenizer of CLIP's size and making, but with made-up merges
-    letters = sorted(ByteLevel.alphabet())
-    pieces = letters + [letter + "</w>" for letter in letters]
-    merges = list(itertools.islice(itertools.product(letters, pieces), CLIP_L_TEXT.vocabulary - len(pieces) - 2))
-    pieces += [left + right for left, right in merges] + [START, END]
-    tokenizer = CLIPTokenizer({piece: number for number, piece in enumerate(pieces)}, merges)
-    with torch.device("meta"):
-        unet = UNet(replace(STABLE_DIFFUSION, in_channels=in_channels))
-        return Model(unet, VAE(STABLE_DIFFUSION_VAE), CLIPText(CLIP_L_TEXT), tokenizer)
-
-
-def randomised(network):
-    """Give a network memory and seeded random weights, and return it."""
-    from random_model import randomise
-
-    return randomise(network.to_empty(device="cpu"), seed=0).eval().requires_grad_(False)
-
-
-def write_models(folder, settings):
-    """Write "model" and "tiny", each as a folder and as one file beside it -> the bytes of model.safetensors."""
-    from checkpoint import save_folder, save_single_file
-
-    for name, small in [("model", settings.small), ("tiny", True)]:
-        model, path = blank_model(small), Path(folder, name)
-        for network in (model.unet, model.vae, model.text_encoder):
-            randomised(network)
-        save_folder(model, path)
-        save_single_file(model, path.with_suffix(".safetensors"))
-    os.sync()  # the disk is quiet when the clock runs; what was written stays in the system's cache
-    return Path(folder, "model.safetensors").stat().st_size
-
-
-def load(side, kind, folder, settings):
-    """Load "model" -> (seconds, peak bytes) of the call; the same with all weights read; the networks' norms [3]."""
-    import numpy as np
-    import torch
-
-    kinds = {"device": settings.device, "dtype": getattr(torch, settings.dtype)}
-
-    def stop():
-        synchronise(settings.device)
-        return time.perf_counter() - start, peak("cpu")
-
-    opened(side, kind, Path(folder, "tiny"), **kinds)  # what a process does once, importing above all, is not counted
-    gc.collect()
-    forget_peak("cpu")
-    start = time.perf_counter()
-    model = opened(side, kind, Path(folder, "model"), **kinds)
-    call = stop()
-    networks = (model.unet, model.vae, model.text_encoder)
-    norms = np.array([sum(torch.linalg.vector_norm(w).item() for w in net.parameters()) for net in networks])
-    return call, stop(), norms
-
-
-def opened(side, kind, folder, device, dtype):
-    """Load a model from its folder, or from the single file beside it, of which the folder holds what it lacks."""
-    file = folder.with_suffix(".safetensors")
-    if side == OURS:
-        import checkpoint
-
-        return checkpoint.load(file if kind == "file" else folder, device, dtype, tokenizer=folder)
-    from diffusers import StableDiffusionInstructPix2PixPipeline as Pipeline
-
-    if kind == "file":
-        return Pipeline.from_single_file(file, config=str(folder), dtype=dtype).to(device)
-    return Pipeline.from_pretrained(folder, dtype=dtype).to(device)
-
-
-def synchronise(device):
-    """Wait until the device has done its work."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def forget_peak(device):
-    """Let the peak memory start anew from what is held now."""
-    import torch
-
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak(device):
-    """The most bytes held since `forget_peak`; None where Linux does not tell.
-
-    Not getrusage's ru_maxrss, which never falls and which a process inherits from the one that starts it.
-    """
-    import torch
-
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else None
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 import bench
+import bench_sides
 from bench import Row
 from errors import UserError
 
@@ -18,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 HEADER = "| | ours | diffusers | ratio | its range | peak, ours | peak, diffusers | difference |"
 NETWORKS = ["UNet step, batch 3", "VAE encoder", "VAE decoder", "text encoder"]
+TRAINING = "training step without its optimizer, batch 1, half the size"
 LOADS = ["load one file", "load one file, read all weights", "load a folder", "load a folder, read all weights"]
 
 
@@ -46,9 +48,9 @@ def in_process(monkeypatch):
         yield Here()
 
     monkeypatch.setattr(bench, "own_process", own_process)
-    monkeypatch.setattr(bench, "SHORT", 1e-9)
+    monkeypatch.setattr(bench_sides, "SHORT", 1e-9)
     yield
-    bench.prepared.cache_clear()
+    bench_sides.prepared.cache_clear()
 
 
 def cells_of(text, other="diffusers"):
@@ -76,7 +78,7 @@ def test_every_part_in_this_process(in_process, capsys):
     bench.main(["--small", "--size", "64", "--runs", "2"])
     captured = capsys.readouterr()
     rows = cells_of(captured.out)
-    assert list(rows) == NETWORKS + LOADS
+    assert list(rows) == [*NETWORKS, TRAINING, *LOADS]
     for what, cells in rows.items():
         check_cells(cells, 0 if what in LOADS else 1e-5)  # loaded weights are the same to the bit
     assert "- command: `python bench.py --small --size 64 --runs 2`\n" in captured.out
@@ -144,8 +146,8 @@ def test_different_outputs_are_not_timed(in_process, monkeypatch):
         (["--size", "500"], "--size should be a multiple of 64, not 500"),
         (["--size", "0"], "--size should be a multiple of 64, not 0"),
         (["--runs", "0"], "--runs should be at least 1, not 0"),
-        (["--only", "unet,vae"], "--only knows unet, encode, decode, text, p2p-layer, p2p, load, not 'vae'"),
-        (["--only", ""], "--only knows unet, encode, decode, text, p2p-layer, p2p, load, not ''"),
+        (["--only", "unet,vae"], "--only knows unet, encode, decode, text, train, p2p-layer, p2p, load, not 'vae'"),
+        (["--only", ""], "--only knows unet, encode, decode, text, train, p2p-layer, p2p, load, not ''"),
     ],
 )
 def test_mistakes(arguments, message):
