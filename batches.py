@@ -16,6 +16,7 @@ from tqdm import tqdm
 from errors import UserError
 
 PIXELS_AT_ONCE = 64 * 64 * 64  # of pictures to encode before a training, which should not take its memory
+PIXELS_IN_STEP = 16 * 256 * 256  # the same within a step: the encoder should take less than the training's own way back
 TEXTS_AT_ONCE = 64
 REMEMBERED = 1e9  # bytes of embedded instructions at most; CLIP ViT-L/14 makes 0.24 MB of each
 
@@ -154,12 +155,19 @@ class PicturePairs:
         if isinstance(read, UserError):
             raise read
         before, after, texts = read
-        with torch.no_grad(), self.precision():
-            latent = self.model.vae.encode(torch.cat([before, after]).to(self.device))
-        image_latent, mean = latent.mode().float().chunk(2)
-        deviation = (0.5 * latent.logvar.float().chunk(2)[1]).exp()
+        with self.precision():
+            mean, logvar = encode(self.model.vae, torch.cat([before, after]).to(self.device))
+        image_latent, mean = mean.float().chunk(2)
+        deviation = (0.5 * logvar.float().chunk(2)[1]).exp()
         sample = mean + deviation * draws.normal(*mean.shape[1:]).to(self.device)
         return sample * self.model.vae.config.scaling, image_latent, self.contexts(texts)
+
+
+@torch.no_grad()
+def encode(vae, x):
+    """Pictures [B, 3, H, W] -> mean and logvar of their latents, each [B, C, h, w], a few pictures at a time."""
+    parts = [vae.encode(part) for part in x.split(max(1, PIXELS_IN_STEP // (x.shape[2] * x.shape[3])))]
+    return torch.cat([latent.mode() for latent in parts]), torch.cat([latent.logvar for latent in parts])
 
 
 class Batches(Dataset):

@@ -59,8 +59,7 @@ class Training:
         self.scaler = torch.amp.GradScaler(kind, enabled=options.dtype == "float16")
         half = {"dtype": getattr(torch, options.dtype), "enabled": options.dtype != "float32"}
         self.precision = partial(torch.autocast, kind, **half)
-        # on a CPU torch's fused attention is slow backwards, and the miniature's maps are small enough to keep
-        self.attend = reference if kind == "cpu" and options.cache_latents else fused
+        self.attend = training_attention(kind, options)
         self.start, self.seconds = 0, 0.0
         self.losses, self.lowest = [], math.inf  # of the last steps; the lowest mean of so many
         if state := newest_state(options.out):
@@ -245,6 +244,11 @@ def choose_weights(unet, trainable, rank):
             if isinstance(layer, Attention):
                 layer.requires_grad_(True)
     return [name for name, weight in unet.named_parameters() if weight.requires_grad]
+
+
+def training_attention(kind, options):
+    """On a CPU torch's fused attention is slow backwards, and the miniature's maps are small enough to keep."""
+    return reference if kind == "cpu" and options.cache_latents else fused
 
 
 def checkpointed(unet):

@@ -1,5 +1,6 @@
 """The command line of train.py: presets, and flags that override them."""
 
+import sys
 from pathlib import Path
 
 import torch
@@ -53,9 +54,11 @@ def parse(arguments=None, processes=1):
     """
     parser = Parser(prog="train.py", description="Train an editor from a text-to-image model.")
     add = parser.add_argument
-    add("--data", type=Path, required=True, metavar="DIR", help="pairs, as datagen.py images leaves them")
-    add("--init", required=True, metavar="PATH", help="Stable Diffusion weights, or an editor's")
-    add("--out", type=Path, required=True, metavar="DIR", help="for all that the run leaves")
+    needed = "--plan" not in (sys.argv[1:] if arguments is None else arguments)
+    add("--data", type=Path, required=needed, metavar="DIR", help="pairs, as datagen.py images leaves them")
+    add("--init", required=needed, metavar="PATH", help="Stable Diffusion weights, or an editor's")
+    add("--out", type=Path, required=needed, metavar="DIR", help="for all that the run leaves")
+    add("--plan", action="store_true", help="say what memory a step takes, and train nothing; only --init is looked at")
     add("--preset", choices=PRESETS, default="paper", help="where all other flags start from (default: paper)")
     add("--resume", action="store_true", help="go on with the run in --out, if there is one")
     add("--resolution", type=int, metavar="R", help="pixels a side of the crops; 0 for pictures as they are")
@@ -154,9 +157,9 @@ def decide(options, processes, given_total):
         options.accumulate = options.total // each if options.total else 1
     elif given_total not in (None, options.batch * options.accumulate * processes):
         raise UserError(f"--total {given_total} is not --batch times --accumulate times {processes} processes")
-    options.total = options.batch * options.accumulate * processes
+    options.total, options.processes = options.batch * options.accumulate * processes, processes
     options.look_every = options.look_every or max(1, options.steps // 10)
-    for device in {options.device, options.ema_device or options.device}:
+    for device in {options.device, options.ema_device or options.device} if not options.plan else ():
         check_device(own_device(device))
     if options.dtype == "auto":
         options.dtype = fast_dtype(torch.device(options.device).type)
@@ -165,7 +168,8 @@ def decide(options, processes, given_total):
 def fast_dtype(kind):
     """The number format in which a kind of device computes fastest, without being too coarse to train in."""
     if kind == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
+        absent = not torch.cuda.is_available()  # and only planned for
+        return "bfloat16" if absent or torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     return "bfloat16" if kind == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
 
 

@@ -27,8 +27,10 @@ class Ranks:
         self.device = own_device(device)
         self.count, self.number = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.first = self.number == 0
+        on_gpu = torch.device(device).type == "cuda"
+        if on_gpu:
+            compute_alike()
         if self.count > 1:
-            on_gpu = torch.device(device).type == "cuda"
             if on_gpu:
                 torch.cuda.set_device(self.device)
             dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
@@ -61,6 +63,13 @@ class Ranks:
         """Part from the others."""
         if self.count > 1:
             dist.destroy_process_group()
+
+
+def compute_alike():
+    """Let a GPU compute the same bits every time, as CPUs do: a resumed run equals one that was never stopped."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
+    torch.use_deterministic_algorithms(True, warn_only=True)  # what it has no such kernel for, torch names
+    torch.utils.deterministic.fill_uninitialized_memory = False  # only of use to find bugs
 
 
 class StopSignal:

@@ -19,6 +19,7 @@ import torch
 from editor_training import Training
 from errors import run_program
 from export import export, replace_model
+from plan import say
 from presets import parse, parse_export
 from progress import Progress
 from ranks import Ranks, StopSignal
@@ -74,6 +75,9 @@ def main(arguments=None):
         export(parse_export(arguments[1:]))
         return
     options = parse(arguments, processes=int(os.environ.get("WORLD_SIZE", 1)))
+    if options.plan:
+        say(options)
+        return
     if options.threads:
         torch.set_num_threads(options.threads)
     train(options)

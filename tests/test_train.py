@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -448,6 +449,16 @@ def test_a_run_that_was_stopped_ends_like_one_that_was_not(
     assert steps == sorted(steps)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", [[], ["--dtype=bfloat16", "--checkpointing", "--channels-last"]])
+def test_on_a_gpu_a_resumed_run_is_the_same_to_the_last_bit(data, init, tmp_path, program, flags):
+    for name, parts in {"whole": [6], "parts": [3, 6]}.items():
+        for steps in parts:
+            run = command(data, init, tmp_path / name, "--resume", *flags, steps=steps, device="cuda", save_every=1)
+            assert program(*run)[0] == 0
+    assert_equal_runs(tmp_path / "parts", tmp_path / "whole")
+
+
 def test_killed_at_thirty_moments_it_ends_in_the_same_weights(data, init, tmp_path, program):
     """SIGKILL; whatever is lost is at most the interval between two states."""
     arguments = command(data, init, tmp_path / "run", "--resume", steps=12, save_every=2, sampling_steps=2)
@@ -493,6 +504,33 @@ def test_a_damaged_state_is_left_aside(data, init, trained, program, tmp_path):
     code, _, errors = program(*command(data, init, tmp_path / "again", "--resume", steps=6))
     assert (code, len(errors)) == (2, 1)
     assert "are damaged; remove that folder to start anew" in errors[0]
+
+
+def test_a_disk_that_is_full_when_a_state_is_written(data, init, trained, program, tmp_path):
+    """One line, the states before it are whole, nothing torn is there; with room, the run ends as it would have."""
+    shutil.copytree(trained, tmp_path / "run")
+    shutil.copytree(trained, tmp_path / "whole")
+    arguments = command(data, init, tmp_path / "run", "--resume", steps=6, save_every=1)
+    before = {path: path.read_bytes() for path in state_paths(tmp_path / "run")}
+
+    def on_a_full_disk():
+        sys.argv = ["train.py", *arguments]
+        size = min(len(content) for content in before.values()) // 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))  # no file may grow beyond half a state
+        with open(tmp_path / "errors", "w") as sys.stderr:
+            run_program(train.main)
+
+    process = multiprocessing.get_context("fork").Process(target=on_a_full_disk)
+    process.start()
+    process.join()
+    assert process.exitcode == 2
+    errors = [line for line in lines_of((tmp_path / "errors").read_text()) if line.startswith("train.py:")]
+    assert len(errors) == 1
+    assert "is the disk full?" in errors[0]
+    assert {path: path.read_bytes() for path in (tmp_path / "run" / "states").iterdir()} == before
+    assert program(*arguments)[0] == 0
+    assert program(*command(data, init, tmp_path / "whole", "--resume", steps=6, save_every=1))[0] == 0
+    assert_equal_runs(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_run_is_not_overwritten(data, init, trained, program, tmp_path):
