@@ -118,13 +118,15 @@ class InstructPix2Pix:
         ]
         if not low_memory:
             branches = [tuple(torch.cat(parts) for parts in zip(*branches, strict=True))]
+        branches = [(image, self.unet.read(context)) for image, context in branches]  # once, not at every step
 
         def predict_eps(z, t):
             guesses = []
-            for image, context in branches:
+            for image, read in branches:
                 copies = len(image) // len(z)
                 inputs = torch.cat([z.repeat(copies, 1, 1, 1), image], dim=1).to(self.dtype)
-                guesses.append(self.unet(inputs, t.repeat(copies), context, attend).float())
+                time = self.unet.embed_time(t.repeat(copies))
+                guesses.append(self.unet.predict(inputs, time, read, attend).float())
             return guided_eps(*torch.cat(guesses).chunk(3), text_guidance, image_guidance)
 
         return self.schedule.denoiser(predict_eps)

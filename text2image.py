@@ -59,11 +59,11 @@ class TextToImage:
 
         text [B, L, E]; guidance: a number, or a tensor [B, 1, 1, 1]. The UNet sees one batch [null..., text...].
         """
-        context = torch.cat([self.null_text.expand_as(text), text])
+        read = self.unet.read(torch.cat([self.null_text.expand_as(text), text]))  # once, not at every step
 
         def predict_eps(z, t):
-            eps = self.unet(z.repeat(2, 1, 1, 1).to(self.dtype), t.repeat(2), context, attend).float()
-            eps_null, eps_text = eps.chunk(2)
+            inputs, time = z.repeat(2, 1, 1, 1).to(self.dtype), self.unet.embed_time(t.repeat(2))
+            eps_null, eps_text = self.unet.predict(inputs, time, read, attend).float().chunk(2)
             return eps_null + guidance * (eps_text - eps_null)
 
         return self.schedule.denoiser(predict_eps)

@@ -115,30 +115,45 @@ class UNet(nn.Module):
         z [B, in_channels, H, W] noisy latent (and the input picture's, for InstructPix2Pix), t [B] time in [0, 999],
         fractions allowed, context [B, L, E] text embedding, attend: see attention.py. Returns [B, out_channels, H, W].
         """
-        time = timestep_embedding(t, self.config.levels[0].channels).to(z.dtype)
-        time = F.silu(self.time_embed(time))  # [B, 4 C0]; every residual block begins with this same silu
+        return self.predict(z, self.embed_time(t), self.read(context), attend)
 
+    def embed_time(self, t):
+        """t [B] -> [B, 4 C0], what every residual block is told of the time; each begins with the same silu."""
+        time = timestep_embedding(t, self.config.levels[0].channels)
+        return F.silu(self.time_embed(time.to(self.conv_in.weight.dtype)))
+
+    def read(self, context):
+        """context [B, L, E] -> the keys and values of all cross-attention layers, each [B, H, L, D].
+
+        They depend on the text alone, so a sampler reads it once and not at every step.
+        """
+        transformers = [layer for layer in self.modules() if isinstance(layer, Transformer)]  # in order of computation
+        return [layer.cross_attention.keys_values(context) for layer in transformers]
+
+    def predict(self, z, time, text, attend=fused):
+        """`forward` for a time and a text that were embedded and read before. time [B, 4 C0]."""
+        text = iter(text)
         h = self.conv_in(z)
         skips = [h]
         for stage in self.down:
             for number, resblock in enumerate(stage.resblocks):
                 h = resblock(h, time)
                 if stage.transformers:
-                    h = stage.transformers[number](h, context, attend)
+                    h = stage.transformers[number](h, next(text), attend)
                 skips.append(h)
             if stage.downsample is not None:
                 h = stage.downsample(h)
                 skips.append(h)
 
         h = self.middle.resblock1(h, time)
-        h = self.middle.transformer(h, context, attend)
+        h = self.middle.transformer(h, next(text), attend)
         h = self.middle.resblock2(h, time)
 
         for stage in self.up:
             for number, resblock in enumerate(stage.resblocks):
                 h = resblock(torch.cat([h, skips.pop()], dim=1), time)
                 if stage.transformers:
-                    h = stage.transformers[number](h, context, attend)
+                    h = stage.transformers[number](h, next(text), attend)
             if stage.upsample is not None:
                 # to the size of the map it will meet: twice its own, or one less where the way down met an odd size
                 h = stage.upsample(F.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
@@ -182,16 +197,16 @@ class Transformer(nn.Module):
         self.feed_forward = FeedForward(width)
         self.proj_out = nn.Conv2d(width, width, 1)
 
-    def forward(self, x, context, attend):
-        """x [B, C, H, W], context [B, L, E] -> [B, C, H, W]."""
+    def forward(self, x, text, attend):
+        """x [B, C, H, W], text: keys and values, as `UNet.read` makes them -> [B, C, H, W]."""
         size = x.shape[-2:]
         self_layer = Layer(self.index, self.place, False, tuple(size))
         cross_layer = Layer(self.index, self.place, True, tuple(size))
 
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2).contiguous()  # [B, N, C], N = H W
         own = self.norm1(h)
-        h = h + self.self_attention(own, own, attend, self_layer)
-        h = h + self.cross_attention(self.norm2(h), context, attend, cross_layer)
+        h = h + self.self_attention(own, self.self_attention.keys_values(own), attend, self_layer)
+        h = h + self.cross_attention(self.norm2(h), text, attend, cross_layer)
         h = h + self.feed_forward(self.norm3(h))
         h = h.transpose(1, 2).unflatten(2, size).contiguous()  # [B, C, H, W]
         return x + self.proj_out(h)
@@ -208,12 +223,14 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.Linear(width, width)
 
-    def forward(self, x, context, attend, layer):
-        """x [B, N, C] asks, context [B, M, E] answers -> [B, N, C]."""
+    def keys_values(self, context):
+        """context [B, M, E], which answers -> k and v, each [B, H, M, D]."""
+        return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
+
+    def forward(self, x, keys_values, attend, layer):
+        """x [B, N, C] asks what `keys_values` made of another, or of itself -> [B, N, C]."""
         q = split_heads(self.to_q(x), self.heads)
-        k = split_heads(self.to_k(context), self.heads)
-        v = split_heads(self.to_v(context), self.heads)
-        return self.to_out(join_heads(attend(q, k, v, layer)))
+        return self.to_out(join_heads(attend(q, *keys_values, layer)))
 
 
 class FeedForward(nn.Module):
