@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import checkpoint
 from align import Alignment, align, phrase_tokens, scale_of
-from attention import fused, reference
+from attention import fused, fused_values, has_kernel, reference
 from diffusion import euler_ancestral
 from errors import Parser, UserError, run_program
 from images import enlarge, grid, save_png, to_image
@@ -50,6 +50,8 @@ class PairControl:
         self.steps, self.step = steps, 0
         self.self_share, self.cross_share, self.scale_share = self_share, cross_share, scale_share
         self.alignment, self.scale = alignment, scale
+        # copies, so that a choice by share does not wait for the GPU
+        self.self_share_cpu, self.cross_share_cpu = (None if x is None else x.cpu() for x in (self_share, cross_share))
 
     def next_step(self, step, sigma, denoised):
         """To be called once a step."""
@@ -63,10 +65,14 @@ class PairControl:
         """Attention as in attention.py."""
         if layer.cross:
             return self.look_at_words(q, k, v)
-        if self.self_share is not None:
-            controlled = self.controlled(self.self_share)
-            q, k = borrow(q, controlled), borrow(k, controlled)
-        return fused(q, k, v)
+        if self.self_share is None:
+            return fused(q, k, v)
+        if has_kernel(q) and self.controlled(self.self_share_cpu).all():
+            # one map of the first pictures serves both pictures' values
+            q, k, v = (x.unflatten(0, (2, 2, -1)) for x in (q, k, v))  # [2, 2, B, H, ., D]: halves, pictures, pairs
+            return fused_values(q[:, 0], k[:, 0], v).flatten(0, 2)
+        controlled = self.controlled(self.self_share)
+        return fused(borrow(q, controlled), borrow(k, controlled), v)
 
     def look_at_words(self, q, k, v):
         """Cross-attention; q [4B, H, N, D], k and v [4B, H, L, D]."""
@@ -74,18 +80,17 @@ class PairControl:
         if self.scale_share is not None:
             factor = torch.where(self.controlled(self.scale_share)[:, None], self.scale, 1.0)  # c [B, L]
             v = torch.cat([v[: 3 * pairs], v[3 * pairs :] * factor[:, None, :, None].to(v.dtype)])
-        if self.cross_share is None or not (controlled := self.controlled(self.cross_share)).any():
+        if self.cross_share is None or not self.controlled(self.cross_share_cpu).any():
             return fused(q, k, v)
+        controlled = self.controlled(self.cross_share)
         shared = (self.alignment.shared * controlled[:, None])[:, None, :, None].to(v.dtype)  # a [B, 1, L, 1]
-        v_before, v_after = v[2 * pairs :].chunk(2)
-        borrowed = self.alignment.mapper[:, None].to(v.dtype) @ (shared * v_after)  # M a c V
+        null = fused(*(x[: 2 * pairs] for x in (q, k, v)))
+        q, k, v = (x.unflatten(0, (2, 2, -1))[1:] for x in (q, k, v))  # [1, 2, B, H, ., D]: the half with text
+        borrowed = self.alignment.mapper[:, None].to(v.dtype) @ (shared * v[:, 1])  # M a c V
         # one map of the first picture serves its own values and those that the second one borrows
-        text_before = slice(2 * pairs, 3 * pairs)
-        before, after = wide(q[text_before], k[text_before], torch.cat([v_before, borrowed], dim=-1)).chunk(2, dim=-1)
-        others = torch.cat([torch.arange(2 * pairs), torch.arange(3 * pairs, 4 * pairs)]).to(q.device)
-        v = torch.cat([v[: 2 * pairs], (1 - shared) * v_after])
-        null, own = fused(q[others], k[others], v).tensor_split([2 * pairs])
-        return torch.cat([null, before, after + own])
+        values = torch.stack([v[:, 0], borrowed], dim=1)
+        text = fused_values(q[:, 0], k[:, 0], values, q[:, 1], k[:, 1], (1 - shared) * v[:, 1])
+        return torch.cat([null, text.flatten(0, 2)])
 
 
 def borrow(x, controlled):
@@ -93,14 +98,6 @@ def borrow(x, controlled):
     before, after = x.unflatten(0, (2, 2, -1)).unbind(1)  # [2, B, H, N, D]: without and with text
     after = torch.where(controlled[:, None, None, None], before, after)
     return torch.stack([before, after], dim=1).flatten(0, 2)
-
-
-def wide(q, k, v):
-    """Fused attention for values of twice the queries' width: q and k [B, H, ., D], v [B, H, M, 2D].
-
-    Fused kernels want one width. Zeros beside q and k leave their products as they are.
-    """
-    return F.scaled_dot_product_attention(*(F.pad(x, (0, q.shape[-1])) for x in (q, k)), v, scale=q.shape[-1] ** -0.5)
 
 
 class LocalBlend:
