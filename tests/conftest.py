@@ -29,6 +29,10 @@ from vae import VAE, VAEConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Without a GPU, triton's kernels are run by its interpreter, on the CPU. Before anything imports triton: it asks once.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 def tiny_model(in_channels=8, seed=0):
     """The smallest model that has every kind of layer; one step at 64 pixels takes a hundredth of a second."""
