@@ -11,6 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 import checkpoint
 from attention import fused, reference
 from batches import Draws, LatentPairs, PicturePairs, stack
+from compiled import compiled
 from dataset import EditDataset
 from diffusion import NoiseSchedule
 from errors import UserError
@@ -28,6 +29,7 @@ SAME = (  # or it is another run
     *("seed", "total", "pairs", "init", "trainable", "rank", "resolution", "largest", "subset", "overfit"),
     *("cache_latents", "balanced"),
 )
+WRONG = 0.15  # a compiled gradient so far from the plain one, relatively; two of bfloat16 differ by 0.01 to 0.03
 MEAN_OF, TOO_MUCH = 50, 5  # the mean loss of so many steps, so many times the lowest so far: gone astray
 
 
@@ -48,7 +50,7 @@ class Training:
         self.unet, self.schedule = self.model.unet, NoiseSchedule()
         if options.channels_last:
             self.unet.to(memory_format=torch.channels_last)
-        check_pictures(self.pairs, self.model)
+        size = check_pictures(self.pairs, self.model)
         self.names = choose_weights(self.unet, options.trainable, options.rank)
         self.weights = [weight for weight in self.unet.parameters() if weight.requires_grad]
         # one process keeps the average: it is the same in all of them
@@ -65,7 +67,34 @@ class Training:
         if state := newest_state(options.out):
             self.resume(state)
         ranks.check_same(self.start)
-        self.network = ranks.share(checkpointed(self.unet) if options.checkpointing else self.unet)
+        network = checkpointed(self.unet) if options.checkpointing else self.unet
+        if options.compile:  # self.unet itself stays as it is, for the sizes of the sample sheets
+            network = self.compile(network, size)
+        self.network = ranks.share(network)
+
+    def compile(self, network, size):
+        """A network, compiled for a batch of latents of this size. Raises UserError if it has another gradient.
+
+        A compiler may be wrong without a word, and has been: see `unet.doubled`.
+        """
+        fast, generator = compiled(network), torch.Generator().manual_seed(0)
+        text, batch, gradients = self.model.text_encoder.config, self.options.batch, []
+        shapes = (2 * self.model.vae.config.latent_channels, *size), (text.tokens, text.width)
+        z, context = (torch.randn(batch, *shape, generator=generator).to(self.device) for shape in shapes)
+        t = torch.randint(1000, (batch,), generator=generator).to(self.device)
+        for way in (network, fast):
+            with self.precision():
+                value = way(z, t, context, attend=self.attend).square().mean()
+            value.backward()
+            gradients.append([weight.grad.cpu() for weight in self.weights])
+            self.optimizer.zero_grad()
+        lost = any(plain.any() and not found.any() for plain, found in zip(*gradients, strict=True))
+        plain, found = (torch.cat([part.flatten() for part in parts]) for parts in gradients)
+        error = ((found - plain).norm() / plain.norm()).item()
+        if lost or not error <= WRONG:
+            what = "of some weights is lost" if lost else f"is {100 * error:.0f} % from the one without"
+            raise UserError(f"this PyTorch compiles the UNet wrongly: the gradient {what}; take --no-compile")
+        return fast
 
     def read_data(self):
         """Make the batches ready; with --cache-latents all pairs are encoded now."""
@@ -215,7 +244,7 @@ def load_editor(path, device):
 
 
 def check_pictures(pairs, model):
-    """Raise UserError unless the model can take the pictures, judging by the first one."""
+    """The latents' height and width. Raises UserError unless the model can take the pictures, judging by the first."""
     shape = pairs[0][0].shape  # [3, H, W]
     if any(side % model.side_multiple for side in shape[1:]):
         needed = f"this model needs sides that are multiples of {model.side_multiple} pixels"
@@ -224,6 +253,7 @@ def check_pictures(pairs, model):
     if pairs.resolution and min(before.size) < pairs.resolution:
         crops = f"crops of {pairs.resolution} pixels need such a side at least"
         raise UserError(f"the pictures are {before.width}x{before.height}; {crops}: see --resolution")
+    return [side // model.vae.config.factor for side in shape[1:]]
 
 
 def chosen_sampling(sampling, options):

@@ -32,8 +32,8 @@ class PairControl:
     """An `attend` function for batches [null before, null after, text before, text after], B pairs in each part.
 
     Step i of n is controlled while share > i / (n - 1), as in the released code, so that even a share of 1 leaves the
-    last step free; `step` is counted up by `next_step`, the sampler's callback. The first pictures never depend on the
-    control.
+    last step free; `next_step`, the sampler's callback, decides it once for all layers. The first pictures never depend
+    on the control.
 
     Self-attention: the queries and keys of the second picture are those of the first; the unconditional half borrows
     from its own half. Cross-attention, in the half with text: with A and A' the maps of the first and the second
@@ -47,43 +47,51 @@ class PairControl:
         alignment: an `Alignment` of the B pairs, needed for cross_share. scale c [B, L]: what the attention of the
         second picture to each token is multiplied by, needed for scale_share.
         """
-        self.steps, self.step = steps, 0
-        self.self_share, self.cross_share, self.scale_share = self_share, cross_share, scale_share
-        self.alignment, self.scale = alignment, scale
-        # copies, so that a choice by share does not wait for the GPU
-        self.self_share_cpu, self.cross_share_cpu = (None if x is None else x.cpu() for x in (self_share, cross_share))
+        self.steps, self.alignment, self.scale = steps, alignment, scale
+        # on the CPU, where a choice by share does not wait for the GPU
+        self.shares = [None if share is None else share.cpu() for share in (self_share, cross_share, scale_share)]
+        self.device = next((x.device for x in (self_share, cross_share, scale_share) if x is not None), None)
+        self.begin(0)
 
     def next_step(self, step, sigma, denoised):
         """To be called once a step."""
-        self.step = step + 1
+        self.begin(step + 1)
 
-    def controlled(self, share):
-        """Which pairs a share [B] still controls at this step: bool [B]."""
-        return share > self.step / max(1, self.steps - 1)
+    def begin(self, step):
+        """Decide who is controlled at a step: bool [B] of self- and cross-attention and re-weighting, None for no one.
+
+        Layers only read it: so compiled code is the same at all steps that control some pairs, or none.
+        """
+        now = [None if share is None else self.controlled(share, step) for share in self.shares]
+        self.all_borrow = now[0] is not None and bool(now[0].all())
+        now = [chosen.to(self.device) if chosen is not None and chosen.any() else None for chosen in now]
+        self.borrow_self, self.borrow_cross, self.reweight = now
+
+    def controlled(self, share, step):
+        """Which pairs a share [B] still controls at a step: bool [B]."""
+        return share > step / max(1, self.steps - 1)
 
     def __call__(self, q, k, v, layer):
         """Attention as in attention.py."""
         if layer.cross:
             return self.look_at_words(q, k, v)
-        if self.self_share is None:
+        if self.borrow_self is None:
             return fused(q, k, v)
-        if has_kernel(q) and self.controlled(self.self_share_cpu).all():
+        if self.all_borrow and has_kernel(q):
             # one map of the first pictures serves both pictures' values
             q, k, v = (x.unflatten(0, (2, 2, -1)) for x in (q, k, v))  # [2, 2, B, H, ., D]: halves, pictures, pairs
             return fused_values(q[:, 0], k[:, 0], v).flatten(0, 2)
-        controlled = self.controlled(self.self_share)
-        return fused(borrow(q, controlled), borrow(k, controlled), v)
+        return fused(borrow(q, self.borrow_self), borrow(k, self.borrow_self), v)
 
     def look_at_words(self, q, k, v):
         """Cross-attention; q [4B, H, N, D], k and v [4B, H, L, D]."""
         pairs = len(q) // 4
-        if self.scale_share is not None:
-            factor = torch.where(self.controlled(self.scale_share)[:, None], self.scale, 1.0)  # c [B, L]
+        if self.reweight is not None:
+            factor = torch.where(self.reweight[:, None], self.scale, 1.0)  # c [B, L]
             v = torch.cat([v[: 3 * pairs], v[3 * pairs :] * factor[:, None, :, None].to(v.dtype)])
-        if self.cross_share is None or not self.controlled(self.cross_share_cpu).any():
+        if self.borrow_cross is None:
             return fused(q, k, v)
-        controlled = self.controlled(self.cross_share)
-        shared = (self.alignment.shared * controlled[:, None])[:, None, :, None].to(v.dtype)  # a [B, 1, L, 1]
+        shared = (self.alignment.shared * self.borrow_cross[:, None])[:, None, :, None].to(v.dtype)  # a [B, 1, L, 1]
         null = fused(*(x[: 2 * pairs] for x in (q, k, v)))
         q, k, v = (x.unflatten(0, (2, 2, -1))[1:] for x in (q, k, v))  # [1, 2, B, H, ., D]: the half with text
         borrowed = self.alignment.mapper[:, None].to(v.dtype) @ (shared * v[:, 1])  # M a c V

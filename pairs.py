@@ -52,6 +52,8 @@ class Sampler:
             torch.set_num_threads(options.threads)
         parts = checkpoint.load(options.weights, options.device, getattr(torch, options.dtype))
         model = TextToImage(parts)
+        if torch.device(options.device).type == "cuda":
+            model.compile()
         model.vae.float()  # a small part of the work, and bfloat16 has fewer levels than a picture
         resolution = options.resolution or model.sampling.resolution
         if resolution % parts.side_multiple:

@@ -1,6 +1,7 @@
 """The command line of train.py: presets, and flags that override them."""
 
 import sys
+from argparse import BooleanOptionalAction
 from pathlib import Path
 
 import torch
@@ -84,6 +85,8 @@ def parse(arguments=None, processes=1):
     add("--subset", type=amount, metavar="N", help="so many of the pairs, or a share such as 0.1")
     add("--overfit", type=int, metavar="N", help="train on so few pairs, unchanged: what to try first")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="(default: auto)")
+    compiled = "compile the UNet, and check its gradient, before the first step (default: on a GPU)"
+    add("--compile", action=BooleanOptionalAction, help=compiled)
     add("--channels-last", action="store_true", help="another memory layout, faster on some GPUs")
     add("--seed", type=int, default=0, metavar="S", help="of all randomness (default: 0)")
     add("--save-every", type=int, default=500, metavar="N", help="steps between two states (default: 500)")
@@ -158,6 +161,8 @@ def decide(options, processes, given_total):
     elif given_total not in (None, options.batch * options.accumulate * processes):
         raise UserError(f"--total {given_total} is not --batch times --accumulate times {processes} processes")
     options.total, options.processes = options.batch * options.accumulate * processes, processes
+    if options.compile is None:
+        options.compile = torch.device(options.device).type == "cuda"
     options.look_every = options.look_every or max(1, options.steps // 10)
     for device in {options.device, options.ema_device or options.device} if not options.plan else ():
         check_device(own_device(device))

@@ -212,7 +212,7 @@ def load_model(settings):
     dtype = getattr(torch, settings["dtype"])
     model = InstructPix2Pix.load(weights, settings["device"], dtype, settings["tokenizer"], settings["vae"])
     if settings["compile"]:
-        model.unet.compile()
+        model.compile()
     return model
 
 

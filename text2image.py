@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 
 from attention import fused
+from compiled import compiled
 from diffusion import NoiseSchedule, euler_ancestral, seeded_noise
 from errors import UserError
 
@@ -53,6 +54,11 @@ class TextToImage:
         """A denoised latent [B, C, h, w] -> pictures [B, 3, H, W], about in [-1, 1]."""
         z = latent / self.vae.config.scaling
         return self.vae.decode(z.to(self.vae.post_quant_conv.weight.dtype)).float()
+
+    def compile(self, **settings):
+        """Compile what sampling calls at every step, and the decoder, as `InstructPix2Pix.compile` does."""
+        self.unet.predict = compiled(self.unet.predict, fullgraph=True, **settings)
+        self.vae.decode = compiled(self.vae.decode, **settings)
 
     def denoiser(self, text, guidance, attend=fused):
         """The sampler's `denoise(x, sigma)` under classifier-free guidance (Ho and Salimans 2022, Eq. 6).

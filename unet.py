@@ -156,7 +156,7 @@ class UNet(nn.Module):
                     h = stage.transformers[number](h, next(text), attend)
             if stage.upsample is not None:
                 # to the size of the map it will meet: twice its own, or one less where the way down met an odd size
-                h = stage.upsample(F.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
+                h = stage.upsample(doubled(h, skips[-1].shape[-2:]))
 
         return self.conv_out(F.silu(self.norm_out(h)))
 
@@ -245,6 +245,16 @@ class FeedForward(nn.Module):
         """x [B, N, C] -> [B, N, C]."""
         value, gate = self.proj_in(x).chunk(2, dim=-1)
         return self.proj_out(value * F.gelu(gate))
+
+
+def doubled(x, size):
+    """Every pixel twice along both axes: x [B, C, h, w] -> [B, C, *size], where each of size is 2h (2w), or one less.
+
+    To the bit what F.interpolate's "nearest" gives, but its way back is a sum, where that one's is a scatter, which
+    torch 2.13 puts into the wrong order when it compiles bfloat16 for CPUs: weights below it then get no gradient.
+    """
+    x = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)  # [B, C, h, 2, w, 2]
+    return x.flatten(4).flatten(2, 3)[:, :, : size[0], : size[1]]
 
 
 def timestep_embedding(t, width):

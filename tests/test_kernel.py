@@ -249,7 +249,7 @@ def control(cross, step, share):
     mapper, shared = torch.rand(3, 7, 7, generator=generator), torch.rand(3, 7, generator=generator)
     alignment = Alignment((mapper / mapper.sum(1, keepdim=True)).to(DEVICE), shared.to(DEVICE)) if cross else None
     made = PairControl(5, None if cross else share, share if cross else None, alignment)
-    made.step = step
+    made.begin(step)
     return made
 
 
