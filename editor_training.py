@@ -86,7 +86,8 @@ class Training:
             with self.precision():
                 value = way(z, t, context, attend=self.attend).square().mean()
             value.backward()
-            gradients.append([weight.grad.cpu() for weight in self.weights])
+            found = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in self.weights]
+            gradients.append([gradient.cpu() for gradient in found])
             self.optimizer.zero_grad()
         lost = any(plain.any() and not found.any() for plain, found in zip(*gradients, strict=True))
         plain, found = (torch.cat([part.flatten() for part in parts]) for parts in gradients)

@@ -399,6 +399,54 @@ def test_ways_to_save_memory_or_time_change_nothing(data, init, trained, tmp_pat
     assert load(out / "model").unet.config.in_channels == 8
 
 
+@pytest.mark.parametrize("flags", [["--compile"], ["--compile", "--checkpointing"]])
+def test_compiled_it_learns_the_same(data, init, trained, tmp_path, program, monkeypatch, flags):
+    """With a compiler that only traces, so to the last bit, or where blocks are computed twice but for rounding."""
+    traced = []
+
+    def compiled(network):
+        traced.append(network)
+        return torch.compile(network, backend="eager", dynamic=False)
+
+    monkeypatch.setattr(editor_training, "compiled", compiled)
+    out = tmp_path / "run"
+    assert program(*command(data, init, out, *flags, sampling_steps=3, cfg_text=5, cfg_image=1.25))[0] == 0
+    assert len(traced) == 1
+    ours, theirs = newest_state(out)["weights"], newest_state(trained)["weights"]
+    assert max(relative_error(ours[name], theirs[name]) for name in theirs) <= (1e-4 if flags[1:] else 0)
+    assert list(ours) == list(theirs)
+
+
+class WrongScale(torch.nn.Module):
+    """A network with the right output, and twice its gradient."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs, **others):
+        out = self.network(*inputs, **others)
+        return out.detach() + 2 * (out - out.detach())
+
+
+class LosesOne(WrongScale):
+    """A network whose first convolution gets no gradient."""
+
+    def forward(self, *inputs, **others):
+        frozen = {"conv_in.bias": self.network.conv_in.bias.detach()}
+        return torch.func.functional_call(self.network, frozen, inputs, others)
+
+
+@pytest.mark.parametrize(("wrong", "words"), [(WrongScale, "is 100 % from"), (LosesOne, "of some weights is lost")])
+def test_a_compiler_that_is_wrong_is_found_out(data, init, tmp_path, program, monkeypatch, wrong, words):
+    monkeypatch.setattr(editor_training, "compiled", wrong)
+    code, _, errors = program(*command(data, init, tmp_path / "run", "--compile"))
+    assert (code, len(errors)) == (2, 1)
+    assert "this PyTorch compiles the UNet wrongly" in errors[0]
+    assert words in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
 def test_float16_scales_its_gradients(data, init, tmp_path, program):
     """At first too much, so that some steps change nothing; then it finds its scale."""
     assert program(*command(data, init, tmp_path / "run", dtype="float16", steps=12))[0] == 0

@@ -1,0 +1,202 @@
+"""Compiling: one graph for all steps, the same pictures, and a training that does not trust it blindly."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, colourful, tiny_model
+from random_model import random_model
+from reference import relative_error
+
+from attention import fused, reference
+from checkpoint import load
+from compiled import compiled
+from images import open_image
+from ip2p import InstructPix2Pix
+from p2p import PairNoise, sample_pairs
+from text2image import TextToImage
+from unet import INSTRUCT_PIX2PIX, UNet, doubled
+
+MINI = ROOT / "models" / "mini"
+TEXTS = [("a red house by the sea", "a red tree by the sea"), ("a house at night", "a small house at night")]
+
+
+@contextlib.contextmanager
+def only_known_code():
+    """Whatever would be compiled in here is an error."""
+    torch.compiler.set_stance("fail_on_recompile")
+    try:
+        yield
+    finally:
+        torch.compiler.set_stance("default")
+
+
+@pytest.fixture(autouse=True)
+def fresh(one_thread):
+    """Nothing compiled before."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def difference(ours, theirs):
+    """The largest one, of 255, over lists of pictures."""
+    return max(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() for a, b in zip(ours, theirs, strict=True))
+
+
+# ---- sampling ----
+
+
+def test_one_graph_serves_every_step_scale_and_instruction():
+    """Without a break in it: `compile` asks for the full graph, and torch would refuse."""
+    image, graphs = colourful(128, 128), []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    model = InstructPix2Pix(random_model())
+    plain = model.edit(image, "make it night", seed=[0, 1])
+    model.compile(backend=counting)
+    assert difference(model.edit(image, "make it night", seed=[0, 1]), plain) == 0
+    assert len(graphs) == 3  # a step, the guidance, the decoder
+    with only_known_code():
+        others = model.edit(image, "make it a sketch", [3.0, 5.0], [1.0, 2.0], steps=7, seed=[0, 1])
+        assert difference(model.edit(image, "make it night", seed=[0, 1]), plain) == 0
+    assert difference(others, plain) > 5
+
+
+@pytest.mark.parametrize("control", ["self", "cross", "both"])
+def test_pairs_need_a_graph_for_every_set_of_pairs_that_may_be_controlled(control):
+    """Some or none, and not one for every step; and no break in any of them."""
+    model, graphs = TextToImage(random_model(in_channels=4)), []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def draw(seeds):
+        noise = PairNoise(seeds, (4, 16, 16), (3.0, 5.0))
+        return torch.cat(sample_pairs(model, *zip(*TEXTS, strict=True), noise, 6, control=control))
+
+    plain = draw([0, 1]), draw([2, 3])
+    model.unet.predict = compiled(model.unet.predict, fullgraph=True, backend=counting)
+    assert torch.equal(draw([0, 1]), plain[0])
+    count = len(graphs)
+    assert count <= 3  # all pairs, some, none
+    assert torch.equal(draw([2, 3]), plain[1])
+    assert len(graphs) <= 3
+
+
+def test_it_is_kept_where_the_user_keeps_such_things(monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled(torch.sin)
+    assert torch._inductor.runtime.cache_dir_utils.cache_dir() == str(tmp_path / "ip2p" / "compiled")
+
+
+# ---- the same pictures ----
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return open_image(ROOT / "examples" / "scene.png")
+
+
+@pytest.fixture(scope="module")
+def plain(scene):
+    """Two edits by the bundled miniature, in float32, as it is."""
+    return InstructPix2Pix.load(MINI / "editor").edit(scene, "make it night", seed=[0, 3])
+
+
+def test_another_memory_layout_gives_the_same_edit(scene, plain):
+    model = InstructPix2Pix.load(MINI / "editor")
+    model.unet.to(memory_format=torch.channels_last)
+    model.vae.to(memory_format=torch.channels_last)
+    assert difference(model.edit(scene, "make it night", seed=[0, 3]), plain) <= 1
+
+
+def test_half_precision_looks_the_same(scene, plain):
+    """35 dB of PSNR."""
+    model = InstructPix2Pix.load(MINI / "editor", dtype=torch.bfloat16)
+    for one, other in zip(model.edit(scene, "make it night", seed=[0, 3]), plain, strict=True):
+        error = np.square((np.asarray(one, float) - np.asarray(other, float)) / 255).mean()
+        assert -10 * np.log10(error) > 35
+
+
+@pytest.mark.slow
+def test_compiled_code_gives_the_same_edit(scene, plain):
+    model = InstructPix2Pix.load(MINI / "editor")
+    model.compile()
+    assert difference(model.edit(scene, "make it night", seed=[0, 3]), plain) <= 1
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("size", [(16, 16), (15, 16), (8, 23), (1, 1)])
+def test_doubling_is_the_nearest_interpolation(size):
+    x = torch.randn(2, 3, *((side + 1) // 2 for side in size), requires_grad=True)
+    ours, theirs = doubled(x, size), F.interpolate(x, size=size, mode="nearest")
+    assert torch.equal(ours, theirs)
+    weights = torch.randn_like(theirs)
+    found, expected = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (ours, theirs))
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def gradient(network, inputs, attend, dtype):
+    """Of all weights, by name, as a list."""
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        network(*inputs, attend=attend).square().mean().backward()
+    found = [weight.grad.clone() for weight in network.parameters()]
+    network.zero_grad()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny", "small", "miniature"])
+def test_a_compiled_gradient_is_as_good_as_the_plain_one(name):
+    """In bfloat16, for which torch 2.13's compiler loses gradients below an interpolation (see unet.doubled)."""
+    made = {"tiny": tiny_model, "small": random_model, "miniature": lambda: load(MINI / "editor")}[name]()
+    unet, generator = made.unet, torch.Generator().manual_seed(0)
+    z = torch.randn(3, 8, 16, 16, generator=generator)
+    text = made.text_encoder.config
+    inputs = z, torch.tensor([1, 400, 999]), torch.randn(3, text.tokens, text.width, generator=generator)
+    exact, plain = (gradient(unet, inputs, reference, dtype) for dtype in (torch.float32, torch.bfloat16))
+    fast = torch.compile(unet, dynamic=False)
+    found = gradient(fast, inputs, reference, torch.bfloat16)
+
+    def error(gradients):
+        return relative_error(*(torch.cat([part.flatten() for part in parts]) for parts in (gradients, exact)))
+
+    assert error(found) <= 2 * error(plain) + 0.01
+    assert not [i for i, (ours, theirs) in enumerate(zip(found, exact, strict=True)) if theirs.any() and not ours.any()]
+
+
+def test_the_fused_kernels_are_in_the_graph():
+    """A compiled UNet still never holds an attention map."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    network = torch.compile(tiny_model().unet, fullgraph=True, backend=keep)
+    z, context = torch.randn(1, 8, 16, 16), torch.randn(1, 24, 16)
+    network(z, torch.tensor([5]), context, attend=fused)
+    called = [str(node.target) for node in graphs[0].graph.nodes]
+    assert sum("scaled_dot_product_attention" in name for name in called) == 2 * 4
+    assert not any("softmax" in name for name in called)
+
+
+@torch.no_grad()
+def test_the_full_size_is_one_graph():
+    """Traced with tensors that take no memory."""
+    with torch.device("meta"):
+        unet = UNet(INSTRUCT_PIX2PIX)
+        z, context = torch.zeros(3, 8, 64, 64), torch.zeros(3, 77, 768)
+        t = torch.zeros(3)
+    graphs = torch._dynamo.explain(unet)(z, t, context)
+    assert (graphs.graph_count, graphs.graph_break_count) == (1, 0)
