@@ -36,7 +36,7 @@ PRESETS = {
     "24gb": {**COMMON, "resolution": 256, "batch": 16, "total": 256, "checkpointing": True, "ema_device": "cpu"},
     "12gb": {
         **COMMON,
-        "resolution": 256, "batch": 8, "total": 128, "checkpointing": True, "ema_device": "cpu",
+        "resolution": 256, "batch": 16, "total": 128, "checkpointing": True, "ema_device": "cpu",
         "trainable": "lora",
     },
     # the miniature: pictures as they are, encoded once

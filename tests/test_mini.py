@@ -36,14 +36,14 @@ def editor():
 
 
 def test_the_bundled_editor_succeeds_on_64_fixed_edits(editor):
-    """evaluate.py world measures 81.3 % of 504; the bar leaves room for the smaller number."""
+    """evaluate.py world measures 88.5 % of 504; the bar leaves room for the smaller number."""
     edits = held_out_edits(70)[:64]
     before, after = true_pictures(edits)
     judge = Judge.load(MINI / "judge.safetensors")
     edited = edit_all(editor, edits, before, editor.sampling, 32)
     assert measure(after, edits, before, after, judge)["success"] > 0.95
     assert measure(before, edits, before, after, judge)["success"] == 0
-    assert measure(edited, edits, before, after, judge)["success"] >= 0.75
+    assert measure(edited, edits, before, after, judge)["success"] >= 0.8
 
 
 def test_the_guidance_scales_act_as_in_fig_4(editor):
