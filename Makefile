@@ -18,7 +18,7 @@ demo: .venv/installed
 
 test: .venv/installed-dev
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile
 
 test-slow: .venv/installed-dev
 	$(RUN) -m pytest -m slow

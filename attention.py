@@ -14,14 +14,17 @@ Who computes it on a GPU, by shape. No GPU has timed the two against each other 
     one map, several values         `fused_values`     any shape    kernel.py; torch would have to pad q and k
     and a second map for the last   `fused_values`     any shape    kernel.py, in the same launch
 
-kernel.py needs triton, which torch's builds for CUDA bring along. Without CUDA or triton everything is torch's.
+kernel.py needs triton, which torch's builds for CUDA bring along. Without CUDA or triton everything is torch's, and so
+are float64 and heads wider than any of Stable Diffusion's (256).
 """
 
 import importlib.util
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 
+WIDEST = 512  # head widths of several values, side by side, that kernel.py has tiles for
 KERNEL_DEVICES = ("cuda",) if importlib.util.find_spec("triton") else ()
 
 
@@ -53,7 +56,7 @@ def fused_values(q, k, v, *second):
     q [G, B, H, N, D], k [G, B, H, M, D], v [G, S, B, H, M, D] with G groups and S values of each map; second: nothing,
     or q', k' and v' [G, B, H, ., D], and softmax(Q' K'^T / sqrt(D)) V' is added to out_S. Returns [G, S, B, H, N, D].
     """
-    if has_kernel(q):
+    if has_kernel(q, v.shape[1]):
         from kernel import attend_values  # here, because it needs triton
 
         return attend_values(q, k, v, *second)
@@ -68,9 +71,9 @@ def fused_values(q, k, v, *second):
     return out
 
 
-def has_kernel(x):
-    """Whether kernel.py can serve a tensor, by where it is."""
-    return x.device.type in KERNEL_DEVICES
+def has_kernel(q, values):
+    """Whether kernel.py can serve these queries, by their place, number format and width, with so many values."""
+    return q.device.type in KERNEL_DEVICES and q.dtype != torch.float64 and values * q.shape[-1] <= WIDEST
 
 
 def split_heads(x, heads):

@@ -167,7 +167,8 @@ class PicturePairs:
 def encode(vae, x):
     """Pictures [B, 3, H, W] -> mean and logvar of their latents, each [B, C, h, w], a few pictures at a time."""
     parts = [vae.encode(part) for part in x.split(max(1, PIXELS_IN_STEP // (x.shape[2] * x.shape[3])))]
-    return torch.cat([latent.mode() for latent in parts]), torch.cat([latent.logvar for latent in parts])
+    both = torch.cat([latent.mode() for latent in parts]), torch.cat([latent.logvar for latent in parts])
+    return tuple(values.contiguous() for values in both)  # whatever memory layout the encoder's last layer left
 
 
 class Batches(Dataset):

@@ -13,6 +13,7 @@
 import json
 import math
 import os
+from argparse import BooleanOptionalAction
 from dataclasses import fields
 from pathlib import Path
 
@@ -212,6 +213,7 @@ def parse(arguments=None):
         add("--resolution", type=int, metavar="R", help="pixels a side (default: the model's)")
         add("--batch", type=int, default=16, metavar="B", help="pairs sampled at once (default: 16)")
         add("--seed", type=int, default=0, metavar="S", help="of the first candidate (default: 0)")
+        add("--compile", action=BooleanOptionalAction, help="compile the networks first (default: on a GPU)")
         add("--device", default="cpu", metavar="D", help="cpu or cuda, under torchrun a GPU for each process")
         add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
         add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")

@@ -103,13 +103,14 @@ class InstructPix2Pix:
     def decode(self, latent, low_memory=False):
         """A denoised latent [B, C, h, w], as the sampler leaves it -> pictures [B, 3, H, W], about in [-1, 1]."""
         z = (latent / self.vae.config.scaling).to(self.dtype)
-        return torch.cat([self.vae.decode(one[None], low_memory) for one in z]).float()
+        # cloned, since CUDA graphs write their next output to the same place
+        return torch.cat([self.vae.decode(one[None], low_memory).clone() for one in z]).float()
 
     def compile(self, **settings):
         """Compile what an edit calls at every step, and the decoder; settings: of torch.compile.
 
         The first edit of a size then takes minutes longer, and every other one less time. The same pictures come out,
-        but for rounding.
+        but for rounding. An `attend` of one's own must be such that torch can trace it: it may not print, for one.
         """
         self.unet.predict = compiled(self.unet.predict, fullgraph=True, **settings)
         self.guided_eps = compiled(guided_eps, fullgraph=True, **settings)
@@ -140,7 +141,7 @@ class InstructPix2Pix:
                 copies = len(image) // len(z)
                 inputs = torch.cat([z.repeat(copies, 1, 1, 1), image], dim=1).to(self.dtype)
                 time = self.unet.embed_time(t.repeat(copies))
-                guesses.append(self.unet.predict(inputs, time, read, attend).float())
+                guesses.append(self.unet.predict(inputs, time, read, attend).float().clone())
             return self.guided_eps(*torch.cat(guesses).chunk(3), *scales)
 
         return self.schedule.denoiser(predict_eps)

@@ -60,7 +60,7 @@ class PairControl:
     def begin(self, step):
         """Decide who is controlled at a step: bool [B] of self- and cross-attention and re-weighting, None for no one.
 
-        Layers only read it: so compiled code is the same at all steps that control some pairs, or none.
+        Layers only read it: so compiled code is the same at all steps that control some pairs, or all, or none.
         """
         now = [None if share is None else self.controlled(share, step) for share in self.shares]
         self.all_borrow = now[0] is not None and bool(now[0].all())
@@ -77,7 +77,7 @@ class PairControl:
             return self.look_at_words(q, k, v)
         if self.borrow_self is None:
             return fused(q, k, v)
-        if self.all_borrow and has_kernel(q):
+        if has_kernel(q, 2) and self.all_borrow:
             # one map of the first pictures serves both pictures' values
             q, k, v = (x.unflatten(0, (2, 2, -1)) for x in (q, k, v))  # [2, 2, B, H, ., D]: halves, pictures, pairs
             return fused_values(q[:, 0], k[:, 0], v).flatten(0, 2)

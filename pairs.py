@@ -2,8 +2,8 @@
 
 Of every edit many candidates are sampled, each with a seed, a share p and a guidance scale of its own, and the best of
 those that pass the filter are kept. The work is cut into groups of edits in a way that depends on the command line
-alone, and a group that was not finished is made again: so a run that was killed ends in the very files of one that was
-not, although numbers depend a little on what is computed in one batch.
+alone, and a group that was not finished is made again: so on a CPU a run that was killed ends in the very files of one
+that was not, although numbers depend a little on what is computed in one batch.
 """
 
 import json
@@ -22,6 +22,7 @@ import checkpoint
 from captions import FIELDS, read_edits
 from clip_image import CLIP
 from clip_text import CLIPTokenizer
+from compiled import compiling
 from configs import Config
 from dataset import Filter, Pair, folder_name, write_edit, write_seeds
 from errors import UserError, append_whole, written_whole
@@ -52,7 +53,7 @@ class Sampler:
             torch.set_num_threads(options.threads)
         parts = checkpoint.load(options.weights, options.device, getattr(torch, options.dtype))
         model = TextToImage(parts)
-        if torch.device(options.device).type == "cuda":
+        if options.compile or (options.compile is None and torch.device(options.device).type == "cuda"):
             model.compile()
         model.vae.float()  # a small part of the work, and bfloat16 has fewer levels than a picture
         resolution = options.resolution or model.sampling.resolution
@@ -72,7 +73,8 @@ class Sampler:
         side = self.resolution // latent.factor
         shape = (latent.latent_channels, side, side)
         noise = PairNoise([seed for _, seed in jobs], shape, self.guidance, device=model.device)
-        pictures = sample_pairs(model, before, after, noise, self.steps, control=self.control)
+        with compiling("take --no-compile"):
+            pictures = sample_pairs(model, before, after, noise, self.steps, control=self.control)
         if not all(half.isfinite().all() for half in pictures):
             raise UserError("the networks gave values that are not numbers: damaged weights, or too coarse a --dtype")
         images = [[to_image(x) for x in half] for half in pictures]

@@ -55,9 +55,9 @@ def plan(options):
     """The bytes that a training step takes: {what: bytes}, as `PARTS` names them, and where it takes most.
 
     options: as from `presets.parse`. Returns (bytes, place). "at most" is all that the device holds at that moment: the
-    activations, which is whatever comes and goes, are those of then, and the moving average is part of it unless it is
-    kept elsewhere. Not known are the buffers within a kernel, and what CUDA takes for itself, some 0.5 GB.
-    Raises UserError.
+    gradients and the activations, which is whatever else comes and goes, are those of then, and the moving average is
+    part of it unless it is kept elsewhere. The step is one that is not compiled, which takes no less than one that is.
+    Not known are the buffers within a kernel, and what CUDA takes for itself, some 0.5 GB. Raises UserError.
     """
     if not options.resolution:
         raise UserError("a plan needs to know the size of the pictures; say --resolution")
@@ -70,13 +70,14 @@ def plan(options):
         trained = sum(weight.nbytes for weight in weights)
         on_device = torch.device(options.ema_device or kind).type == kind
         kept = [torch.zeros(2 + on_device, *weight.shape) for weight in weights]  # AdamW's moments, and the average
-        held, peaks = live.now, {}
+        held, most = live.now, (0, 0, "")
         for place in step_of(unet, vae, text_encoder, options, kind):
-            peaks[place] = max(live.most, peaks.get(place, 0))
+            gradients = sum(weight.nbytes for weight in weights if weight.grad is not None)
+            most = max(most, (live.most, gradients, place))
             live.most = live.now
         del kept
-    place = max(peaks, key=peaks.get)
-    values = trained, everything - trained, trained, 2 * trained, trained, peaks[place] - held - trained, peaks[place]
+    at_most, gradients, place = most
+    values = trained, everything - trained, gradients, 2 * trained, trained, at_most - held - gradients, at_most
     return dict(zip(PARTS, values, strict=True)), place
 
 
@@ -115,7 +116,7 @@ def network_sizes(init):
     return unet, model.vae.config, model.text_encoder.config
 
 
-def say(options):
+def print_plan(options):
     """Print the plan of a training as a table."""
     parts, place = plan(options)
     of = "its --init" if options.init else "Stable Diffusion 1.5"

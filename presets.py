@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from errors import Parser, UserError
-from settings import check_device, check_sampling, own_device
+from settings import check_device, check_device_name, check_sampling, own_device
 
 COMMON = {
     "largest": None,
@@ -53,7 +53,8 @@ def parse(arguments=None, processes=1):
 
     processes: that train together.
     """
-    parser = Parser(prog="train.py", description="Train an editor from a text-to-image model.")
+    about = "Train an editor from a text-to-image model."
+    parser = Parser(prog="train.py", description=about, allow_abbrev=False)
     add = parser.add_argument
     needed = "--plan" not in (sys.argv[1:] if arguments is None else arguments)
     add("--data", type=Path, required=needed, metavar="DIR", help="pairs, as datagen.py images leaves them")
@@ -161,11 +162,11 @@ def decide(options, processes, given_total):
     elif given_total not in (None, options.batch * options.accumulate * processes):
         raise UserError(f"--total {given_total} is not --batch times --accumulate times {processes} processes")
     options.total, options.processes = options.batch * options.accumulate * processes, processes
+    options.look_every = options.look_every or max(1, options.steps // 10)
+    for device in {options.device, options.ema_device or options.device}:
+        (check_device_name if options.plan else check_device)(own_device(device))
     if options.compile is None:
         options.compile = torch.device(options.device).type == "cuda"
-    options.look_every = options.look_every or max(1, options.steps // 10)
-    for device in {options.device, options.ema_device or options.device} if not options.plan else ():
-        check_device(own_device(device))
     if options.dtype == "auto":
         options.dtype = fast_dtype(torch.device(options.device).type)
 

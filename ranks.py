@@ -67,8 +67,8 @@ class Ranks:
 
 def compute_alike():
     """Let a GPU compute the same bits every time, as CPUs do: a resumed run equals one that was never stopped."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
-    torch.use_deterministic_algorithms(True, warn_only=True)  # what it has no such kernel for, torch names
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read before the first matrix is multiplied
+    torch.use_deterministic_algorithms(True)  # not `warn_only`, under which attention's way back stays as it is
     torch.utils.deterministic.fill_uninitialized_memory = False  # only of use to find bugs
 
 

@@ -81,7 +81,7 @@ def parse(arguments=None):
     add = parser.add_argument_group("the machine").add_argument
     add("--device", metavar="D", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
     add("--dtype", choices=DTYPES, help="number format of the networks")
-    add("--compile", action="store_true", default=None, help="compile the UNet first, which pays over many steps")
+    add("--compile", action="store_true", default=None, help="compile the networks first, which pays over many edits")
     add("--low-memory", action="store_true", default=None, help="slower, in less memory")
     return parser.parse_args(arguments)
 
@@ -268,8 +268,8 @@ def make(model, image, settings, edits, wanted):
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
                 raise UserError("there is not enough memory; try --low-memory, or a smaller --resolution") from error
             if settings["compile"]:
-                reason = str(error).strip().splitlines()[0]
-                raise UserError(f"the UNet could not be compiled here ({reason}); leave out --compile") from error
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise UserError(f"the networks could not be compiled here ({reason}); leave out --compile") from error
             raise
         pictures.update(zip(numbers, made, strict=True))
     return pictures

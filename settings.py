@@ -48,6 +48,16 @@ def check_device(name):
         raise UserError(f"this machine or this torch has no device {name}; try --device cpu") from error
 
 
+def check_device_name(name):
+    """Raise UserError unless it is the name of a device, which need not be there. Imports torch."""
+    import torch
+
+    try:
+        torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"there is no kind of device {name}; try cpu or cuda") from error
+
+
 def own_device(name):
     """The device for this process: "cuda" is the one GPU, or of several that of this process of torchrun's."""
     rank = os.environ.get("LOCAL_RANK")

@@ -19,7 +19,7 @@ import torch
 from editor_training import Training
 from errors import run_program
 from export import export, replace_model
-from plan import say
+from plan import print_plan
 from presets import parse, parse_export
 from progress import Progress
 from ranks import Ranks, StopSignal
@@ -76,7 +76,7 @@ def main(arguments=None):
         return
     options = parse(arguments, processes=int(os.environ.get("WORLD_SIZE", 1)))
     if options.plan:
-        say(options)
+        print_plan(options)
         return
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -120,7 +120,7 @@ class UNet(nn.Module):
     def embed_time(self, t):
         """t [B] -> [B, 4 C0], what every residual block is told of the time; each begins with the same silu."""
         time = timestep_embedding(t, self.config.levels[0].channels)
-        return F.silu(self.time_embed(time.to(self.conv_in.weight.dtype)))
+        return F.silu(self.time_embed(time.to(self.time_embed[0].weight.dtype)))
 
     def read(self, context):
         """context [B, L, E] -> the keys and values of all cross-attention layers, each [B, H, L, D].
@@ -252,6 +252,7 @@ def doubled(x, size):
 
     To the bit what F.interpolate's "nearest" gives, but its way back is a sum, where that one's is a scatter, which
     torch 2.13 puts into the wrong order when it compiles bfloat16 for CPUs: weights below it then get no gradient.
+    The channels come first in memory, whichever way they lay.
     """
     x = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)  # [B, C, h, 2, w, 2]
     return x.flatten(4).flatten(2, 3)[:, :, : size[0], : size[1]]

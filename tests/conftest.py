@@ -12,10 +12,16 @@ from typing import NamedTuple
 # Before anything imports huggingface_hub: no test may look at the network, nor at what its user has downloaded.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_CACHE"] = str(Path(tempfile.gettempdir()) / "no-hub-cache-for-tests")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "ip2p-compiled-in-tests"))
 
 import numpy as np
 import pytest
 import torch
+
+# Without a GPU, triton's kernels are run by its interpreter, on the CPU. Before anything imports triton: it asks once.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from PIL import Image
 from random_model import randomise, small_tokenizer
 
@@ -28,10 +34,6 @@ from unet import Level, UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-
-# Without a GPU, triton's kernels are run by its interpreter, on the CPU. Before anything imports triton: it asks once.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def tiny_model(in_channels=8, seed=0):

@@ -61,7 +61,7 @@ def most_bytes(work):
     ],
 )
 def test_a_step_takes_what_was_planned(paths, flags):
-    """Bar: 15 %. The kernels' own buffers are all that the plan does not know."""
+    """The kernels' own buffers are all that the plan does not know. On a GPU the bar is 15 %."""
     options = options_for(paths, flags)
     parts, place = plan(options)
     assert place == "the way back"
@@ -78,7 +78,7 @@ def test_a_step_takes_what_was_planned(paths, flags):
         run.update(1)
 
     measured = sum(tensor.nbytes for tensor in held) + most_bytes(step)
-    assert parts["at most"] == pytest.approx(measured, rel=0.03)
+    assert parts["at most"] == pytest.approx(measured, rel=0.01)
 
 
 def test_the_parts_are_those_of_the_networks(paths):
@@ -128,12 +128,15 @@ def test_the_table_needs_neither_data_nor_weights(capsys):
 @pytest.mark.gpu
 @pytest.mark.parametrize("flags", ["--dtype float32", "--dtype bfloat16", "--dtype bfloat16 --checkpointing"])
 def test_a_step_on_a_gpu_takes_what_was_planned(paths, flags):
-    options = options_for(paths, flags, "cuda")
+    options = options_for(paths, flags + " --no-compile --batch 128 --total 128 --cache-latents", "cuda")
     parts, _ = plan(options)
+    workspace = torch.cuda.memory_allocated()
+    torch.ones(64, 64, device="cuda") @ torch.ones(64, 64, device="cuda")
+    workspace = torch.cuda.memory_allocated() - workspace  # cuBLAS has its own from torch's allocator
     run = Training(options, Ranks("cuda"))
     run.read_data()
     for step in range(2):
         torch.cuda.reset_peak_memory_stats()
         run.backward(step)
         run.update(step)
-    assert parts["at most"] == pytest.approx(torch.cuda.max_memory_allocated(), rel=0.15)
+    assert parts["at most"] == pytest.approx(torch.cuda.max_memory_allocated() - workspace, rel=0.15)

@@ -417,6 +417,24 @@ def test_compiled_it_learns_the_same(data, init, trained, tmp_path, program, mon
     assert list(ours) == list(theirs)
 
 
+def test_the_graph_that_was_checked_is_the_one_that_trains(data, init, tmp_path, monkeypatch):
+    """Also where pictures are encoded at every step: whatever the autoencoder leaves fits the compiled code."""
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(editor_training, "compiled", lambda net: torch.compile(net, backend=counting, dynamic=False))
+    flags = {"preset": "paper", "resolution": 64, "total": 3}
+    run = training(*command(data, init, tmp_path / "out", "--compile", **flags))
+    assert len(graphs) == 1
+    for step in range(2):
+        run.backward(step)
+        run.update(step)
+    assert len(graphs) == 1
+
+
 class WrongScale(torch.nn.Module):
     """A network with the right output, and twice its gradient."""
 
@@ -661,8 +679,11 @@ def test_two_processes_equal_one_with_twice_the_batch(data, init, program, tmp_p
     assert done.returncode == 0, done.stderr
     ours, theirs = newest_state(tmp_path / "two"), newest_state(tmp_path / "one")
     for part in ("weights", "average"):
+        values = [torch.cat([value.flatten() for value in state[part].values()]) for state in (ours, theirs)]
+        assert relative_error(*values) <= 1e-5
+        # AdamW divides gradients by their size, and so lifts the rounding of those that are nearly zero
         for name, value in theirs[part].items():
-            assert relative_error(ours[part][name], value) <= 1e-5, name
+            assert relative_error(ours[part][name], value) <= 3e-5, name
     assert done.stdout.count("18 pairs") == 1
 
 
