@@ -20,21 +20,35 @@ import shlex
 import signal
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
-from bench_sides import MAPS, NETWORKS, OURS, PAIRS, THEIRS, TRAIN, Settings, first_output, load, timed, write_models
+from bench_sides import (
+    MAPS,
+    NETWORKS,
+    OURS,
+    PAIRS,
+    THEIRS,
+    TOLERANCE,
+    TRAIN,
+    Settings,
+    first_output,
+    gigabytes,
+    load,
+    own_process,
+    relative_error,
+    say,
+    timed,
+    write_models,
+)
 from errors import UserError, run_program
 
 WHAT = {part: what for part, (what, _, _) in NETWORKS.items()}
 WHAT |= {TRAIN: "training step without its optimizer, batch 1, half the size", **PAIRS}
 LOADS = {"file": "load one file", "folder": "load a folder"}
-TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # most that two outputs may differ, relatively
 LEGEND = """\
 Times and ratios are medians; a ratio is ours through theirs in one pair of runs, so below 1 we are faster.
 Peak memory is what the process holds at most, the programs (0.3 GB) and memory-mapped files included; for
@@ -160,19 +174,6 @@ def compare_loading(settings, runs):
     return rows, notes
 
 
-def own_process():
-    """A process that starts from nothing and keeps what it makes until its `with` block ends."""
-    quiet = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
-    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=signal.signal, initargs=quiet)
-
-
-def relative_error(ours, theirs):
-    """|ours - theirs| / |theirs| of two arrays; not a number where one holds what is none."""
-    import numpy as np
-
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-
-
 def heading(settings, arguments):
     """What was measured, where and when: lines."""
     import torch
@@ -222,16 +223,6 @@ def table(rows, other=THEIRS):
 def peaks(pairs):
     """The highest peak of either side, in bytes, or None where it is unknown."""
     return [max((count for _, count in side if count), default=None) for side in zip(*pairs, strict=True)]
-
-
-def gigabytes(count):
-    """Bytes for people."""
-    return "unknown" if count is None else f"{count / 1e9:.2f} GB"
-
-
-def say(message):
-    """Progress, on stderr: stdout is for the table."""
-    print(f"bench.py: {message}", file=sys.stderr, flush=True)
 
 
 def say_pair(what, pair, other=THEIRS):

@@ -1,4 +1,7 @@
-"""What bench.py measures, in processes of their own: either side's networks, ready to run, and its loading of them."""
+"""What bench.py measures, in processes of their own: either side's networks, ready to run, and its loading of them.
+
+And what it shares with bench_ladder.py: such processes, the clock, the memory, the comparison of outputs.
+"""
 
 # Nothing heavy is imported here, since bench.py answers --help and mistakes at once.
 import functools
@@ -6,9 +9,12 @@ import gc
 import itertools
 import os
 import re
+import signal
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +32,7 @@ PAIRS = {  # Prompt-to-Prompt, beside the same with attention maps in memory
     "p2p-layer": "one layer of self-attention",
     "p2p": "UNet step, batch 4: one pair",
 }
+TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # most that two outputs may differ, relatively
 SHORT = 0.5  # seconds; what is faster is repeated for so long, and averaged
 
 
@@ -47,14 +54,18 @@ def first_output(side, part, settings):
 
 def timed(side, part, settings):
     """(seconds a run takes, peak bytes so far)."""
-    run = prepared(side, part, settings)
-    synchronise(settings.device)
+    return seconds_each(prepared(side, part, settings), settings.device), peak(settings.device)
+
+
+def seconds_each(run, device):
+    """The mean time of a call of `run`: of one, or of as many as `SHORT` lasts."""
+    synchronise(device)
     runs, start, elapsed = 0, time.perf_counter(), 0
     while elapsed < SHORT:
         run()
-        synchronise(settings.device)
+        synchronise(device)
         runs, elapsed = runs + 1, time.perf_counter() - start
-    return elapsed / runs, peak(settings.device)
+    return elapsed / runs
 
 
 @functools.cache
@@ -62,8 +73,29 @@ def prepared(side, part, settings):
     """Make one side's network and its input, both the same on either side -> the function () -> output."""
     import torch
 
+    network, (unet, vae, text), noise = made(side, part, settings)
+    latent = settings.size // vae.factor
+    if part in PAIRS:
+        return pair_prepared(part, side, network, noise, latent, text.tokens)
+    if part == TRAIN:
+        latents = noise(1, unet.in_channels, latent // 2, latent // 2)
+        return training_prepared(side, network, latents, noise(1, text.tokens, text.width))
+    if part == "unet":
+        inputs = step_inputs((unet, vae, text), noise, settings)
+    elif part == "text":
+        ids = torch.randint(text.end_token, (1, text.tokens), generator=torch.Generator().manual_seed(0))
+        inputs = (ids.to(settings.device),)
+    else:
+        inputs = (noise(1, 3, settings.size, settings.size) if part == "encode" else noise(1, 4, latent, latent),)
+    _, ours, theirs = NETWORKS[part]
+    return torch.no_grad()(functools.partial(ours if side == OURS else theirs, network, *inputs))
+
+
+def made(side, part, settings):
+    """One side's network, on its device; the configurations of UNet, VAE and text encoder; noise(*shape), seeded."""
+    import torch
+
     model = blank_model(settings.small, in_channels=4 if part in PAIRS else 8)
-    unet, vae, text = model.unet.config, model.vae.config, model.text_encoder.config
     network = {"text": model.text_encoder, "encode": model.vae, "decode": model.vae}.get(part, model.unet)
     if part != "p2p-layer":  # which needs no weights, so that its peak memory is its own
         randomised(network)
@@ -81,22 +113,17 @@ def prepared(side, part, settings):
     def noise(*shape):
         return torch.randn(shape, generator=generator).to(settings.device, getattr(torch, settings.dtype))
 
+    return network, (model.unet.config, model.vae.config, model.text_encoder.config), noise
+
+
+def step_inputs(configs, noise, settings):
+    """What the UNet is given at one step of an edit, its three branches as one batch: (z, t, context)."""
+    import torch
+
+    unet, vae, text = configs
     latent = settings.size // vae.factor
-    if part in PAIRS:
-        return pair_prepared(part, side, network, noise, latent, text.tokens)
-    if part == TRAIN:
-        latents = noise(1, unet.in_channels, latent // 2, latent // 2)
-        return training_prepared(side, network, latents, noise(1, text.tokens, text.width))
-    if part == "unet":
-        z, t = noise(3, unet.in_channels, latent, latent), torch.full((3,), 500.0, device=settings.device)
-        inputs = z, t, noise(3, text.tokens, text.width)
-    elif part == "text":
-        ids = torch.randint(text.end_token, (1, text.tokens), generator=generator)
-        inputs = (ids.to(settings.device),)
-    else:
-        inputs = (noise(1, 3, settings.size, settings.size) if part == "encode" else noise(1, 4, latent, latent),)
-    _, ours, theirs = NETWORKS[part]
-    return torch.no_grad()(functools.partial(ours if side == OURS else theirs, network, *inputs))
+    z, t = noise(3, unet.in_channels, latent, latent), torch.full((3,), 500.0, device=settings.device)
+    return z, t, noise(3, text.tokens, text.width)
 
 
 def training_prepared(side, unet, latents, context):
@@ -250,8 +277,44 @@ def peak(device):
     """
     import torch
 
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_allocated() if device == "cuda" else status_bytes("VmHWM")
+
+
+def held(device):
+    """The bytes held now; None where Linux does not tell."""
+    import torch
+
+    return torch.cuda.memory_allocated() if device == "cuda" else status_bytes("VmRSS")
+
+
+def status_bytes(name):
+    """What Linux tells of this process under a name, in bytes; None where it does not."""
     status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    found = re.search(rf"{name}:\s+(\d+) kB", status.read_text()) if status.exists() else None
     return int(found[1]) * 1024 if found else None
+
+
+# ---- in any process ----
+
+
+def own_process():
+    """A process that starts from nothing and keeps what it makes until its `with` block ends."""
+    quiet = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
+    return ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=signal.signal, initargs=quiet)
+
+
+def relative_error(ours, theirs):
+    """|ours - theirs| / |theirs| of two arrays; not a number where one holds what is none."""
+    import numpy as np
+
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def gigabytes(count):
+    """Bytes for people."""
+    return "unknown" if count is None else f"{count / 1e9:.2f} GB"
+
+
+def say(message):
+    """Progress, on stderr: stdout is for the table."""
+    print(f"bench.py: {message}", file=sys.stderr, flush=True)
