@@ -1,8 +1,10 @@
 """Speed and memory of our networks and loaders against those of diffusers and transformers, with equal weights.
 
-And of a Prompt-to-Prompt pair against the same with attention maps held in memory, as the papers' code has it.
+And of a Prompt-to-Prompt pair against the same with attention maps held in memory, as the papers' code has it; and of
+an edit's step from its textbook form to its fast form, trick by trick (bench_ladder.py).
 
     python bench.py --runs 3 > benchmarks/cpu.md
+    python bench.py --only ladder --plot benchmarks/ladder.png > benchmarks/ladder.md
 
 Machines are shared and their speed drifts, so the two sides take turns (ours, theirs, ours, theirs, ...) and the RATIO
 of each pair counts, not the seconds. Each side runs in a process of its own, so that its peak memory is its own. The
@@ -26,6 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import bench_ladder
 from bench_sides import (
     MAPS,
     NETWORKS,
@@ -48,6 +51,7 @@ from errors import UserError, run_program
 
 WHAT = {part: what for part, (what, _, _) in NETWORKS.items()}
 WHAT |= {TRAIN: "training step without its optimizer, batch 1, half the size", **PAIRS}
+LADDER = "ladder"
 LOADS = {"file": "load one file", "folder": "load a folder"}
 LEGEND = """\
 Times and ratios are medians; a ratio is ours through theirs in one pair of runs, so below 1 we are faster.
@@ -72,14 +76,21 @@ def parse(arguments=None):
         epilog="Loading writes a 4.3 GB model twice, as a file and as a folder, to a temporary folder below TMPDIR.",
     )
     parser.error = lambda message: parser.exit(2, f"bench.py: {message} (--help shows what is possible)\n")
-    names = [*NETWORKS, TRAIN, *PAIRS, "load"]
+    usual = [*NETWORKS, TRAIN, *PAIRS, "load"]
+    names = [*usual, LADDER]
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
     add("--dtype", choices=list(TOLERANCE), default="float32", help="number format of the networks (default: float32)")
     add("--size", type=int, default=512, metavar="PIXELS", help="the picture's side, a multiple of 64 (default: 512)")
     add("--runs", type=int, default=5, metavar="N", help="how often each side has its turn (default: 5)")
-    add("--only", default=",".join(names), metavar="LIST", help=f"some of {','.join(names)} (default: all)")
+    only = f"some of {','.join(names)} (default: all but {LADDER}, which takes long)"
+    add("--only", default=",".join(usual), metavar="LIST", help=only)
     add("--small", action="store_true", help="tiny networks, to try this program; their times mean nothing")
+    ladder = parser.add_argument_group(f"with --only {LADDER}")
+    add = ladder.add_argument
+    add("--rungs", metavar="LIST", help=f"some of {','.join(bench_ladder.LABELS)} (default: all that the device has)")
+    add("--no-compile", action="store_true", help="leave out what is compiled, which takes minutes a rung")
+    add("--plot", type=Path, metavar="FILE.png", help="draw the steps' times as bars")
     options = parser.parse_args(arguments)
     parts = options.only.split(",")
     if unknown := [part for part in parts if part not in names]:
@@ -88,6 +99,12 @@ def parse(arguments=None):
         raise UserError(f"--size should be a multiple of 64, not {options.size}")
     if options.runs < 1:
         raise UserError(f"--runs should be at least 1, not {options.runs}")
+    if LADDER not in parts and (options.rungs is not None or options.no_compile or options.plot):
+        raise UserError(f"--rungs, --no-compile and --plot are about the ladder: add --only {LADDER}")
+    listed = None if options.rungs is None else options.rungs.split(",")
+    options.rungs = bench_ladder.chosen(listed, options.device, not options.no_compile)
+    if options.plot and not options.plot.parent.is_dir():
+        raise UserError(f"there is no folder {options.plot.parent} to write the plot to")
     if lacking := [name for name in ("diffusers", "transformers") if not importlib.util.find_spec(name)]:
         raise UserError(f"{' and '.join(lacking)} must be installed: pip install -r requirements-dev.txt")
     return options, parts
@@ -108,6 +125,7 @@ def main(arguments=None):
         rows = [compare_networks(part, settings, options.runs) for part in (*NETWORKS, TRAIN) if part in parts]
         pairs = [compare_networks(part, settings, options.runs) for part in PAIRS if part in parts]
         loads, notes = compare_loading(settings, options.runs) if "load" in parts else ([], [])
+        ladder = bench_ladder.measure(options.rungs, settings, options.runs) if LADDER in parts else None
     except (BrokenProcessPool, torch.OutOfMemoryError) as error:  # the first one also where the system ends a process
         raise UserError("there is not enough memory; try a smaller --size, or fewer parts with --only") from error
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -116,7 +134,13 @@ def main(arguments=None):
         lines += [*table(rows + loads), ""]
     if pairs:
         lines += ["## Prompt-to-Prompt, beside the same with attention maps in memory", "", *table(pairs, MAPS), ""]
-    print("\n".join([*lines, *LEGEND, "", *notes]).rstrip())
+    if rows + loads + pairs:
+        lines += [*LEGEND, "", *notes, ""]
+    if ladder:
+        lines += bench_ladder.report(ladder)
+    print("\n".join(lines).rstrip(), flush=True)  # the plot may fail
+    if options.plot:
+        bench_ladder.draw(ladder, f"{measured(settings)}; {machine(settings)}", options.plot)
 
 
 # ---- in the main process ----
@@ -176,26 +200,35 @@ def compare_loading(settings, runs):
 
 def heading(settings, arguments):
     """What was measured, where and when: lines."""
-    import torch
-
-    if settings.device == "cuda":
-        machine = torch.cuda.get_device_name()
-    else:
-        linux = Path("/proc/cpuinfo")
-        found = re.search(r"model name\s*: (.*)", linux.read_text() if linux.exists() else "")
-        machine = f"{found[1] if found else platform.machine()}, {torch.get_num_threads()} threads"
     names = [name for name in ("torch", "diffusers", "transformers", "accelerate") if importlib.util.find_spec(name)]
     lacking = "" if "accelerate" in names else ", WITHOUT accelerate: diffusers loads slowly"
-    size = "tiny networks" if settings.small else "networks of Stable Diffusion 1.5's size"
     return [
         "# Speed and memory against diffusers",
         "",
         f"- command: `{shlex.join(['python', 'bench.py', *arguments])}`",
-        f"- device: {settings.device}, {machine}",
+        f"- device: {machine(settings)}",
         f"- versions: {', '.join(f'{name} {version(name)}' for name in names)}{lacking}",
-        f"- measured: {size}, {settings.size}x{settings.size} pixels, {settings.dtype}, random weights",
+        f"- measured: {measured(settings)}, random weights",
         f"- date: {datetime.date.today()}",
     ]
+
+
+def machine(settings):
+    """Where it was measured."""
+    import torch
+
+    if settings.device == "cuda":
+        return f"cuda, {torch.cuda.get_device_name()}"
+    linux = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", linux.read_text() if linux.exists() else "")
+    threads = torch.get_num_threads()
+    return f"cpu, {found[1] if found else platform.machine()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def measured(settings):
+    """What was measured."""
+    size = "tiny networks" if settings.small else "networks of Stable Diffusion 1.5's size"
+    return f"{size}, {settings.size}x{settings.size} pixels, {settings.dtype}"
 
 
 def table(rows, other=THEIRS):

@@ -146,8 +146,8 @@ def test_different_outputs_are_not_timed(in_process, monkeypatch):
         (["--size", "500"], "--size should be a multiple of 64, not 500"),
         (["--size", "0"], "--size should be a multiple of 64, not 0"),
         (["--runs", "0"], "--runs should be at least 1, not 0"),
-        (["--only", "unet,vae"], "--only knows unet, encode, decode, text, train, p2p-layer, p2p, load, not 'vae'"),
-        (["--only", ""], "--only knows unet, encode, decode, text, train, p2p-layer, p2p, load, not ''"),
+        (["--only", "unet,vae"], "--only knows unet, encode, decode, text, train, p2p-layer, p2p, load, ladder, not 'vae'"),
+        (["--only", ""], "--only knows unet, encode, decode, text, train, p2p-layer, p2p, load, ladder, not ''"),
     ],
 )
 def test_mistakes(arguments, message):

@@ -1,0 +1,390 @@
+"""The ladder: a step of an edit from its textbook form to its fast form, one trick a rung, with diffusers beside it.
+
+    python bench.py --only ladder --plot ladder.png
+
+A step is one call of the UNet with the three branches of Eq. 3 as one batch. `our_rungs` shows every trick as one line.
+In each round every rung has one turn, and ratios are taken within the round, since the speed of machines drifts. The
+floor is the time that the step's operations would take at the best rate of a large matrix product, measured alongside.
+"""
+
+# Nothing heavy is imported here, since bench.py answers --help and mistakes at once.
+import copy
+import functools
+import math
+import os
+import tempfile
+import time
+from statistics import median
+from typing import NamedTuple
+
+from bench_sides import (
+    OURS,
+    THEIRS,
+    TOLERANCE,
+    blank_model,
+    first_output,
+    forget_peak,
+    gigabytes,
+    held,
+    made,
+    own_process,
+    peak,
+    relative_error,
+    say,
+    seconds_each,
+    step_inputs,
+    timed,
+)
+from errors import UserError
+
+LABELS = {  # the rungs from the bottom up; a "+" has all that is above it in the table
+    "reference": "reference attention",
+    "fused": "+ fused attention",
+    "read": "+ text read once",
+    "channels_last": "+ channels_last",
+    "compiled": "+ compiled",
+    "graphs": "+ CUDA graphs",
+    "diffusers": "diffusers",
+    "diffusers_compiled": "diffusers, compiled",
+    "diffusers_graphs": "diffusers, CUDA graphs",
+}
+GRAPHS = ("graphs", "diffusers_graphs")  # on CUDA alone
+COMPILED = ("compiled", "diffusers_compiled", *GRAPHS)
+STEPS = 100  # of an edit
+BESIDE = ("text", "encode", "decode")  # what an edit runs once, beside its steps
+LEGEND = f"""\
+Each rung with a "+" has one trick more than the one above it. Step times are medians over the rounds, in each of which
+every rung has one turn; ratios are medians of those within a round, so below 1 the rung is faster. An edit is
+{STEPS} such steps, and text encoder, VAE encoder and decoder once, never compiled: these times were measured, their
+sum was not. Step memory is what a step takes at most beyond what is held between steps (weights, inputs); CUDA graphs
+hold theirs for good, so it is not told. The first call of a compiled rung compiles it, its cache empty. The difference
+is the relative one between the outputs of the rung and of the first.
+TFLOP/s are the operations of the step as the textbook has it, whichever of them a rung saves; an addition counts as
+one, a multiplication as another. The ceiling is the best rate of a large square matrix product in the same number
+format; on CUDA, float32 means TF32 there, which torch's convolutions use as well.""".splitlines()
+
+
+class Rung(NamedTuple):
+    """One rung, measured."""
+
+    name: str
+    first: float  # seconds of the first call
+    error: float  # relative difference between its output and the first rung's
+    turns: list  # one a round: (seconds a step, bytes beyond what is held between steps, or None)
+
+    @property
+    def step(self):
+        """The median seconds of a step."""
+        return median(seconds for seconds, _ in self.turns)
+
+
+class Ladder(NamedTuple):
+    """All that was measured."""
+
+    rungs: list
+    beside: dict  # {side: seconds of an edit beside its steps}
+    flops: int  # of a step
+    ceiling: float  # FLOP/s
+
+    @property
+    def floor(self):
+        """The seconds of a step at the ceiling."""
+        return self.flops / self.ceiling
+
+
+def chosen(listed, device, compiling):
+    """The rungs to measure, in the ladder's order. listed: names, or None for all. Raises UserError."""
+    possible = [name for name in LABELS if device == "cuda" or name not in GRAPHS]
+    possible = [name for name in possible if compiling or name not in COMPILED]
+    if listed is None:
+        return possible
+    if unknown := [name for name in listed if name not in possible]:
+        raise UserError(f"--rungs knows {', '.join(possible)} here, not {unknown[0]!r}")
+    return [name for name in possible if name in listed]
+
+
+def side_of(name):
+    """Whose a rung is."""
+    return THEIRS if name.startswith(THEIRS) else OURS
+
+
+def measure(names, settings, runs):
+    """Measure the rungs in turns -> Ladder. Raises UserError if the output of one differs from the first one's."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ip2p-bench-") as cache,
+        own_process() as ours,
+        own_process() as theirs,
+        own_process() as product,
+    ):
+        processes = {OURS: ours, THEIRS: theirs}
+
+        def on_its_side(function, name, *arguments):
+            return processes[side_of(name)].submit(function, name, settings, *arguments).result()
+
+        firsts, outputs, errors = {}, {}, {}
+        for name in names:
+            say(f"{LABELS[name]}: the first call{', which compiles for minutes' if name in COMPILED else ''}")
+            firsts[name], outputs[name] = on_its_side(first_call, name, cache)
+            errors[name] = relative_error(outputs[name], outputs[names[0]])
+            if not errors[name] <= TOLERANCE[settings.dtype]:
+                raise UserError(
+                    f"{LABELS[name]}: the output differs by {errors[name]:.1e} from that of "
+                    f"{LABELS[names[0]]}; the times mean nothing"
+                )
+        beside = {side: time_beside(processes[side], side, settings) for side in dict.fromkeys(map(side_of, names))}
+        turns, rates = {name: [] for name in names}, []
+        for number in range(runs):
+            for name in names:
+                turns[name].append(on_its_side(turn, name))
+                say(f"round {number + 1} of {runs}, {LABELS[name]}: {short(1e3 * turns[name][-1][0])} ms")
+            rates.append(product.submit(product_rate, settings).result())
+    rungs = [Rung(name, firsts[name], errors[name], turns[name]) for name in names]
+    return Ladder(rungs, beside, step_flops(settings), max(rates))
+
+
+def time_beside(process, side, settings):
+    """The seconds of what an edit runs once, on one side."""
+    seconds = 0
+    for part in BESIDE:
+        say(f"{side}: {part}, which an edit runs once")
+        process.submit(first_output, side, part, settings).result()  # warms up
+        seconds += process.submit(timed, side, part, settings).result()[0]
+    return seconds
+
+
+# ---- in a side's process ----
+
+
+@functools.cache
+def prepared_rungs(side, settings):
+    """Make one side's network, once -> {name of a rung: the function () -> eps [3, C, H, W]}."""
+    import torch
+
+    network, configs, noise = made(side, "unet", settings)
+    inputs = step_inputs(configs, noise, settings)
+    rungs = our_rungs(network, *inputs) if side == OURS else their_rungs(network, *inputs, settings.device)
+    return {name: torch.no_grad()(run) for name, run in rungs.items()}
+
+
+def our_rungs(unet, z, t, context):
+    """The functions of our rungs; from one to the next, one thing changes."""
+    import torch
+
+    from attention import fused, reference
+    from compiled import compiled
+
+    with torch.no_grad():
+        text = unet.read(context)
+    nhwc, z_nhwc = in_channels_last(unet), z.to(memory_format=torch.channels_last)
+    fast = compiled(nhwc.predict, fullgraph=True)
+    graphs = compiled(nhwc.predict, fullgraph=True, mode="reduce-overhead")
+    return {
+        "reference": lambda: unet(z, t, context, reference),
+        "fused": lambda: unet(z, t, context, fused),
+        "read": lambda: unet.predict(z, unet.embed_time(t), text),
+        "channels_last": lambda: nhwc.predict(z_nhwc, nhwc.embed_time(t), text),
+        "compiled": lambda: fast(z_nhwc, nhwc.embed_time(t), text),
+        "graphs": lambda: graphs(z_nhwc, nhwc.embed_time(t), text),
+    }
+
+
+def their_rungs(unet, z, t, context, device):
+    """The functions of diffusers' rungs: its UNet as it is, and compiled as its documentation advises."""
+    import torch
+
+    from compiled import compiled
+
+    network, latent = unet, z
+    if device == "cuda":
+        network, latent = in_channels_last(unet), z.to(memory_format=torch.channels_last)
+    fast = compiled(network, fullgraph=True)
+    graphs = compiled(network, fullgraph=True, mode="reduce-overhead")
+    return {
+        "diffusers": lambda: unet(z, t, context).sample,
+        "diffusers_compiled": lambda: fast(latent, t, context).sample,
+        "diffusers_graphs": lambda: graphs(latent, t, context).sample,
+    }
+
+
+def in_channels_last(network):
+    """A copy whose convolutions have their weights in that layout; all other weights are the network's own."""
+    import torch
+
+    shared = {id(weight): weight for weight in network.parameters() if weight.dim() != 4}
+    return copy.deepcopy(network, shared).to(memory_format=torch.channels_last)
+
+
+def first_call(name, settings, cache):
+    """(seconds of a rung's first call, its output as an array). cache: a folder for what the compiler makes.
+
+    Raises UserError if the rung cannot be compiled.
+    """
+    import torch
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(cache, side_of(name))
+    run = prepared_rungs(side_of(name), settings)[name]
+    start = time.perf_counter()
+    try:
+        output = run().float().cpu().numpy()
+    except RuntimeError as error:
+        if name not in COMPILED or isinstance(error, torch.OutOfMemoryError):
+            raise
+        # the compiler's own errors get lost on their way to another process
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{LABELS[name]}: it cannot be compiled here ({reason}); try --no-compile") from error
+    seconds = time.perf_counter() - start
+    if name in GRAPHS:  # which are recorded at the second call
+        run()
+        run()
+    return seconds, output
+
+
+def turn(name, settings):
+    """(seconds a step of a rung takes, bytes it takes beyond what is held before, or None where it is not known)."""
+    run = prepared_rungs(side_of(name), settings)[name]
+    forget_peak(settings.device)
+    before = held(settings.device)
+    seconds = seconds_each(run, settings.device)
+    most = peak(settings.device)
+    return seconds, None if name in GRAPHS or most is None else most - before
+
+
+# ---- the floor ----
+
+
+def product_rate(settings):
+    """FLOP/s of a large square matrix product."""
+    import torch
+
+    if settings.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, which convolutions use from the start
+    side = 512 if settings.small else 8192 if settings.device == "cuda" else 4096
+    a, b = torch.randn(2, side, side, generator=torch.Generator().manual_seed(0)).to(
+        settings.device, getattr(torch, settings.dtype)
+    )
+    run = functools.partial(torch.mm, a, b)
+    run()  # warms up
+    return 2 * side**3 / seconds_each(run, settings.device)
+
+
+def step_flops(settings):
+    """The floating-point operations of a step with reference attention, counted without doing them."""
+    import torch
+
+    from attention import reference
+
+    model, nowhere = blank_model(settings.small), "meta"  # where tensors have shapes alone
+    configs = model.unet.config, model.vae.config, model.text_encoder.config
+    inputs = step_inputs(configs, functools.partial(torch.empty, device=nowhere), settings._replace(device=nowhere))
+    return flops(functools.partial(model.unet.to(nowhere), *inputs, reference))
+
+
+def flops(function):
+    """The floating-point operations of the matrix products and convolutions in a call."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+# ---- what is printed and drawn ----
+
+
+def report(ladder):
+    """The ladder in Markdown: lines."""
+    first, last = ladder.rungs[0], ladder.rungs[-1]
+    against = f" | through {LABELS[last.name]}" if side_of(last.name) == THEIRS else ""
+    columns = f"a step | an edit | ratio | its range{against} | step memory | TFLOP/s | of the ceiling | first call"
+    lines = [
+        "## The ladder: a UNet step, batch 3, from the textbook form to the fast form",
+        "",
+        f"| | {columns} | difference |",
+        "|---" * (columns.count("|") + 3) + "|",
+    ]
+    for rung in ladder.rungs:
+        ratios = ratios_to(first, rung)
+        rate = ladder.flops / rung.step
+        cells = [
+            LABELS[rung.name],
+            f"{short(1e3 * rung.step)} ms",
+            f"{short(STEPS * rung.step + ladder.beside[side_of(rung.name)])} s",
+            f"**{median(ratios):.3f}**",
+            f"{min(ratios):.3f} to {max(ratios):.3f}",
+            *([f"{median(ratios_to(last, rung)):.3f}"] if against else []),
+            gigabytes(max((count for _, count in rung.turns if count is not None), default=None)),
+            short(rate / 1e12),
+            f"{rate / ladder.ceiling:.0%}",
+            f"{short(rung.first)} s",
+            f"{rung.error:.1e}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    beside = ", ".join(f"{short(seconds)} s ({side})" for side, seconds in ladder.beside.items())
+    return [
+        *lines,
+        "",
+        f"- {floor_text(ladder)}",
+        f"- an edit beside its steps: {beside}",
+        "",
+        *LEGEND,
+    ]
+
+
+def ratios_to(base, rung):
+    """The times of a rung through those of another, a round each."""
+    return [a / b for (a, _), (b, _) in zip(rung.turns, base.turns, strict=True)]
+
+
+def floor_text(ladder):
+    """The floor in words."""
+    operations, rate = short(ladder.flops / 1e12), short(ladder.ceiling / 1e12)
+    return f"the floor: {short(1e3 * ladder.floor)} ms, for {operations} TFLOP at the ceiling of {rate} TFLOP/s"
+
+
+def short(number):
+    """Three digits for people, or all that stand before the point."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def draw(ladder, details, path):
+    """Write a plot: a bar a rung, as long as its step, and the floor as a line through them. Raises UserError.
+
+    details: a line that says what was measured, and where.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    from images import save_png
+
+    font, large = ImageFont.load_default(16), ImageFont.load_default(19)
+    steps = [1e3 * rung.step for rung in ladder.rungs]
+    floor, longest = 1e3 * ladder.floor, max(1e3 * ladder.floor, *steps)
+    row, top, width = 36, 112, 960
+    left = 36 + round(max(font.getlength(LABELS[rung.name]) for rung in ladder.rungs))
+    right, bottom = width - 240, top + row * len(steps)  # right of the longest bar is room for its numbers
+    image = Image.new("RGB", (width, bottom + 62), "white")
+    pen = ImageDraw.Draw(image)
+
+    def x(milliseconds):
+        return left + (right - left) * milliseconds / longest
+
+    pen.text((24, 16), "A step of an edit, its three branches as one batch", fill="black", font=large)
+    pen.text((24, 44), details, fill="black", font=font)
+    scale = 10 ** math.floor(math.log10(longest))
+    gap = next(scale * factor for factor in (0.2, 0.5, 1, 2) if longest <= 6 * scale * factor)
+    for number in range(int(longest / gap) + 1):
+        pen.line([x(number * gap), top, x(number * gap), bottom], fill="#e4e4e4")
+        pen.text((x(number * gap), bottom + 8), f"{number * gap:,.6g}", fill="black", font=font, anchor="ma")
+    pen.text((left, bottom + 32), "milliseconds a step", fill="black", font=font)
+    for number, (rung, step) in enumerate(zip(ladder.rungs, steps, strict=True)):
+        middle = top + row * (number + 0.5)
+        colour = "#1f5fae" if side_of(rung.name) == OURS else "#c2571a"
+        pen.rectangle([left, middle - 11, x(step), middle + 11], fill=colour)
+        pen.text((left - 10, middle), LABELS[rung.name], fill="black", font=font, anchor="rm")
+        note = f"{short(step)} ms, {floor / step:.0%} of the ceiling"
+        pen.text((x(max(step, floor)) + 8, middle), note, fill="black", font=font, anchor="lm")
+    pen.line([x(floor), top - 6, x(floor), bottom], fill="black", width=2)
+    words = floor_text(ladder)
+    side = "l" if x(floor) + font.getlength(words) < width - 24 else "r"  # of the words, that is at the line
+    pen.text((x(floor), top - 12), words, fill="black", font=font, anchor=side + "s")
+    save_png(image, path)
