@@ -131,6 +131,19 @@ def test_channels_last_is_the_layout_of_convolutions_alone_and_takes_no_second_c
         assert (ours is theirs) == (ours.dim() != 4)
 
 
+def test_the_rungs_of_diffusers_on_cuda_give_the_same_numbers(monkeypatch):
+    """With their layout, but here on the CPU and not compiled."""
+    monkeypatch.setattr(compiled, "compiled", lambda function, **settings: function)
+    settings = Settings("cpu", "float32", 64, True)
+    network, configs, noise = bench_sides.made("diffusers", "unet", settings)
+    with torch.no_grad():
+        rungs = bench_ladder.their_rungs(network, *bench_sides.step_inputs(configs, noise, settings), "cuda")
+        outputs = {name: run().numpy() for name, run in rungs.items()}
+    assert list(outputs) == ["diffusers", "diffusers_compiled", "diffusers_graphs"]
+    for output in outputs.values():
+        assert bench_sides.relative_error(output, outputs["diffusers"]) <= 1e-5
+
+
 def test_a_rung_with_another_output_is_not_timed(in_process, monkeypatch):
     monkeypatch.setattr("attention.reference", lambda q, k, v, layer: v[:, :, :1] + 0 * q)
     monkeypatch.setattr(bench_ladder, "turn", None)
