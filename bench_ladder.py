@@ -56,9 +56,10 @@ LEGEND = f"""\
 Each rung with a "+" has one trick more than the one above it. Step times are medians over the rounds, in each of which
 every rung has one turn; ratios are medians of those within a round, so below 1 the rung is faster. An edit is
 {STEPS} such steps, and text encoder, VAE encoder and decoder once, never compiled: these times were measured, their
-sum was not. Step memory is what a step takes at most beyond what is held between steps (weights, inputs); CUDA graphs
-hold theirs for good, so it is not told. The first call of a compiled rung compiles it, its cache empty. The difference
-is the relative one between the outputs of the rung and of the first.
+sum was not. Step memory is what a step takes at most beyond what is held between steps (weights, inputs): on a CPU
+roughly, since the system's allocator keeps some; CUDA graphs hold theirs for good, so it is not told. The first
+call of a compiled rung compiles it, its cache empty. The difference is the relative one between the outputs of the
+rung and of the first.
 TFLOP/s are the operations of the step as the textbook has it, whichever of them a rung saves; an addition counts as
 one, a multiplication as another. The ceiling is the best rate of a large square matrix product in the same number
 format; on CUDA, float32 means TF32 there, which torch's convolutions use as well.""".splitlines()
