@@ -121,7 +121,7 @@ def print_plan(options):
     parts, place = plan(options)
     of = "its --init" if options.init else "Stable Diffusion 1.5"
     shape = f"{options.batch} pairs at once, {options.resolution}x{options.resolution}, {options.dtype}"
-    print(f"A process, of {options.processes}; networks as in {of}; --trainable {options.trainable}; {shape}")
+    print(f"Each process; networks as in {of}; --trainable {options.trainable}; {shape}")
     print(f"{'':28}GB")
     notes = {"moving average": f"on {options.ema_device or options.device}", "at most": f"reached in {place}"}
     for part, size in parts.items():

@@ -161,7 +161,7 @@ def decide(options, processes, given_total):
         options.accumulate = options.total // each if options.total else 1
     elif given_total not in (None, options.batch * options.accumulate * processes):
         raise UserError(f"--total {given_total} is not --batch times --accumulate times {processes} processes")
-    options.total, options.processes = options.batch * options.accumulate * processes, processes
+    options.total = options.batch * options.accumulate * processes
     options.look_every = options.look_every or max(1, options.steps // 10)
     for device in {options.device, options.ema_device or options.device}:
         (check_device_name if options.plan else check_device)(own_device(device))

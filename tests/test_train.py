@@ -672,18 +672,16 @@ def run_under_torchrun(count, arguments):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_two_processes_equal_one_with_twice_the_batch(data, init, program, tmp_path, accumulate):
     """After 5 steps, to 1e-5; they share the same examples, times and noise out among them."""
-    one = command(data, init, tmp_path / "one", batch=4 * accumulate, steps=5, lr=1e-3, sampling_steps=2)
-    two = command(data, init, tmp_path / "two", batch=2, accumulate=accumulate, steps=5, lr=1e-3, sampling_steps=2)
+    # at the paper's learning rate; a larger one also enlarges what AdamW makes of the rounding of tiny gradients
+    one = command(data, init, tmp_path / "one", batch=4 * accumulate, steps=5, lr=1e-4, sampling_steps=2)
+    two = command(data, init, tmp_path / "two", batch=2, accumulate=accumulate, steps=5, lr=1e-4, sampling_steps=2)
     assert program(*one)[0] == 0
     done = run_under_torchrun(2, two)
     assert done.returncode == 0, done.stderr
     ours, theirs = newest_state(tmp_path / "two"), newest_state(tmp_path / "one")
     for part in ("weights", "average"):
-        values = [torch.cat([value.flatten() for value in state[part].values()]) for state in (ours, theirs)]
-        assert relative_error(*values) <= 1e-5
-        # AdamW divides gradients by their size, and so lifts the rounding of those that are nearly zero
         for name, value in theirs[part].items():
-            assert relative_error(ours[part][name], value) <= 3e-5, name
+            assert relative_error(ours[part][name], value) <= 1e-5, name
     assert done.stdout.count("18 pairs") == 1
 
 
