@@ -195,9 +195,15 @@ def softmax_times_values(
         weights = tl.exp2((logits - new_top[:, None]) * scale)  # [TILE_N, TILE_M], in [0, 1]
         shrink = tl.exp2((top - new_top) * scale)  # [TILE_N]; 0 for the first tile
 
-        # the sum is that of the weights as rounded for the product, so that they make up exactly 1
-        weights = weights.to(values.dtype)
-        total = total * shrink + tl.sum(weights.to(tl.float32), axis=1)
-        mixed = tl.dot(weights, values, mixed * shrink[:, None], input_precision="ieee")
+        # tensor cores want the weights rounded as the values are; the sum is that of the rounded, so that they are 1
+        rounded = weights.to(values.dtype)
+        used = rounded.to(tl.float32)
+        mixed = tl.dot(rounded, values, mixed * shrink[:, None], input_precision="ieee")
+        if values.dtype == tl.bfloat16:
+            # whose 8 binary digits are few: a second product takes what the rounding left, and so 8 more
+            rest = (weights - used).to(values.dtype)
+            used += rest.to(tl.float32)
+            mixed = tl.dot(rest, values, mixed)
+        total = total * shrink + tl.sum(used, axis=1)
         top = new_top
     return mixed / total[:, None]

@@ -95,16 +95,17 @@ def poisoned(inputs, dtype):
 
 
 def check(inputs):
-    """Against float64; and the result differs from what is summed up in float32 by its own rounding alone."""
+    """Against float64, as it is and before it is rounded; the rounding is all that these differ by."""
     expected, dtype = exact(*inputs), inputs[0].dtype
     summed, out = poisoned(inputs, torch.float32), poisoned(inputs, dtype)
     for room in (summed, out):
         kernel.launch(room, *inputs, *[None] * (6 - len(inputs)))
     assert summed.isfinite().all()
     assert out.isfinite().all()
-    error = relative_error(summed, expected)
-    print(f"{dtype} {error:.2e} {relative_error(out, expected):.2e}")
-    assert error <= LIMITS[dtype]
+    errors = [relative_error(x, expected) for x in (summed, out)]
+    print(f"{dtype} {errors[0]:.2e} {errors[1]:.2e}")
+    assert max(errors) <= LIMITS[dtype]
+    assert dtype != torch.bfloat16 or errors[0] <= 1e-4
     assert relative_error(out, summed.to(dtype)) <= 1e-4
 
 
@@ -140,10 +141,10 @@ def test_no_less_exact_than_torch(dtype):
 @pytest.mark.parametrize("logits", ["large", "very negative", "all but one very negative", "rising", "falling"])
 def test_extreme_logits(dtype, logits):
     """All of these logits are exact in every type, so that the reference sees the same ones."""
-    n, m, width = 9, 200, 16
+    n, m, width = 9, 200, 64
     q, k = torch.zeros(1, 1, 1, n, width), torch.zeros(1, 1, 1, m, width)
     generator = torch.Generator().manual_seed(0)
-    q[..., 0], q[..., 1] = 2.0**15, 4.0  # times k, / 4: a logit is 2^13 k_0 + k_1
+    q[..., 0], q[..., 1] = 2.0**15, 8.0  # times k, / 8: a logit is 2^12 k_0 + k_1
     k[..., 1] = torch.randint(-24, 24, (m,), generator=generator) / 8
     row = torch.arange(m)
     k[..., 0] = {
@@ -153,7 +154,7 @@ def test_extreme_logits(dtype, logits):
         "rising": (row // 20 - 5) / 4.0,
         "falling": (5 - row // 20) / 4.0,
     }[logits]
-    v = torch.randn(1, 2, 1, 1, m, width, generator=generator)
+    v = torch.randn(1, 4, 1, 1, m, width, generator=generator)  # all queries ask alike, so many columns
     inputs = [x.to(DEVICE, dtype) for x in (q, k, v)]
     check(inputs)
     if logits == "all but one very negative":
