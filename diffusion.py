@@ -74,11 +74,10 @@ class NoiseSchedule:
         return ((snr.clamp(max=5) + 1) / snr).clamp(max=most)
 
     def denoiser(self, predict_eps):
-        """Make `denoise(x, sigma)` of a network eps = predict_eps(z_t, t): z_t [B, C, H, W], t [B] fractional."""
+        """Make `denoise(x, sigma)` of a network eps = predict_eps(z_t, t): z_t [B, C, H, W], t a float."""
 
         def denoise(x, sigma):
-            t = self.t(sigma).float().to(x.device).expand(len(x))
-            return x - sigma * predict_eps(x / (sigma**2 + 1) ** 0.5, t)
+            return x - sigma * predict_eps(x / (sigma**2 + 1) ** 0.5, self.t(sigma).item())
 
         return denoise
 

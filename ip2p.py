@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import checkpoint
 from attention import fused
-from compiled import compiled
+from compiled import compiled, to_fast_layout
 from diffusion import NoiseSchedule, euler_ancestral, seeded_noise
 from errors import UserError
 from images import check_size, fit, to_image, to_rgb, to_tensor
@@ -112,15 +112,16 @@ class InstructPix2Pix:
         The first edit of a size then takes minutes longer, and every other one less time. The same pictures come out,
         but for rounding. An `attend` of one's own must be such that torch can trace it: it may not print, for one.
         """
+        to_fast_layout(self.unet, self.vae)
         self.unet.predict = compiled(self.unet.predict, fullgraph=True, **settings)
         self.guided_eps = compiled(guided_eps, fullgraph=True, **settings)
         self.vae.decode = compiled(self.vae.decode, **settings)
 
-    def denoiser(self, text, image_latent, text_guidance, image_guidance, low_memory=False, attend=fused):
+    def denoiser(self, text, image_latent, sigmas, text_guidance, image_guidance, low_memory=False, attend=fused):
         """Make the sampler's `denoise(x, sigma)` from the UNet under both guidances.
 
-        text [B, L, E], image_latent [B, C, h, w], the scales as in `guided_eps`. The three branches of Eq. 3 run as one
-        batch, or with low_memory one after another.
+        text [B, L, E], image_latent [B, C, h, w], sigmas: all noise levels that it may be called with, the scales as in
+        `guided_eps`. The three branches of Eq. 3 run as one batch, or with low_memory one after another.
         """
         null_text = self.null_text.expand_as(text)
         branches = [  # in the order of the released code
@@ -130,7 +131,9 @@ class InstructPix2Pix:
         ]
         if not low_memory:
             branches = [tuple(torch.cat(parts) for parts in zip(*branches, strict=True))]
-        branches = [(image, self.unet.read(context)) for image, context in branches]  # once, not at every step
+        # once, not at every step
+        branches = [(image, self.unet.read(context)) for image, context in branches]
+        embedded = self.unet.embed_times([self.schedule.t(sigma).item() for sigma in sigmas.tolist()])
 
         # as tensors, compiled code takes all of them alike
         scales = [torch.as_tensor(scale, device=self.device) for scale in (text_guidance, image_guidance)]
@@ -140,8 +143,8 @@ class InstructPix2Pix:
             for image, read in branches:
                 copies = len(image) // len(z)
                 inputs = torch.cat([z.repeat(copies, 1, 1, 1), image], dim=1).to(self.dtype)
-                time = self.unet.embed_time(t.repeat(copies))
-                guesses.append(self.unet.predict(inputs, time, read, attend).float().clone())
+                times = [added.expand(len(inputs), -1) for added in embedded[t]]
+                guesses.append(self.unet.predict(inputs, times, read, attend).float().clone())
             return self.guided_eps(*torch.cat(guesses).chunk(3), *scales)
 
         return self.schedule.denoiser(predict_eps)
@@ -169,7 +172,7 @@ class InstructPix2Pix:
         """
         sigmas = self.schedule.sigmas(steps)
         noise = seeded_noise(image_latent.shape[1:], seeds, self.device)
-        denoise = self.denoiser(text, image_latent, text_guidance, image_guidance, low_memory, attend)
+        denoise = self.denoiser(text, image_latent, sigmas, text_guidance, image_guidance, low_memory, attend)
         latent = sampler(denoise, next(noise) * sigmas[0].item(), sigmas, noise, callback)
         pictures = self.decode(latent, low_memory)
         if not pictures.isfinite().all():

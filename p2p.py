@@ -212,7 +212,7 @@ def sample_pairs(
     )
     guidance = noise.guidance.repeat(2)[:, None, None, None]
     watched = blend.watch(attend) if blend else attend
-    denoise = model.denoiser(model.encode_text([*before, *after]), guidance, watched)
+    denoise = model.denoiser(model.encode_text([*before, *after]), sigmas, guidance, watched)
     denoise = blend.blend(denoise) if blend else denoise
     latent = sampler(denoise, noise.first * sigmas[0].item(), sigmas, iter(noise), attend.next_step)
     return model.decode(latent).chunk(2)

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from attention import fused
-from compiled import compiled
+from compiled import compiled, to_fast_layout
 from diffusion import NoiseSchedule, euler_ancestral, seeded_noise
 from errors import UserError
 
@@ -57,19 +57,24 @@ class TextToImage:
 
     def compile(self, **settings):
         """Compile what sampling calls at every step, and the decoder, as `InstructPix2Pix.compile` does."""
+        to_fast_layout(self.unet, self.vae)
         self.unet.predict = compiled(self.unet.predict, fullgraph=True, **settings)
         self.vae.decode = compiled(self.vae.decode, **settings)
 
-    def denoiser(self, text, guidance, attend=fused):
+    def denoiser(self, text, sigmas, guidance, attend=fused):
         """The sampler's `denoise(x, sigma)` under classifier-free guidance (Ho and Salimans 2022, Eq. 6).
 
-        text [B, L, E]; guidance: a number, or a tensor [B, 1, 1, 1]. The UNet sees one batch [null..., text...].
+        text [B, L, E]; sigmas: all noise levels that it may be called with; guidance: a number, or a tensor
+        [B, 1, 1, 1]. The UNet sees one batch [null..., text...].
         """
-        read = self.unet.read(torch.cat([self.null_text.expand_as(text), text]))  # once, not at every step
+        # once, not at every step
+        read = self.unet.read(torch.cat([self.null_text.expand_as(text), text]))
+        embedded = self.unet.embed_times([self.schedule.t(sigma).item() for sigma in sigmas.tolist()])
 
         def predict_eps(z, t):
-            inputs, time = z.repeat(2, 1, 1, 1).to(self.dtype), self.unet.embed_time(t.repeat(2))
-            eps_null, eps_text = self.unet.predict(inputs, time, read, attend).float().chunk(2)
+            inputs = z.repeat(2, 1, 1, 1).to(self.dtype)
+            times = [added.expand(len(inputs), -1) for added in embedded[t]]
+            eps_null, eps_text = self.unet.predict(inputs, times, read, attend).float().chunk(2)
             return eps_null + guidance * (eps_text - eps_null)
 
         return self.schedule.denoiser(predict_eps)
@@ -84,5 +89,5 @@ class TextToImage:
         sigmas = self.schedule.sigmas(steps or self.sampling.steps)
         noise = seeded_noise((self.vae.config.latent_channels, side, side), seeds, self.device)
         scale = self.sampling.text_guidance if guidance is None else guidance
-        denoise = self.denoiser(self.encode_text(texts), scale, attend)
+        denoise = self.denoiser(self.encode_text(texts), sigmas, scale, attend)
         return self.decode(sampler(denoise, next(noise) * sigmas[0].item(), sigmas, noise))

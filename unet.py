@@ -118,26 +118,36 @@ class UNet(nn.Module):
         return self.predict(z, self.embed_time(t), self.read(context), attend)
 
     def embed_time(self, t):
-        """t [B] -> [B, 4 C0], what every residual block is told of the time; each begins with the same silu."""
+        """t [B] -> what each residual block adds to its channels at that time, a list of [B, C]."""
         time = timestep_embedding(t, self.config.levels[0].channels)
-        return F.silu(self.time_embed(time.to(self.time_embed[0].weight.dtype)))
+        time = F.silu(self.time_embed(time.to(self.time_embed[0].weight.dtype)))
+        return [layer.time(time) for layer in self.modules() if isinstance(layer, ResBlock)]  # in order of computation
+
+    def embed_times(self, times):
+        """`embed_time` for every t in a list of N floats, as one batch -> {t: a list of [1, C]}.
+
+        It depends on the time alone, so a sampler asks once for all of its steps.
+        """
+        t = torch.tensor(times, dtype=torch.float32, device=self.conv_in.weight.device)
+        rows = zip(*(added.split(1) for added in self.embed_time(t)), strict=True)
+        return dict(zip(times, rows, strict=True))
 
     def read(self, context):
         """context [B, L, E] -> the keys and values of all cross-attention layers, each [B, H, L, D].
 
         They depend on the text alone, so a sampler reads it once and not at every step.
         """
-        transformers = [layer for layer in self.modules() if isinstance(layer, Transformer)]  # in order of computation
+        transformers = [layer for layer in self.modules() if isinstance(layer, Transformer)]
         return [layer.cross_attention.keys_values(context) for layer in transformers]
 
-    def predict(self, z, time, text, attend=fused):
-        """`forward` for a time and a text that were embedded and read before. time [B, 4 C0]."""
-        text = iter(text)
+    def predict(self, z, times, text, attend=fused):
+        """`forward` with what `embed_time` made of the time, and `read` of the text."""
+        times, text = iter(times), iter(text)
         h = self.conv_in(z)
         skips = [h]
         for stage in self.down:
             for number, resblock in enumerate(stage.resblocks):
-                h = resblock(h, time)
+                h = resblock(h, next(times))
                 if stage.transformers:
                     h = stage.transformers[number](h, next(text), attend)
                 skips.append(h)
@@ -145,13 +155,13 @@ class UNet(nn.Module):
                 h = stage.downsample(h)
                 skips.append(h)
 
-        h = self.middle.resblock1(h, time)
+        h = self.middle.resblock1(h, next(times))
         h = self.middle.transformer(h, next(text), attend)
-        h = self.middle.resblock2(h, time)
+        h = self.middle.resblock2(h, next(times))
 
         for stage in self.up:
             for number, resblock in enumerate(stage.resblocks):
-                h = resblock(torch.cat([h, skips.pop()], dim=1), time)
+                h = resblock(torch.cat([h, skips.pop()], dim=1), next(times))
                 if stage.transformers:
                     h = stage.transformers[number](h, next(text), attend)
             if stage.upsample is not None:
@@ -174,9 +184,9 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x, time):
-        """x [B, C_in, H, W], time [B, T] -> [B, C_out, H, W]."""
+        """x [B, C_in, H, W], time [B, C_out], which `UNet.embed_time` makes -> [B, C_out, H, W]."""
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time(time)[:, :, None, None]
+        h = h + time[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return self.skip(x) + h
 
@@ -208,7 +218,7 @@ class Transformer(nn.Module):
         h = h + self.self_attention(own, self.self_attention.keys_values(own), attend, self_layer)
         h = h + self.cross_attention(self.norm2(h), text, attend, cross_layer)
         h = h + self.feed_forward(self.norm3(h))
-        h = h.transpose(1, 2).unflatten(2, size).contiguous()  # [B, C, H, W]
+        h = h.transpose(1, 2).unflatten(2, size)  # [B, C, H, W]
         return x + self.proj_out(h)
 
 

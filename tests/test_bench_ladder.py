@@ -23,7 +23,7 @@ from unet import UNet
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ON_CPU = ["reference", "fused", "read", "channels_last", "compiled", "diffusers", "diffusers_compiled"]
+ON_CPU = ["reference", "fused", "once", "compiled", "channels_last", "diffusers", "diffusers_compiled"]
 SMALL = ["--only", "ladder", "--small", "--size", "64", "--runs", "2"]
 
 
@@ -89,15 +89,15 @@ def test_every_rung_of_a_cpu(in_process, tmp_path, capsys):
 
 def test_the_rungs_that_were_asked_for_in_the_order_of_the_ladder(in_process, capsys):
     """And where diffusers is not among them, nothing is compared with it."""
-    bench.main([*SMALL, "--rungs", "read,fused"])
+    bench.main([*SMALL, "--rungs", "once,fused"])
     rows = table_of(capsys.readouterr().out)
-    assert list(rows) == ["+ fused attention", "+ text read once"]
+    assert list(rows) == ["+ fused attention", "+ text and times once"]
     assert rows["+ fused attention"]["ratio"] == "**1.000**"
     assert not any(column.startswith("through") for column in rows["+ fused attention"])
 
 
 def test_each_rung_is_what_it_says(in_process, monkeypatch):
-    """Which attention runs, whether the text is read at every step, what is compiled."""
+    """Which attention runs, whether text and time are read at every step, what is compiled."""
     seen, fused = [], F.scaled_dot_product_attention
 
     def noted(name, function):
@@ -105,7 +105,8 @@ def test_each_rung_is_what_it_says(in_process, monkeypatch):
 
     monkeypatch.setattr("attention.reference", noted("reference", reference))
     monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", noted("fused", fused))
-    monkeypatch.setattr(UNet, "read", noted("read", UNet.read))
+    for name in ("read", "embed_time"):
+        monkeypatch.setattr(UNet, name, noted(name, getattr(UNet, name)))
     monkeypatch.setattr(compiled, "compiled", lambda function, **settings: noted(f"compiled {settings}", function))
     rungs = bench_ladder.prepared_rungs("ours", Settings("cpu", "float32", 64, True))
 
@@ -114,10 +115,10 @@ def test_each_rung_is_what_it_says(in_process, monkeypatch):
         rungs[name]()
         return set(seen)
 
-    assert traits("reference") == {"reference", "read"}
-    assert traits("fused") == {"fused", "read"}
-    assert traits("read") == traits("channels_last") == {"fused"}
-    assert traits("compiled") == {"fused", "compiled {'fullgraph': True}"}
+    assert traits("reference") == {"reference", "read", "embed_time"}
+    assert traits("fused") == {"fused", "read", "embed_time"}
+    assert traits("once") == {"fused"}
+    assert traits("compiled") == traits("channels_last") == {"fused", "compiled {'fullgraph': True}"}
     assert traits("graphs") == {"fused", "compiled {'fullgraph': True, 'mode': 'reduce-overhead'}"}
 
 
@@ -227,12 +228,12 @@ def test_the_plot_has_a_bar_a_rung_as_long_as_its_step(tmp_path, milliseconds):
         (["--plot", "x.png"], "--rungs, --no-compile and --plot are about the ladder: add --only ladder"),
         (["--no-compile"], "--rungs, --no-compile and --plot are about the ladder: add --only ladder"),
         (
-            ["--only", "ladder", "--rungs", "read,fast"],
+            ["--only", "ladder", "--rungs", "once,fast"],
             f"--rungs knows {', '.join(ON_CPU)} here, not 'fast'",
         ),
         (
             ["--only", "ladder", "--rungs", "compiled", "--no-compile"],
-            "--rungs knows reference, fused, read, channels_last, diffusers here, not 'compiled'",
+            "--rungs knows reference, fused, once, diffusers here, not 'compiled'",
         ),
         (["--only", "ladder", "--plot", "no/such/x.png"], "there is no folder no/such to write the plot to"),
     ],
@@ -248,4 +249,4 @@ def test_what_is_measured_by_default():
     assert "ladder" not in parts
     assert options.rungs == ON_CPU
     assert bench.parse(["--only", "ladder", "--device", "cuda"])[0].rungs == list(LABELS)
-    assert bench.parse(["--only", "ladder", "--no-compile"])[0].rungs == [*ON_CPU[:4], "diffusers"]
+    assert bench.parse(["--only", "ladder", "--no-compile"])[0].rungs == [*ON_CPU[:3], "diffusers"]

@@ -110,6 +110,17 @@ def test_low_memory_gives_the_same(model, monkeypatch):
     assert difference(usual, frugal) <= 1
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_text_and_times_are_read_once_an_edit(model, monkeypatch, low_memory):
+    calls = []
+    for name in ("read", "embed_time"):
+        function = getattr(model.unet, name)
+        monkeypatch.setattr(model.unet, name, lambda x, f=function, name=name: calls.append((name, len(x))) or f(x))
+    model.edit(picture(), INSTRUCTION, seed=2, low_memory=low_memory)
+    reads = [("read", 1)] * 3 if low_memory else [("read", 3)]
+    assert calls == [*reads, ("embed_time", 11)]  # ten steps, and the end
+
+
 def test_the_callback_sees_the_picture_appear(model):
     steps = []
     edited = model.edit(picture(), INSTRUCTION, callback=lambda *report: steps.append(report))
@@ -127,7 +138,7 @@ def test_another_sampler_and_no_guidance(model):
     text = model.encode_text([INSTRUCTION])
 
     def predict_eps(z, t):
-        return model.unet(torch.cat([z, image_latent], 1), t, text)
+        return model.unet(torch.cat([z, image_latent], 1), torch.tensor([t]), text)
 
     sigmas = model.schedule.sigmas(10)
     noise = next(seeded_noise(image_latent.shape[1:], [4]))

@@ -240,7 +240,7 @@ def test_without_control_a_pair_is_two_pictures_of_the_same_noise(model):
     sigmas = model.schedule.sigmas(4)
     for text, picture in zip((BEFORE, AFTER), pair, strict=True):
         noise = PairNoise([5], SHAPE, (3.0, 6.0))
-        denoise = model.denoiser(model.encode_text([text]), noise.guidance.item())
+        denoise = model.denoiser(model.encode_text([text]), sigmas, noise.guidance.item())
         x = noise.first[:1] * sigmas[0].item()
         alone = model.decode(euler_ancestral(denoise, x, sigmas, (draw[:1] for draw in noise)))
         assert relative_error(picture, alone) <= 1e-4

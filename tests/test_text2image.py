@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEXT = "a painting of a large red house by the sea, at night"
 OTHER = "a sketch of nothing"
+LEVELS = NoiseSchedule().sigmas(4)
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +28,18 @@ def model():
 @pytest.fixture
 def noisy():
     """(x [2, 4, 16, 16], its noise level)."""
-    return torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * 3, 3.0
+    return torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0)) * 3, LEVELS[1].item()
 
 
 @pytest.mark.parametrize(("guidance", "text"), [(1, TEXT), (0, "")], ids=["text", "no text"])
 @torch.no_grad()
 def test_the_ends_of_guidance(model, noisy, guidance, text):
     """Scale 1 is the prediction with the text alone, scale 0 the one without."""
-    guess = model.denoiser(model.encode_text([TEXT, TEXT]), guidance)(*noisy)
+    guess = model.denoiser(model.encode_text([TEXT, TEXT]), LEVELS, guidance)(*noisy)
     context = model.encode_text([text, text])
-    plain = NoiseSchedule().denoiser(lambda z, t: model.unet(z, t, context))(*noisy)
+    plain = NoiseSchedule().denoiser(lambda z, t: model.unet(z, torch.tensor([t, t]), context))(*noisy)
     assert relative_error(guess, plain) <= 1e-5
-    other = model.denoiser(model.encode_text([TEXT, TEXT]), 0.5)(*noisy)
+    other = model.denoiser(model.encode_text([TEXT, TEXT]), LEVELS, 0.5)(*noisy)
     assert relative_error(other, plain) > 1e-2
 
 
@@ -46,10 +47,10 @@ def test_the_ends_of_guidance(model, noisy, guidance, text):
 def test_guidance_goes_on_in_a_straight_line(model, noisy):
     """Each picture of a batch with its own scale, and its own text."""
     text = model.encode_text([TEXT, OTHER])
-    without, with_text = model.denoiser(text, 0)(*noisy), model.denoiser(text, 1)(*noisy)
+    without, with_text = (model.denoiser(text, LEVELS, scale)(*noisy) for scale in (0, 1))
     scales = torch.tensor([2.0, 7.5])[:, None, None, None]
     expected = without + scales * (with_text - without)
-    assert relative_error(model.denoiser(text, scales)(*noisy), expected) <= 1e-4
+    assert relative_error(model.denoiser(text, LEVELS, scales)(*noisy), expected) <= 1e-4
 
 
 def test_a_batch_equals_its_pictures_one_by_one(model):
@@ -93,7 +94,7 @@ def test_defaults_size_sampler_and_attention_may_change(model):
 
     noise = next(seeded_noise((4, 32, 32), [5]))
     sigmas = model.schedule.sigmas(3)
-    latent = ddim(model.denoiser(model.encode_text([TEXT]), 4.0), noise * sigmas[0].item(), sigmas)
+    latent = ddim(model.denoiser(model.encode_text([TEXT]), sigmas, 4.0), noise * sigmas[0].item(), sigmas)
     expected = model.vae.decode(latent / model.vae.config.scaling)
     assert relative_error(model.sample([TEXT], [5], steps=3, sampler=ddim), expected) <= 1e-5
 

@@ -106,6 +106,16 @@ def test_timestep_embedding_has_cosines_first():
     torch.testing.assert_close(embedded[1, 4:6], torch.tensor([1.5, 0.15]).sin())
 
 
+@torch.no_grad()
+def test_all_times_at_once_are_each_time():
+    unet = UNet(SMALL["two levels"])
+    embedded = unet.embed_times([999.0, 0.0, 250.25])
+    assert list(embedded) == [999.0, 0.0, 250.25]
+    for t, added in embedded.items():
+        for ours, theirs in zip(added, unet.embed_time(torch.tensor([t])), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
