@@ -140,7 +140,9 @@ def main(arguments=None):
         lines += bench_ladder.report(ladder)
     print("\n".join(lines).rstrip(), flush=True)  # the plot may fail
     if options.plot:
-        bench_ladder.draw(ladder, f"{measured(settings)}; {machine(settings)}", options.plot)
+        from bench_plot import draw
+
+        draw(ladder, f"{measured(settings)}; {machine(settings)}", options.plot)
 
 
 # ---- in the main process ----

@@ -22,16 +22,6 @@ def compiled(function, **settings):
     return torch.compile(function, dynamic=False, recompile_limit=SIZES, isolate_recompiles=True, **settings)
 
 
-def to_fast_layout(*networks):
-    """On a GPU, lay the convolutions' weights as tensor cores read them, or compiled code does so at every call.
-
-    On a CPU it does not pay (benchmarks/ladder-cpu.md).
-    """
-    for network in networks:
-        if next(network.parameters()).device.type == "cuda":
-            network.to(memory_format=torch.channels_last)
-
-
 @contextmanager
 def compiling(advice):
     """Where compiled code is called. Raises UserError with this advice if it cannot be compiled."""

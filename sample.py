@@ -81,7 +81,7 @@ def parse(arguments=None):
     add = parser.add_argument_group("the machine").add_argument
     add("--device", metavar="D", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
     add("--dtype", choices=DTYPES, help="number format of the networks")
-    add("--compile", action="store_true", default=None, help="compile the networks first, which pays over many edits")
+    add("--compile", action="store_true", default=None, help="compile the networks first: for many edits on a GPU")
     add("--low-memory", action="store_true", default=None, help="slower, in less memory")
     return parser.parse_args(arguments)
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from attention import fused
-from compiled import compiled, to_fast_layout
+from compiled import compiled
 from diffusion import NoiseSchedule, euler_ancestral, seeded_noise
 from errors import UserError
 
@@ -57,7 +57,8 @@ class TextToImage:
 
     def compile(self, **settings):
         """Compile what sampling calls at every step, and the decoder, as `InstructPix2Pix.compile` does."""
-        to_fast_layout(self.unet, self.vae)
+        for network in (self.unet, self.vae):
+            network.to(memory_format=torch.channels_last)
         self.unet.predict = compiled(self.unet.predict, fullgraph=True, **settings)
         self.vae.decode = compiled(self.vae.decode, **settings)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import bench
 import bench_ladder
+import bench_plot
 import bench_sides
 import compiled
 from attention import reference
@@ -213,7 +214,7 @@ def test_the_plot_has_a_bar_a_rung_as_long_as_its_step(tmp_path, milliseconds):
     names = ["reference", "diffusers"]
     rungs = [Rung(name, 1.0, 0.0, [(ms / 1e3, None)]) for name, ms in zip(names, milliseconds, strict=True)]
     floor = milliseconds[1] / 1e3  # as far to the right as its long words can get
-    bench_ladder.draw(Ladder(rungs, {}, 10**12, 1e12 / floor), "what, where", tmp_path / "plot.png")
+    bench_plot.draw(Ladder(rungs, {}, 10**12, 1e12 / floor), "what, where", tmp_path / "plot.png")
     picture = Image.open(tmp_path / "plot.png").convert("RGB")
     pixels = np.array(picture)
     blue, orange = ((pixels == colour).all(axis=2).sum() for colour in ((31, 95, 174), (194, 87, 26)))

