@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 # Queries and keys of one tile, by how wide the values are side by side. Chosen without a GPU to time them: for sm_80 to
-# sm_120 the compiler finds room for all tiles in 99 KB of shared memory, and for all sums (nearly) in registers.
+# sm_120 the compiler finds room for all tiles in their shared memory, and for all sums (nearly) in registers.
 TILES = {
     # up to   16 bits    32 bits
     128:     ((128, 64), (32, 32)),
@@ -195,15 +195,15 @@ def softmax_times_values(
         weights = tl.exp2((logits - new_top[:, None]) * scale)  # [TILE_N, TILE_M], in [0, 1]
         shrink = tl.exp2((top - new_top) * scale)  # [TILE_N]; 0 for the first tile
 
-        # tensor cores want the weights rounded as the values are; the sum is that of the rounded, so that they are 1
-        rounded = weights.to(values.dtype)
-        used = rounded.to(tl.float32)
-        mixed = tl.dot(rounded, values, mixed * shrink[:, None], input_precision="ieee")
+        # tensor cores want the weights rounded; their sum is that of the rounded ones, so that they make up exactly 1
+        if values.dtype != tl.float32:
+            weights = weights.to(tl.float16).to(tl.float32)
+        total = total * shrink + tl.sum(weights, axis=1)
+        mixed *= shrink[:, None]
         if values.dtype == tl.bfloat16:
-            # whose 8 binary digits are few: a second product takes what the rounding left, and so 8 more
-            rest = (weights - used).to(values.dtype)
-            used += rest.to(tl.float32)
-            mixed = tl.dot(rest, values, mixed)
-        total = total * shrink + tl.sum(used, axis=1)
+            # whose 8 binary digits are too few for weights; tf32 has the 11 of float16, and bfloat16's range for values
+            mixed = tl.dot(weights, values.to(tl.float32), mixed, input_precision="tf32")
+        else:
+            mixed = tl.dot(weights.to(values.dtype), values, mixed, input_precision="ieee")
         top = new_top
     return mixed / total[:, None]

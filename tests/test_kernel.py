@@ -105,7 +105,7 @@ def check(inputs):
     errors = [relative_error(x, expected) for x in (summed, out)]
     print(f"{dtype} {errors[0]:.2e} {errors[1]:.2e}")
     assert max(errors) <= LIMITS[dtype]
-    assert dtype != torch.bfloat16 or errors[0] <= 1e-4
+    assert dtype != torch.bfloat16 or errors[0] <= 3e-4
     assert relative_error(out, summed.to(dtype)) <= 1e-4
 
 
@@ -281,13 +281,16 @@ def test_pairs_are_controlled_as_without_the_kernel(cross, step, share, monkeypa
 # ---- the compiler ----
 
 
-@pytest.mark.parametrize("architecture", [90, *(pytest.param(x, marks=pytest.mark.slow) for x in (80, 120))])
-def test_it_compiles_for_gpus_that_are_not_here(architecture, tmp_path):
+@pytest.mark.parametrize(
+    ("architecture", "others"),
+    [(90, False), *(pytest.param(x, True, marks=pytest.mark.slow) for x in (80, 90, 120))],
+)
+def test_it_compiles_for_gpus_that_are_not_here(architecture, others, tmp_path):
     """Every row of TILES fits into the shared memory of all of them, and into their registers."""
-    cases = ["2,40,False,bfloat16", "2,160,True,float32"]
-    if architecture != 90:
-        cases += ["1,8,True,bfloat16", "2,80,True,bfloat16", "2,160,True,float16"]
-        cases += ["2,40,True,float32", "2,80,True,float32"]
+    cases = ["2,80,True,bfloat16", "2,160,True,float32"]
+    if others:
+        widths = ("1,8", "1,40", "2,40", "2,80", "1,160", "2,160")
+        cases = [f"{width},True,{dtype}" for width in widths for dtype in ("bfloat16", "float16", "float32")]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
     command = [sys.executable, ROOT / "tests/compiled_kernel.py", str(architecture), *cases]
@@ -297,7 +300,9 @@ def test_it_compiles_for_gpus_that_are_not_here(architecture, tmp_path):
     assert [facts["case"] for facts in made] == cases
     for facts in made:
         print(facts)
-        assert facts["shared"] <= 99 * 1024  # of a block, on the smallest of these GPUs
-        assert facts["spilled"] <= 32  # of the 1020 bytes of a thread's registers
-        # 16 bits on tensor cores, and float32 not, since there it would be tf32
-        assert bool(facts["multiplies"]) == ("float32" not in facts["case"])
+        assert facts["shared"] <= (227 if architecture == 90 else 99) * 1024  # that a block has (99: sm_86, 89, 120)
+        assert facts["spilled"] <= 128  # of the 1020 bytes of a thread's registers
+        # 16 bits on tensor cores, bfloat16 in part as tf32; and float32 not, since there it would be tf32
+        dtype = facts["case"].split(",")[-1]
+        assert bool(facts["multiplies"]) == (dtype != "float32")
+        assert ("tf32" in facts["multiplies"]) == (dtype == "bfloat16")
