@@ -14,8 +14,8 @@ Who computes it on a GPU, by shape. No GPU has timed the two against each other 
     one map, several values         `fused_values`     any shape    kernel.py; torch would have to pad q and k
     and a second map for the last   `fused_values`     any shape    kernel.py, in the same launch
 
-kernel.py needs triton, which torch's builds for CUDA bring along. Without CUDA or triton everything is torch's, and so
-are float64 and heads wider than any of Stable Diffusion's (256).
+kernel.py needs triton, which torch's builds for CUDA bring along. Without CUDA or triton everything is torch's, also on
+AMD's GPUs, which torch calls cuda as well; and so are float64 and heads wider than any of Stable Diffusion's (256).
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 WIDEST = 512  # head widths of several values, side by side, that kernel.py has tiles for
-KERNEL_DEVICES = ("cuda",) if importlib.util.find_spec("triton") else ()
+KERNEL_DEVICES = ("cuda",) if torch.version.cuda and importlib.util.find_spec("triton") else ()
 
 
 class Layer(NamedTuple):

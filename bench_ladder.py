@@ -53,12 +53,13 @@ STEPS = 100  # of an edit
 BESIDE = ("text", "encode", "decode")  # what an edit runs once, beside its steps
 LEGEND = f"""\
 Each rung with a "+" has one trick more than the one above it. Step times are medians over the rounds, in each of which
-every rung has one turn; ratios are medians of those within a round, so below 1 the rung is faster. An edit is
-{STEPS} such steps, and text encoder, VAE encoder and decoder once, never compiled: these times were measured, their
-sum was not. Step memory is what a step takes at most beyond what is held between steps (weights, inputs): on a CPU
-roughly, since the system's allocator keeps some; CUDA graphs hold theirs for good, so it is not told. The first
-call of a compiled rung compiles it, its cache empty. The difference is the relative one between the outputs of the
-rung and of the first.
+every rung has one turn. A ratio is the time of the rung through that of another in the same round, so below 1 the rung
+is faster: the median over the rounds, and from the least to the most. An edit is {STEPS} such steps, and text encoder,
+VAE encoder and decoder once, never compiled: these times were measured, their sum was not. Step memory is what a step
+takes at most beyond what is held between steps (weights, inputs): on a CPU roughly, since the system's allocator keeps
+some, or all; CUDA graphs hold theirs for good, so it is not told. The first call of a compiled rung compiles it: of
+each side, the first one begins with an empty cache, and others find some of their code there. The difference is the
+relative one between the outputs of the rung and of the first.
 TFLOP/s are the operations of the step as the textbook has it, whichever of them a rung saves; an addition counts as
 one, a multiplication as another. The ceiling is the best rate of a large square matrix product in the same number
 format; on CUDA, float32 means TF32 there, which torch's convolutions use as well.""".splitlines()
@@ -162,7 +163,7 @@ def prepared_rungs(side, settings):
 
     network, configs, noise = made(side, "unet", settings)
     inputs = step_inputs(configs, noise, settings)
-    rungs = our_rungs(network, *inputs) if side == OURS else their_rungs(network, *inputs, settings.device)
+    rungs = our_rungs(network, *inputs) if side == OURS else their_rungs(network, *inputs)
     return {name: torch.no_grad()(run) for name, run in rungs.items()}
 
 
@@ -188,15 +189,13 @@ def our_rungs(unet, z, t, context):
     }
 
 
-def their_rungs(unet, z, t, context, device):
-    """The functions of diffusers' rungs: its UNet as it is, and compiled as its documentation advises."""
+def their_rungs(unet, z, t, context):
+    """The functions of diffusers' rungs: its UNet as it is, and as its documentation makes it fast."""
     import torch
 
     from compiled import compiled
 
-    network, latent = unet, z
-    if device == "cuda":
-        network, latent = in_channels_last(unet), z.to(memory_format=torch.channels_last)
+    network, latent = in_channels_last(unet), z.to(memory_format=torch.channels_last)
     fast = compiled(network, fullgraph=True)
     graphs = compiled(network, fullgraph=True, mode="reduce-overhead")
     return {
@@ -294,9 +293,9 @@ def flops(function):
 
 def report(ladder):
     """The ladder in Markdown: lines."""
-    first, last = ladder.rungs[0], ladder.rungs[-1]
-    against = f" | through {LABELS[last.name]}" if side_of(last.name) == THEIRS else ""
-    columns = f"a step | an edit | ratio | its range{against} | step memory | TFLOP/s | of the ceiling | first call"
+    bases = [ladder.rungs[0], *(rung for rung in ladder.rungs[1:] if side_of(rung.name) == THEIRS)]
+    ratios = " | ".join(f"through {LABELS[rung.name]}" for rung in bases)
+    columns = f"a step | an edit | {ratios} | step memory | TFLOP/s | of the ceiling | first call"
     lines = [
         "## The ladder: a UNet step, batch 3, from the textbook form to the fast form",
         "",
@@ -304,15 +303,12 @@ def report(ladder):
         "|---" * (columns.count("|") + 3) + "|",
     ]
     for rung in ladder.rungs:
-        ratios = ratios_to(first, rung)
         rate = ladder.flops / rung.step
         cells = [
             LABELS[rung.name],
             f"{short(1e3 * rung.step)} ms",
             f"{short(STEPS * rung.step + ladder.beside[side_of(rung.name)])} s",
-            f"**{median(ratios):.3f}**",
-            f"{min(ratios):.3f} to {max(ratios):.3f}",
-            *([f"{median(ratios_to(last, rung)):.3f}"] if against else []),
+            *(ratio_text(base, rung) for base in bases),
             gigabytes(max((count for _, count in rung.turns if count is not None), default=None)),
             short(rate / 1e12),
             f"{rate / ladder.ceiling:.0%}",
@@ -331,9 +327,10 @@ def report(ladder):
     ]
 
 
-def ratios_to(base, rung):
-    """The times of a rung through those of another, a round each."""
-    return [a / b for (a, _), (b, _) in zip(rung.turns, base.turns, strict=True)]
+def ratio_text(base, rung):
+    """The times of a rung through those of another, a round each: the median, and from the least to the most."""
+    ratios = [a / b for (a, _), (b, _) in zip(rung.turns, base.turns, strict=True)]
+    return f"**{median(ratios):.3f}** ({min(ratios):.3f} to {max(ratios):.3f})"
 
 
 def floor_text(ladder):

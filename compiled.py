@@ -22,6 +22,19 @@ def compiled(function, **settings):
     return torch.compile(function, dynamic=False, recompile_limit=SIZES, isolate_recompiles=True, **settings)
 
 
+def compile_networks(unet, vae, **settings):
+    """Compile, in place, what a sampler calls at every step, and the decoder; settings: of torch.compile.
+
+    Convolutions' weights go to channels_last, the better of the two layouts for compiled code where it was measured
+    (the UNet on a CPU, benchmarks/ladder-cpu.md). Decoding in bands stays as it is: each band would be code of its own.
+    """
+    for network in (unet, vae):
+        network.to(memory_format=torch.channels_last)
+    unet.predict = compiled(unet.predict, fullgraph=True, **settings)
+    usual, fast = vae.decode, compiled(vae.decode, fullgraph=True, **settings)
+    vae.decode = lambda z, low_memory=False: usual(z, low_memory) if low_memory else fast(z)
+
+
 @contextmanager
 def compiling(advice):
     """Where compiled code is called. Raises UserError with this advice if it cannot be compiled."""

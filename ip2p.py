@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 import checkpoint
 from attention import fused
-from compiled import compiled
+from compiled import compile_networks, compiled
 from diffusion import NoiseSchedule, euler_ancestral, seeded_noise
 from errors import UserError
 from images import check_size, fit, to_image, to_rgb, to_tensor
@@ -109,21 +109,19 @@ class InstructPix2Pix:
     def compile(self, **settings):
         """Compile what an edit calls at every step, and the decoder; settings: of torch.compile.
 
-        The first edit of a size then takes minutes longer, and every other one less time, on a GPU. The same pictures
-        come out, but for rounding. mode="reduce-overhead" replays a step as a CUDA graph, for networks so small that
-        the GPU waits for Python. An `attend` of one's own must be such that torch can trace it: it may not print.
+        Meant for a GPU; on a CPU it does not pay (benchmarks/ladder-cpu.md). The first edit of a size takes minutes
+        longer. The same pictures come out, but for rounding. mode="reduce-overhead" replays each step as a CUDA graph,
+        for networks so small that the GPU waits for Python. torch must be able to trace an `attend` of one's own: it
+        may not print, for one.
         """
-        for network in (self.unet, self.vae):
-            network.to(memory_format=torch.channels_last)  # the faster one (benchmarks/ladder-cpu.md)
-        self.unet.predict = compiled(self.unet.predict, fullgraph=True, **settings)
+        compile_networks(self.unet, self.vae, **settings)
         self.guided_eps = compiled(guided_eps, fullgraph=True, **settings)
-        self.vae.decode = compiled(self.vae.decode, **settings)
 
     def denoiser(self, text, image_latent, sigmas, text_guidance, image_guidance, low_memory=False, attend=fused):
         """Make the sampler's `denoise(x, sigma)` from the UNet under both guidances.
 
-        text [B, L, E], image_latent [B, C, h, w], sigmas: all noise levels that it may be called with, the scales as in
-        `guided_eps`. The three branches of Eq. 3 run as one batch, or with low_memory one after another.
+        text [B, L, E], image_latent [B, C, h, w], sigmas: the sampler's, the scales as in `guided_eps`. The three
+        branches of Eq. 3 run as one batch, or with low_memory one after another.
         """
         null_text = self.null_text.expand_as(text)
         branches = [  # in the order of the released code
@@ -135,7 +133,7 @@ class InstructPix2Pix:
             branches = [tuple(torch.cat(parts) for parts in zip(*branches, strict=True))]
         # once, not at every step
         branches = [(image, self.unet.read(context)) for image, context in branches]
-        embedded = self.unet.embed_times([self.schedule.t(sigma).item() for sigma in sigmas.tolist()])
+        embed = self.unet.time_embedder(self.schedule.t(sigmas[:-1]).tolist())
 
         # as tensors, compiled code takes all of them alike
         scales = [torch.as_tensor(scale, device=self.device) for scale in (text_guidance, image_guidance)]
@@ -145,7 +143,7 @@ class InstructPix2Pix:
             for image, read in branches:
                 copies = len(image) // len(z)
                 inputs = torch.cat([z.repeat(copies, 1, 1, 1), image], dim=1).to(self.dtype)
-                times = [added.expand(len(inputs), -1) for added in embedded[t]]
+                times = [added.expand(len(inputs), -1) for added in embed(t)]
                 guesses.append(self.unet.predict(inputs, times, read, attend).float().clone())
             return self.guided_eps(*torch.cat(guesses).chunk(3), *scales)
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 
 from attention import fused
-from compiled import compiled
+from compiled import compile_networks
 from diffusion import NoiseSchedule, euler_ancestral, seeded_noise
 from errors import UserError
 
@@ -57,24 +57,21 @@ class TextToImage:
 
     def compile(self, **settings):
         """Compile what sampling calls at every step, and the decoder, as `InstructPix2Pix.compile` does."""
-        for network in (self.unet, self.vae):
-            network.to(memory_format=torch.channels_last)
-        self.unet.predict = compiled(self.unet.predict, fullgraph=True, **settings)
-        self.vae.decode = compiled(self.vae.decode, **settings)
+        compile_networks(self.unet, self.vae, **settings)
 
     def denoiser(self, text, sigmas, guidance, attend=fused):
         """The sampler's `denoise(x, sigma)` under classifier-free guidance (Ho and Salimans 2022, Eq. 6).
 
-        text [B, L, E]; sigmas: all noise levels that it may be called with; guidance: a number, or a tensor
-        [B, 1, 1, 1]. The UNet sees one batch [null..., text...].
+        text [B, L, E]; sigmas: the sampler's; guidance: a number, or a tensor [B, 1, 1, 1]. The UNet sees one batch
+        [null..., text...].
         """
         # once, not at every step
         read = self.unet.read(torch.cat([self.null_text.expand_as(text), text]))
-        embedded = self.unet.embed_times([self.schedule.t(sigma).item() for sigma in sigmas.tolist()])
+        embed = self.unet.time_embedder(self.schedule.t(sigmas[:-1]).tolist())
 
         def predict_eps(z, t):
             inputs = z.repeat(2, 1, 1, 1).to(self.dtype)
-            times = [added.expand(len(inputs), -1) for added in embedded[t]]
+            times = [added.expand(len(inputs), -1) for added in embed(t)]
             eps_null, eps_text = self.unet.predict(inputs, times, read, attend).float().chunk(2)
             return eps_null + guidance * (eps_text - eps_null)
 

@@ -118,22 +118,26 @@ class UNet(nn.Module):
         return self.predict(z, self.embed_time(t), self.read(context), attend)
 
     def embed_time(self, t):
-        """t [B] -> what each residual block adds to its channels at that time, a list of [B, C]."""
+        """t [B] -> what each residual block adds to its channels at that time, each [B, C], in their order."""
         time = timestep_embedding(t, self.config.levels[0].channels)
         time = F.silu(self.time_embed(time.to(self.time_embed[0].weight.dtype)))
-        return [layer.time(time) for layer in self.modules() if isinstance(layer, ResBlock)]  # in order of computation
+        return [layer.time(time) for layer in self.modules() if isinstance(layer, ResBlock)]
 
-    def embed_times(self, times):
-        """`embed_time` for every t in a list of N floats, as one batch -> {t: a list of [1, C]}.
+    def time_embedder(self, times):
+        """Make the function t -> `embed_time` of it, each [1, C], for a sampler that knows its steps' times beforehand.
 
-        It depends on the time alone, so a sampler asks once for all of its steps.
+        times: N floats, which are embedded here, as one batch. Any other t is embedded when it is asked for.
         """
-        t = torch.tensor(times, dtype=torch.float32, device=self.conv_in.weight.device)
-        rows = zip(*(added.split(1) for added in self.embed_time(t)), strict=True)
-        return dict(zip(times, rows, strict=True))
+
+        def embed(times):
+            return self.embed_time(torch.tensor(times, dtype=torch.float32, device=self.conv_in.weight.device))
+
+        rows = zip(*(added.split(1) for added in embed(times)), strict=True)
+        known = dict(zip(times, rows, strict=True))
+        return lambda t: known[t] if t in known else embed([t])
 
     def read(self, context):
-        """context [B, L, E] -> the keys and values of all cross-attention layers, each [B, H, L, D].
+        """context [B, L, E] -> the keys and values of all cross-attention layers, each [B, H, L, D], in their order.
 
         They depend on the text alone, so a sampler reads it once and not at every step.
         """

@@ -197,7 +197,6 @@ def upsample(h, conv):
 # ---- decoding in bands: nothing new about the method from here on ----
 
 
-@torch.compiler.disable  # band by band it would take as long to compile as many decoders
 def to_pixels_in_bands(decoder, h):
     """The decoder after its middle, in a fraction of the memory: h [B, C, H, W] -> [B, 3, factor*H, factor*W].
 

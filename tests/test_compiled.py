@@ -1,6 +1,8 @@
 """Compiling: one graph for all steps, the same pictures, and a training that does not trust it blindly."""
 
 import contextlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -71,7 +73,7 @@ def test_one_graph_serves_every_step_scale_and_instruction():
 
 @pytest.mark.parametrize("control", ["self", "cross", "both"])
 def test_pairs_need_a_graph_for_every_set_of_pairs_that_may_be_controlled(control):
-    """Some or none, and not one for every step; and no break in any of them. (With the kernel also: all.)"""
+    """Some or none, and not one for every step; and one for the decoder. (With the kernel also: all.)"""
     model, graphs = TextToImage(random_model(in_channels=4)), []
 
     def counting(graph, inputs):
@@ -83,26 +85,26 @@ def test_pairs_need_a_graph_for_every_set_of_pairs_that_may_be_controlled(contro
         return torch.cat(sample_pairs(model, *zip(*TEXTS, strict=True), noise, 6, control=control))
 
     plain = draw([0, 1]), draw([2, 3])
-    model.unet.predict = compiled(model.unet.predict, fullgraph=True, backend=counting)
-    assert torch.equal(draw([0, 1]), plain[0])
-    assert torch.equal(draw([2, 3]), plain[1])
-    assert len(graphs) <= 2
-
-
-def test_decoding_in_bands_is_not_compiled_band_by_band():
-    convolutions = []
-
-    def counting(graph, inputs):
-        convolutions.append(sum("conv" in str(node.target) for node in graph.graph.nodes if node.op == "call_function"))
-        return graph.forward
-
-    model = InstructPix2Pix(random_model())
-    image_latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    plain = model.decode(image_latent, low_memory=True)
     model.compile(backend=counting)
-    assert relative_error(model.decode(image_latent, low_memory=True), plain) <= 1e-5
-    layers = sum(isinstance(layer, torch.nn.Conv2d) for layer in model.vae.decoder.modules())
-    assert 0 < sum(convolutions) < layers
+    assert relative_error(draw([0, 1]), plain[0]) <= 1e-4
+    assert len(graphs) <= 3
+    with only_known_code():
+        assert relative_error(draw([2, 3]), plain[1]) <= 1e-4
+
+
+def test_decoding_in_bands_is_not_compiled():
+    model = InstructPix2Pix(random_model())
+    latent = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    plain = model.decode(latent, low_memory=True)
+    model.compile(backend="eager")
+    with only_known_code():
+        assert relative_error(model.decode(latent, low_memory=True), plain) <= 1e-5
+
+
+def test_the_compiler_is_not_loaded_for_nothing():
+    """It takes a second."""
+    program = "import sys, sample, datagen, ip2p, text2image; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
 def test_many_sizes_may_be_compiled():
@@ -178,6 +180,22 @@ def test_compiled_code_gives_the_same_edit_on_a_gpu(scene, dtype, mode):
     model.compile(mode=mode)
     edited = model.edit(scene, "make it night", seed=[0, 3])
     assert difference(edited, usual) <= 1 if dtype == torch.float32 else psnr(edited, usual) > 35
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("control", ["self", "both"])
+def test_compiled_code_gives_the_same_pairs_on_a_gpu(control):
+    """At steps with all, some and none of the pairs controlled."""
+    model = TextToImage(load(MINI / "sd", "cuda"))
+
+    def draw():
+        noise = PairNoise([0, 1], (4, 16, 16), (3.0, 5.0), device="cuda")
+        noise.p[:] = torch.tensor([0.3, 0.6])
+        return torch.cat(sample_pairs(model, *zip(*TEXTS, strict=True), noise, 6, control=control))
+
+    plain = draw()
+    model.compile()
+    assert relative_error(draw(), plain) <= 1e-2
 
 
 # ---- training ----

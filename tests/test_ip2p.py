@@ -110,6 +110,15 @@ def test_low_memory_gives_the_same(model, monkeypatch):
     assert difference(usual, frugal) <= 1
 
 
+@torch.no_grad()
+def test_a_sampler_may_ask_for_levels_of_its_own(model):
+    x, image_latent = torch.randn(2, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    text, announced = model.encode_text([INSTRUCTION]), torch.tensor([3.0, 0.0], dtype=torch.float64)
+    denoise = [model.denoiser(text, image_latent, sigmas, 4.0, 1.5) for sigmas in (announced, 2 * announced)]
+    assert relative_error(denoise[1](x, 3.0), denoise[0](x, 3.0)) <= 1e-5
+    assert relative_error(denoise[1](x, 6.0), denoise[0](x, 3.0)) > 1e-2
+
+
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_text_and_times_are_read_once_an_edit(model, monkeypatch, low_memory):
     calls = []
@@ -118,7 +127,7 @@ def test_text_and_times_are_read_once_an_edit(model, monkeypatch, low_memory):
         monkeypatch.setattr(model.unet, name, lambda x, f=function, name=name: calls.append((name, len(x))) or f(x))
     model.edit(picture(), INSTRUCTION, seed=2, low_memory=low_memory)
     reads = [("read", 1)] * 3 if low_memory else [("read", 3)]
-    assert calls == [*reads, ("embed_time", 11)]  # ten steps, and the end
+    assert calls == [*reads, ("embed_time", 10)]
 
 
 def test_the_callback_sees_the_picture_appear(model):
