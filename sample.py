@@ -212,6 +212,7 @@ def load_model(settings):
     dtype = getattr(torch, settings["dtype"])
     model = InstructPix2Pix.load(weights, settings["device"], dtype, settings["tokenizer"], settings["vae"])
     if settings["compile"]:
+        say("compiling with the first step, which takes minutes unless it was done before")
         model.compile()
     return model
 

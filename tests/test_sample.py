@@ -734,6 +734,26 @@ def test_another_autoencoder_is_used(edit, tmp_path):
     assert read_settings(tmp_path / "out" / "x.png")["settings"]["vae"] == os.path.join("..", "other")
 
 
+def test_compiled_it_is_the_same_edit(edit, run_sample, tmp_path, monkeypatch):
+    """With a compiler that traces and does not translate; and --again compiles again."""
+    compiled, compile_with = [], InstructPix2Pix.compile
+
+    def traced(model):
+        compiled.append(model)
+        compile_with(model, backend="eager")
+
+    monkeypatch.setattr(InstructPix2Pix, "compile", traced)
+    assert edit().code == 0
+    usual = pixels(tmp_path / "out" / "x.png").astype(int)
+    done = edit("--compile")
+    assert (done.code, len(compiled)) == (0, 1)
+    assert any("compiling with the first step" in line for line in done.err)
+    assert abs(pixels(tmp_path / "out" / "x.png") - usual).max() <= 1
+    again = run_sample("--again", tmp_path / "out" / "x.png", "--out", tmp_path / "out" / "y.png")
+    assert (again.code, len(compiled)) == (0, 2)
+    assert np.array_equal(pixels(tmp_path / "out" / "x.png"), pixels(tmp_path / "out" / "y.png"))
+
+
 def test_low_memory_is_close(edit, tmp_path):
     assert edit(resolution=192).code == 0
     normal = pixels(tmp_path / "out" / "x.png").astype(int)
