@@ -9,6 +9,7 @@ import torch
 from errors import UserError
 
 SIZES = 64  # of inputs that one function may be compiled for
+NOTICE = "compiling with the first step, which takes minutes unless it was done before"  # what programs say
 
 
 def compiled(function, **settings):

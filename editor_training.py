@@ -11,7 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 import checkpoint
 from attention import fused, reference
 from batches import Draws, LatentPairs, PicturePairs, stack
-from compiled import compiled, compiling
+from compiled import NOTICE, compiled, compiling
 from dataset import EditDataset
 from diffusion import NoiseSchedule
 from errors import UserError
@@ -69,6 +69,8 @@ class Training:
         ranks.check_same(self.start)
         network = checkpointed(self.unet) if options.checkpointing else self.unet
         if options.compile:  # self.unet itself stays as it is, for the sizes of the sample sheets
+            if ranks.first:
+                print(NOTICE)
             network = self.compile(network, size)
         self.network = ranks.share(network)
 

@@ -22,7 +22,7 @@ import checkpoint
 from captions import FIELDS, read_edits
 from clip_image import CLIP
 from clip_text import CLIPTokenizer
-from compiled import compiling
+from compiled import NOTICE, compiling
 from configs import Config
 from dataset import Filter, Pair, folder_name, write_edit, write_seeds
 from errors import UserError, append_whole, written_whole
@@ -54,6 +54,7 @@ class Sampler:
         parts = checkpoint.load(options.weights, options.device, getattr(torch, options.dtype))
         model = TextToImage(parts)
         if options.compile or (options.compile is None and torch.device(options.device).type == "cuda"):
+            print(NOTICE)
             model.compile()
         model.vae.float()  # a small part of the work, and bfloat16 has fewer levels than a picture
         resolution = options.resolution or model.sampling.resolution

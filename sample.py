@@ -198,6 +198,7 @@ def load_model(settings):
     """Load the model that the settings name, and note in them the device and the number format that were chosen."""
     import torch
 
+    from compiled import NOTICE
     from ip2p import InstructPix2Pix
 
     if settings["device"] == "auto":
@@ -212,7 +213,7 @@ def load_model(settings):
     dtype = getattr(torch, settings["dtype"])
     model = InstructPix2Pix.load(weights, settings["device"], dtype, settings["tokenizer"], settings["vae"])
     if settings["compile"]:
-        say("compiling with the first step, which takes minutes unless it was done before")
+        say(NOTICE)
         model.compile()
     return model
 

@@ -8,6 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 from conftest import lines_of, tiny_model
 from PIL import Image
 from random_model import randomise, small_tokenizer
@@ -18,6 +19,7 @@ from captions import read_edits
 from checkpoint import load, load_clip, save_clip, save_folder
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIPTextConfig
+from compiled import NOTICE
 from dataset import EditDataset, Filter
 from errors import run_program
 from images import to_image, to_tensor
@@ -327,6 +329,22 @@ def test_the_first_seed_can_be_chosen(models, pairs, program, tmp_path):
     for one, two in zip(ours[0]["candidates"], theirs[1]["candidates"], strict=True):
         assert [one[name] for name in NAMES[:3]] == [two[name] for name in NAMES[:3]]  # what a seed draws
         assert one["clip_sim_0"] != pytest.approx(two["clip_sim_0"], abs=1e-3)  # but of another caption
+
+
+def test_compiled_it_makes_the_same_pairs(models, pairs, program, tmp_path, monkeypatch):
+    """With a compiler that traces and does not translate."""
+    compiled, compile_with = [], TextToImage.compile
+
+    def traced(model):
+        compiled.append(model)
+        compile_with(model, backend="eager")
+
+    monkeypatch.setattr(TextToImage, "compile", traced)
+    code, lines, errors = program(*command(models, tmp_path / "data", *OPEN, "--compile"))
+    assert (code, errors, len(compiled)) == (0, [], 1)
+    assert NOTICE in lines
+    equal_but_for_rounding(tmp_path / "data", pairs)
+    torch.compiler.reset()
 
 
 def test_settings_reach_the_sampler(models, program, tmp_path, monkeypatch):

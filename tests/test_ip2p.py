@@ -116,7 +116,6 @@ def test_a_sampler_may_ask_for_levels_of_its_own(model):
     text, announced = model.encode_text([INSTRUCTION]), torch.tensor([3.0, 0.0], dtype=torch.float64)
     denoise = [model.denoiser(text, image_latent, sigmas, 4.0, 1.5) for sigmas in (announced, 2 * announced)]
     assert relative_error(denoise[1](x, 3.0), denoise[0](x, 3.0)) <= 1e-5
-    assert relative_error(denoise[1](x, 6.0), denoise[0](x, 3.0)) > 1e-2
 
 
 @pytest.mark.parametrize("low_memory", [False, True])

@@ -113,6 +113,7 @@ def check(inputs):
 
 
 def test_who_runs_the_kernel():
+    assert max(kernel.TILES) == attention.WIDEST
     assert isinstance(kernel.attend_kernel, interpreter.InterpretedFunction) == (DEVICE == "cpu")
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import images
 import sample
 from checkpoint import save_folder, save_single_file
+from compiled import NOTICE
 from images import edit_size, open_image, read_settings, save_png
 from ip2p import InstructPix2Pix
 
@@ -747,7 +748,7 @@ def test_compiled_it_is_the_same_edit(edit, run_sample, tmp_path, monkeypatch):
     usual = pixels(tmp_path / "out" / "x.png").astype(int)
     done = edit("--compile")
     assert (done.code, len(compiled)) == (0, 1)
-    assert any("compiling with the first step" in line for line in done.err)
+    assert f"{BEGINNING}{NOTICE}" in done.err
     assert abs(pixels(tmp_path / "out" / "x.png") - usual).max() <= 1
     again = run_sample("--again", tmp_path / "out" / "x.png", "--out", tmp_path / "out" / "y.png")
     assert (again.code, len(compiled)) == (0, 2)
