@@ -218,19 +218,13 @@ def first_call(name, settings, cache):
 
     Raises UserError if the rung cannot be compiled.
     """
-    import torch
+    from compiled import compiling
 
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(cache, side_of(name))
     run = prepared_rungs(side_of(name), settings)[name]
     start = time.perf_counter()
-    try:
+    with compiling("try --no-compile"):
         output = run().float().cpu().numpy()
-    except RuntimeError as error:
-        if name not in COMPILED or isinstance(error, torch.OutOfMemoryError):
-            raise
-        # the compiler's own errors get lost on their way to another process
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{LABELS[name]}: it cannot be compiled here ({reason}); try --no-compile") from error
     seconds = time.perf_counter() - start
     if name in GRAPHS:  # which are recorded at the second call
         run()

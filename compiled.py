@@ -39,11 +39,13 @@ def compile_networks(unet, vae, **settings):
 @contextmanager
 def compiling(advice):
     """Where compiled code is called. Raises UserError with this advice if it cannot be compiled."""
-    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-    from torch._inductor.exc import InductorError
-
     try:
         yield
-    except (TorchDynamoException, FailOnRecompileLimitHit, InductorError) as error:
+    except Exception as error:
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # here, since it takes a second
+        from torch._inductor.exc import InductorError
+
+        if not isinstance(error, (TorchDynamoException, FailOnRecompileLimitHit, InductorError)):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"the networks could not be compiled here ({reason}); {advice}") from error

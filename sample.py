@@ -250,28 +250,28 @@ def make(model, image, settings, edits, wanted):
     """Make the edits whose numbers are `wanted`, in batches: {number: picture}. Raises UserError if memory runs out."""
     import torch
 
+    from compiled import compiling
+
     pictures = {}
     while len(pictures) < len(wanted):
         numbers = batch_of(wanted[len(pictures)], wanted.stop, settings["low_memory"])
         chosen_seeds, text, image_scales = zip(*(edits[number] for number in numbers), strict=True)
         try:
-            made = model.edit(
-                image,
-                settings["instr"],
-                text_guidance=text,
-                image_guidance=image_scales,
-                steps=settings["steps"],
-                seed=chosen_seeds,
-                resolution=settings["resolution"],
-                low_memory=settings["low_memory"],
-                progress=True,
-            )
+            with compiling("leave out --compile"):
+                made = model.edit(
+                    image,
+                    settings["instr"],
+                    text_guidance=text,
+                    image_guidance=image_scales,
+                    steps=settings["steps"],
+                    seed=chosen_seeds,
+                    resolution=settings["resolution"],
+                    low_memory=settings["low_memory"],
+                    progress=True,
+                )
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
                 raise UserError("there is not enough memory; try --low-memory, or a smaller --resolution") from error
-            if settings["compile"]:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                raise UserError(f"the networks could not be compiled here ({reason}); leave out --compile") from error
             raise
         pictures.update(zip(numbers, made, strict=True))
     return pictures

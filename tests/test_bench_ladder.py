@@ -154,11 +154,11 @@ def test_a_rung_with_another_output_is_not_timed(in_process, monkeypatch):
 
 
 def test_what_cannot_be_compiled_is_said_in_a_line(in_process, monkeypatch):
-    def refused(*inputs):
+    def refused(graph, inputs):
         raise RuntimeError("no compiler\nand a long story")
 
-    monkeypatch.setattr(compiled, "compiled", lambda function, **settings: refused)
-    with pytest.raises(UserError, match=r"^\+ compiled: it cannot be compiled here \(no compiler\); try --no-compile$"):
+    monkeypatch.setattr(compiled, "compiled", functools.partial(torch.compile, backend=refused))
+    with pytest.raises(UserError, match=r"^the networks could not be compiled here \(.*\); try --no-compile$"):
         bench.main([*SMALL, "--rungs", "fused,compiled"])
 
 

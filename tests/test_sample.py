@@ -755,6 +755,19 @@ def test_compiled_it_is_the_same_edit(edit, run_sample, tmp_path, monkeypatch):
     assert np.array_equal(pixels(tmp_path / "out" / "x.png"), pixels(tmp_path / "out" / "y.png"))
 
 
+def test_what_cannot_be_compiled_is_one_line(edit, tmp_path, monkeypatch):
+    def failing(graph, inputs):
+        raise RuntimeError("no compiler here\nat all")
+
+    compile_with = InstructPix2Pix.compile
+    monkeypatch.setattr(InstructPix2Pix, "compile", lambda model: compile_with(model, backend=failing))
+    done = edit("--compile")
+    assert done.code == 2
+    words = BEGINNING + r"the networks could not be compiled here \(.*\); leave out --compile"
+    assert re.fullmatch(words, done.err[-1])
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_low_memory_is_close(edit, tmp_path):
     assert edit(resolution=192).code == 0
     normal = pixels(tmp_path / "out" / "x.png").astype(int)
