@@ -24,7 +24,7 @@ test-slow: .venv/installed-dev
 	$(RUN) -m pytest -m slow
 
 bench: .venv/installed-dev
-	$(RUN) bench.py
+	$(RUN) -m bench
 
 # Every step goes on where it was stopped. models/mini/README.md says what each of them took and reached.
 DEVICE ?= cpu
@@ -33,7 +33,7 @@ HERE = runs/mini
 PAIRS = --edits $(HERE)/edits.jsonl --weights $(HERE)/sd_model --clip $(HERE)/clip_model --steps 12 --guidance 2 4 \
 	--dtype bfloat16 --device $(DEVICE)
 mini: .venv/installed
-	$(RUN) pretrain.py all --out $(HERE) --device $(DEVICE)
+	$(RUN) -m mini.pretrain all --out $(HERE) --device $(DEVICE)
 	$(RUN) datagen.py text --count 7000 --out $(HERE)/edits.jsonl
 	$(RUN) datagen.py calibrate $(PAIRS) --count 128 --shares 0.1 0.05 0.1
 	$(RUN) datagen.py images $(PAIRS) --samples 2 --keep 2 --batch 16 --out $(HERE)/pairs

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from errors import UserError
+from cli import UserError
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def fused_values(q, k, v, *second):
     or q', k' and v' [G, B, H, ., D], and softmax(Q' K'^T / sqrt(D)) V' is added to out_S. Returns [G, S, B, H, N, D].
     """
     if has_kernel(q, v.shape[1]):
-        from kernel import attend_values  # here, because it needs triton
+        from gpu.kernel import attend_values  # here, because it needs triton
 
         return attend_values(q, k, v, *second)
     groups, values, width = len(q), v.shape[1], q.shape[-1]

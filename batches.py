@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from errors import UserError
+from cli import UserError
 
 PIXELS_AT_ONCE = 64 * 64 * 64  # of pictures to encode before a training, which should not take its memory
 PIXELS_IN_STEP = 16 * 256 * 256  # the same within a step: the encoder should take less than the training's own way back

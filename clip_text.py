@@ -14,7 +14,7 @@ from tokenizers.models import BPE
 from torch import nn
 
 from attention import fused, join_heads, split_heads
-from errors import UserError
+from cli import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

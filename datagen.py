@@ -20,15 +20,23 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from browse import write_page
-from captions import FIELDS, Unique, read_captions
+from cli import (
+    Parser,
+    UserError,
+    check_device,
+    check_sampling,
+    check_seeds,
+    make_folder,
+    own_device,
+    run_program,
+    atomic_write,
+)
 from dataset import Filter, Pair, write_edit, write_seeds
-from errors import Parser, UserError, run_program, written_whole
+from language.captions import FIELDS, Unique, read_captions
+from mini.world import caption, edit_scene, held_out, random_edit, read_caption, render
 from p2p import CONTROLS
+from pages.browse import write_page
 from pairs import calibrate, make_images
-from report import make_folder
-from settings import check_device, check_sampling, check_seeds, own_device
-from world import caption, edit_scene, held_out, random_edit, read_caption, render
 
 ROOT = Path(__file__).resolve().parent
 
@@ -42,14 +50,14 @@ def write_text(options):
         return write_rules(options)
     if not options.captions:
         raise UserError("--writer openai needs --captions, a .txt, .jsonl or .csv file")
-    from writer import write_edits  # openai takes a second to import
+    from language.writer import write_edits  # openai takes a second to import
 
     return write_edits(options)
 
 
 def finetune_text(options):
     """Fine-tune a language model on the hand-written triplets."""
-    from finetune import finetune
+    from language.finetune import finetune
 
     finetune(options)
 
@@ -59,7 +67,7 @@ def write_rules(options):
     rng = np.random.default_rng(options.seed)
     edits = edits_of_captions(options.captions, rng) if options.captions else random_edits(options.count, rng)
     count = 0
-    with written_whole(options.out) as beside, open(beside, "w", encoding="utf-8") as file:
+    with atomic_write(options.out) as beside, open(beside, "w", encoding="utf-8") as file:
         for record in edits:
             print(json.dumps(record), file=file)
             count += 1

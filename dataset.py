@@ -18,8 +18,8 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from configs import Config
-from errors import UserError, written_whole
+from cli import UserError, atomic_write
+from formats.configs import Config
 from images import open_image, to_jpeg, to_tensor
 
 SPLITS = {"train": (0.0, 0.9), "val": (0.9, 0.95), "test": (0.95, 1.0), "all": (0.0, 1.0)}
@@ -77,7 +77,7 @@ def write_edit(root, number, prompt, pairs):
     prompt: {"caption", "edit", "output", "url"}, pairs: a list of Pair.
     """
     folder = Path(root) / folder_name(number)
-    with written_whole(folder) as beside:
+    with atomic_write(folder) as beside:
         beside.mkdir()
         (beside / "prompt.json").write_text(json.dumps(prompt, ensure_ascii=False), encoding="utf-8")
         for pair in pairs:
@@ -101,7 +101,7 @@ def remove_folder(folder):
 
 
 def write_seeds(root, writer=None):
-    """Write seeds.json from the folders there are; returns the number of pairs. writer: as for `written_whole`.
+    """Write seeds.json from the folders there are; returns the number of pairs. writer: as for `atomic_write`.
 
     If another process adds to the folders meanwhile, it is written again: the last one to end leaves it whole.
     """
@@ -114,7 +114,7 @@ def write_seeds(root, writer=None):
                     entries.append([path.parent.name, seeds])
             except FileNotFoundError:
                 found = None  # another process is just writing that edit anew
-        with written_whole(Path(root) / "seeds.json", writer) as beside:
+        with atomic_write(Path(root) / "seeds.json", writer) as beside:
             beside.write_text(json.dumps(entries), encoding="utf-8")
     return sum(len(seeds) for _, seeds in entries)
 

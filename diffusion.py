@@ -10,9 +10,20 @@ sigma = sqrt((1 - abar) / abar): the same picture, with noise of standard deviat
     callback(step, sigma, denoised): called once a step, if given
 """
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A model's sampling defaults, kept in a folder's `sampling.json`; these here are the released code's."""
+
+    steps: int = 100
+    text_guidance: float = 7.5  # s_T of Eq. 3: how strongly to follow the instruction
+    image_guidance: float = 1.5  # s_I of Eq. 3: how closely to keep to the picture
+    resolution: int = 512  # pixels of the longer side, about
 
 
 class NoiseSchedule:

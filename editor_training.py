@@ -8,21 +8,20 @@ from functools import partial
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
-import checkpoint
 from attention import fused, reference
 from batches import Draws, LatentPairs, PicturePairs, stack
-from compiled import NOTICE, compiled, compiling
+from cli import UserError, plain
 from dataset import EditDataset
 from diffusion import NoiseSchedule
-from errors import UserError
+from formats import checkpoint
+from formats.lora import add_lora
+from formats.weights import extend_input
+from gpu.compiled import NOTICE, compiled, compiling
 from images import enlarge, grid, save_png, to_image
 from ip2p import InstructPix2Pix, loss
-from lora import add_lora
-from report import plain
 from states import newest_state, save_state, state_paths
 from training import MovingAverage
 from unet import Attention, ResBlock, Transformer
-from weights import extend_input
 
 SHOWN, MEASURED = 8, 64  # pairs of the validation split on the sample sheet; examples of the validation loss
 SAME = (  # or it is another run

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
-from errors import Parser, UserError, run_program
-from evaluate_pairs import evaluate_pairs
-from evaluate_world import evaluate_world
-from settings import check_device, check_sampling, check_seeds
+from cli import Parser, UserError, check_device, check_sampling, check_seeds, run_program
+from mini.evaluate_pairs import evaluate_pairs
+from mini.evaluate_world import evaluate_world
 
 
 def parse(arguments=None):

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import torch
 
-import checkpoint
+from cli import UserError
 from editor_training import choose_weights, chosen_sampling, load_editor
-from errors import UserError
-from lora import merge_lora, write_lora
+from formats import checkpoint
+from formats.lora import merge_lora, write_lora
 from states import newest_state
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
-from errors import UserError, written_whole
+from cli import UserError, atomic_write
 
 # What people have; not every format that Pillow knows, since some (EPS) start other programs. JPEG covers MPO, which
 # many telephones write.
@@ -113,7 +113,7 @@ def save_png(image, path, settings=None):
         text = json.dumps(settings, ensure_ascii=False)
         # a file name that is no UTF-8 holds lone surrogates, which only JSON's own escapes can carry
         info.add_itxt("ip2p", text.encode("utf-8", "backslashreplace").decode())
-    with written_whole(path) as beside:
+    with atomic_write(path) as beside:
         image.save(beside, format="PNG", pnginfo=info)
 
 

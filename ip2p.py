@@ -10,13 +10,12 @@ from functools import cached_property
 import torch
 from tqdm import tqdm
 
-import checkpoint
 from attention import fused
-from compiled import compile_networks, compiled
+from cli import UserError, check_instruction, check_sampling, check_seeds
 from diffusion import NoiseSchedule, euler_ancestral, seeded_noise
-from errors import UserError
+from formats import checkpoint
+from gpu.compiled import compile_networks, compiled
 from images import check_size, fit, to_image, to_rgb, to_tensor
-from settings import check_instruction, check_sampling, check_seeds
 
 
 def guided_eps(eps_full, eps_image, eps_null, text_guidance, image_guidance):
@@ -109,7 +108,7 @@ class InstructPix2Pix:
     def compile(self, **settings):
         """Compile what an edit calls at every step, and the decoder; settings: of torch.compile.
 
-        Meant for a GPU; on a CPU it does not pay (benchmarks/ladder-cpu.md). The first edit of a size takes minutes
+        Meant for a GPU; on a CPU it does not pay (bench/ladder-cpu.md). The first edit of a size takes minutes
         longer. The same pictures come out, but for rounding. mode="reduce-overhead" replays each step as a CUDA graph,
         for networks so small that the GPU waits for Python. torch must be able to trace an `attend` of one's own: it
         may not print, for one.

@@ -14,15 +14,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import checkpoint
 from align import Alignment, align, phrase_tokens, scale_of
 from attention import fused, fused_values, has_kernel, reference
+from cli import Parser, UserError, check_device, check_sampling, check_seeds, make_folder, run_program
 from diffusion import euler_ancestral
-from errors import Parser, UserError, run_program
+from formats import checkpoint
 from images import enlarge, grid, save_png, to_image
-from report import make_folder
-from settings import check_device, check_sampling, check_seeds
-from text2image import TextToImage
+from stable_diffusion import StableDiffusion
 
 P_RANGE = (0.1, 0.9)  # Sec. 3.1.2: p ~ U(0.1, 0.9) for every pair
 CONTROLS = ("self", "cross", "both")  # which maps are borrowed; the authors' released code: self
@@ -196,7 +194,7 @@ def sample_pairs(
 ):
     """B caption pairs -> (pictures before, pictures after), each [B, 3, H, W], about in [-1, 1].
 
-    model: a `TextToImage`, before and after: lists of B captions, noise: a `PairNoise` of B seeds. control: which maps
+    model: a `StableDiffusion`, before and after: lists of B captions, noise: a `PairNoise` of B seeds. control: which maps
     are borrowed for the share noise.p of the steps, one of CONTROLS. scale [B, L]: re-weights the tokens of the
     captions after, at all steps. blend: a `LocalBlend`.
     """
@@ -229,7 +227,7 @@ def alignment_of(model, before, after):
 
 def draw(options):
     """A sheet: the picture of the source, and that of the target with other noise, the same noise, and rising p."""
-    model = TextToImage(checkpoint.load(options.weights, options.device))
+    model = StableDiffusion(checkpoint.load(options.weights, options.device))
     tokenizer, channels = model.tokenizer, model.vae.config.latent_channels
     captions = options.source, options.target
     scale = blend = None

@@ -18,19 +18,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import checkpoint
-from captions import FIELDS, read_edits
+from cli import UserError, append_whole, make_folder, atomic_write
 from clip_image import CLIP
 from clip_text import CLIPTokenizer
-from compiled import NOTICE, compiling
-from configs import Config
 from dataset import Filter, Pair, folder_name, write_edit, write_seeds
-from errors import UserError, append_whole, written_whole
+from formats import checkpoint
+from formats.configs import Config
+from formats.weights import write_json
+from gpu.compiled import NOTICE, compiling
 from images import to_image, to_tensor
+from language.captions import FIELDS, read_edits
 from p2p import PairNoise, sample_pairs
-from report import make_folder
-from text2image import TextToImage
-from weights import write_json
+from stable_diffusion import StableDiffusion
 
 
 @dataclass
@@ -38,7 +37,7 @@ class Sampler:
     """What turns jobs, (an edit's number, a seed) each, into candidates."""
 
     edits: list
-    model: TextToImage
+    model: StableDiffusion
     clip: CLIP
     tokenizer: CLIPTokenizer
     guidance: tuple  # the range of guidance scales
@@ -52,7 +51,7 @@ class Sampler:
         if options.threads:
             torch.set_num_threads(options.threads)
         parts = checkpoint.load(options.weights, options.device, getattr(torch, options.dtype))
-        model = TextToImage(parts)
+        model = StableDiffusion(parts)
         if options.compile or (options.compile is None and torch.device(options.device).type == "cuda"):
             print(NOTICE)
             model.compile()
@@ -201,7 +200,7 @@ def check_settings(options, sampler, wanted):
 def keep_settings(options, sampler, wanted):
     """Note in settings.json how a data set is made."""
     part, parts = options.shard
-    with written_whole(options.out / "settings.json", writer=f"{part}of{parts}") as beside:
+    with atomic_write(options.out / "settings.json", writer=f"{part}of{parts}") as beside:
         write_json(beside, settings_of(options, sampler, wanted))
 
 
@@ -281,6 +280,6 @@ def calibrate(options):
     worst = [[min(score[name] for name in group) for score in scores] for group in names]
     chosen = Filter(*(round(float(np.quantile(*pair)), 3) for pair in zip(worst, options.shares, strict=True)))
     kept = sum(chosen.keeps(score) for score in scores) / len(scores)
-    with written_whole(Path(options.clip) / "filter.json") as beside:
+    with atomic_write(Path(options.clip) / "filter.json") as beside:
         write_json(beside, asdict(chosen))
     print(f"{options.clip}/filter.json: {asdict(chosen)} keep {100 * kept:.0f} % of {len(scores)} candidates")

@@ -14,12 +14,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import checkpoint
 from batches import encode
+from cli import UserError
 from clip_text import CLIP_L_TEXT, CLIPText
 from diffusion import NoiseSchedule
 from editor_training import checkpointed, choose_weights, training_attention
-from errors import UserError
+from formats import checkpoint
 from ip2p import loss
 from unet import INSTRUCT_PIX2PIX, UNet
 from vae import STABLE_DIFFUSION_VAE, VAE

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import torch
 
-from errors import Parser, UserError
-from settings import check_device, check_device_name, check_sampling, own_device
+from cli import Parser, UserError, check_device, check_device_name, check_sampling, own_device
 
 COMMON = {
     "largest": None,

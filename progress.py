@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from errors import UserError, append_whole, written_whole
+from cli import UserError, append_whole, atomic_write
 from images import save_png
 
 EVERY = 5.0  # seconds between two lines
@@ -92,7 +92,7 @@ def cut(path, step):
     """Leave out the lines after a step: a resumed run writes them again. Raises UserError."""
     if path.exists():
         kept = [line for line in read_metrics(path) if line["step"] <= step]
-        with written_whole(path) as beside:
+        with atomic_write(path) as beside:
             beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 

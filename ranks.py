@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import UserError
-from settings import own_device
+from cli import UserError, own_device
 
 PATIENCE = timedelta(hours=2)  # the others wait while the first one saves, measures and draws samples
 

@@ -11,8 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from errors import Parser, UserError, run_program
-from settings import check_device, check_instruction, check_sampling, check_seeds
+from cli import Parser, UserError, check_device, check_instruction, check_sampling, check_seeds, run_program
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "mini" / "editor"
 WORLD = 64  # pixels a side of the pictures that it was made for
@@ -198,7 +197,7 @@ def load_model(settings):
     """Load the model that the settings name, and note in them the device and the number format that were chosen."""
     import torch
 
-    from compiled import NOTICE
+    from gpu.compiled import NOTICE
     from ip2p import InstructPix2Pix
 
     if settings["device"] == "auto":
@@ -250,7 +249,7 @@ def make(model, image, settings, edits, wanted):
     """Make the edits whose numbers are `wanted`, in batches: {number: picture}. Raises UserError if memory runs out."""
     import torch
 
-    from compiled import compiling
+    from gpu.compiled import compiling
 
     pictures = {}
     while len(pictures) < len(wanted):

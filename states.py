@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from errors import UserError, written_whole
+from cli import UserError, atomic_write
 
 FOLDER = "states"
 
@@ -19,7 +19,7 @@ def save_state(run, step, parts, keep):
         path.parent.mkdir(parents=True, exist_ok=True)
         for torn in path.parent.glob(".*.tmp"):  # of a process that was killed
             torn.unlink()
-        with written_whole(path) as beside:
+        with atomic_write(path) as beside:
             torch.save({"step": step, **parts}, beside)
             with open(beside, "rb") as file:
                 os.fsync(file.fileno())  # older ones are removed only when this one is on the disk

@@ -16,14 +16,13 @@ import sys
 
 import torch
 
+from cli import make_folder, run_program
 from editor_training import Training
-from errors import run_program
 from export import export, replace_model
 from plan import print_plan
 from presets import parse, parse_export
 from progress import Progress
 from ranks import Ranks, StopSignal
-from report import make_folder
 
 
 def train(options):

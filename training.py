@@ -19,7 +19,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from errors import UserError, written_whole
+from cli import UserError, atomic_write
 
 WORKERS = 64  # processes of one training at most, so that each has a random stream of its own
 
@@ -125,7 +125,7 @@ def fit(network, loss_of, plan, folder, *, device="cpu", show=None, save_every=1
             if saving:
                 parts = {"network": network.state_dict(), "average": average.state_dict()}
                 parts |= {"optimizer": optimizer.state_dict(), "step": done, "seconds": seconds + now - began}
-                with written_whole(state) as beside:
+                with atomic_write(state) as beside:
                     torch.save(parts, beside)
                 saved = now
             if show and done % max(1, plan.steps // 10) == 0:

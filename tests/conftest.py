@@ -26,10 +26,10 @@ from PIL import Image
 from random_model import randomise, small_tokenizer
 
 import sample
-from checkpoint import Model, save_folder, save_single_file
+from cli import run_program
 from clip_text import CLIPText, CLIPTextConfig
-from errors import run_program
-from settings import Sampling
+from diffusion import Sampling
+from formats.checkpoint import Model, save_folder, save_single_file
 from unet import Level, UNet, UNetConfig
 from vae import VAE, VAEConfig
 

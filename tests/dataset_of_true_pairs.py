@@ -3,7 +3,7 @@
 import numpy as np
 
 from dataset import Pair, write_edit, write_seeds
-from world import caption, random_edit, render
+from mini.world import caption, random_edit, render
 
 
 def write_pairs(root, count, size=(64, 64), different=None):

@@ -3,9 +3,9 @@
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 
-from checkpoint import Model
 from clip_text import END, START, CLIPText, CLIPTextConfig, CLIPTokenizer
-from settings import Sampling
+from diffusion import Sampling
+from formats.checkpoint import Model
 from unet import Level, UNet, UNetConfig
 from vae import VAE, VAEConfig
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-import configs
-from weights import renamed
+from formats import configs
+from formats.weights import renamed
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -5,7 +5,7 @@ import torch
 from conftest import small_tokenizer
 
 from align import common_subsequence, count_tokens, phrase_tokens, refine, scale_of, swap, word_tokens
-from errors import UserError
+from cli import UserError
 
 TOKENIZER = small_tokenizer()
 LENGTH = TOKENIZER.tokens

@@ -10,10 +10,10 @@ from dataset_of_true_pairs import write_pairs
 from reference import relative_error
 
 from batches import Contexts, Draws, LatentPairs, PicturePairs
+from cli import UserError
 from dataset import EditDataset
-from errors import UserError
 from images import to_tensor
-from world import random_edit, render
+from mini.world import random_edit, render
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXACT = partial(torch.autocast, "cpu", enabled=False)

@@ -15,18 +15,16 @@ from random_model import randomise, small_tokenizer
 
 import datagen
 import pairs as pairs_module
-from captions import read_edits
-from checkpoint import load, load_clip, save_clip, save_folder
+from cli import run_program
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIPTextConfig
-from compiled import NOTICE
 from dataset import EditDataset, Filter
-from errors import run_program
+from formats.checkpoint import load, load_clip, save_clip, save_folder
+from gpu.compiled import NOTICE
 from images import to_image, to_tensor
-from p2p import P_RANGE, PairNoise, sample_pairs
-from phrasings import PHRASINGS
-from text2image import TextToImage
-from world import (
+from language.captions import read_edits
+from mini.phrasings import PHRASINGS
+from mini.world import (
     BACKGROUNDS,
     COLOURS,
     MEDIA,
@@ -39,6 +37,8 @@ from world import (
     read_caption,
     render,
 )
+from p2p import P_RANGE, PairNoise, sample_pairs
+from stable_diffusion import StableDiffusion
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -289,7 +289,7 @@ def test_scores_are_those_of_the_files(models, pairs):
 
 def test_a_seed_stands_for_one_pair(models, pairs):
     """Sampled alone: the two numbers that its seed draws, the scores of the pixels, and the files but for JPEG."""
-    model, (clip, tokenizer) = TextToImage(load(models / "sd")), load_clip(models / "clip")
+    model, (clip, tokenizer) = StableDiffusion(load(models / "sd")), load_clip(models / "clip")
     for number in (1, 3):
         noted = read_lines(pairs / f"{number:07d}" / "metadata.jsonl")[0]
         noise = PairNoise([noted["seed"]], (4, 16, 16), (2.0, 4.0))
@@ -333,13 +333,13 @@ def test_the_first_seed_can_be_chosen(models, pairs, program, tmp_path):
 
 def test_compiled_it_makes_the_same_pairs(models, pairs, program, tmp_path, monkeypatch):
     """With a compiler that traces and does not translate."""
-    compiled, compile_with = [], TextToImage.compile
+    compiled, compile_with = [], StableDiffusion.compile
 
     def traced(model):
         compiled.append(model)
         compile_with(model, backend="eager")
 
-    monkeypatch.setattr(TextToImage, "compile", traced)
+    monkeypatch.setattr(StableDiffusion, "compile", traced)
     code, lines, errors = program(*command(models, tmp_path / "data", *OPEN, "--compile"))
     assert (code, errors, len(compiled)) == (0, [], 1)
     assert NOTICE in lines

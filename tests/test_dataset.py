@@ -13,8 +13,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import dataset
+from cli import UserError
 from dataset import EditDataset, Filter, Pair, folder_name, write_edit, write_seeds
-from errors import UserError
 from images import to_image, to_tensor
 
 NAMES = ["seed", "p2p_threshold", "cfg_scale", "clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image"]

@@ -14,12 +14,15 @@ from random_model import randomise, small_tokenizer
 from torch import nn
 
 import evaluate
-import evaluate_world
-from checkpoint import save_clip, save_folder
+from cli import UserError, run_program
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIPTextConfig
-from errors import UserError, run_program
-from evaluate_world import (
+from diffusion import Sampling
+from formats.checkpoint import save_clip, save_folder
+from images import to_image, to_tensor
+from ip2p import InstructPix2Pix
+from mini import evaluate_world
+from mini.evaluate_world import (
     clip_scores,
     edit_all,
     edited_region,
@@ -29,12 +32,9 @@ from evaluate_world import (
     true_pictures,
     wilson,
 )
-from images import to_image, to_tensor
-from ip2p import InstructPix2Pix
-from judge import Judge, truth
-from phrasings import HELD_OUT, PHRASINGS
-from settings import Sampling
-from world import KINDS, held_out, render
+from mini.judge import Judge, truth
+from mini.phrasings import HELD_OUT, PHRASINGS
+from mini.world import KINDS, held_out, render
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,7 @@ import torch
 from conftest import colourful, png_header
 from PIL import Image, TiffImagePlugin, features
 
-from errors import UserError, written_whole
+from cli import UserError, atomic_write
 from images import edit_size, fit, grid, open_image, read_settings, save_png, to_image, to_rgb, to_tensor
 
 # ---- opening ----
@@ -597,13 +597,13 @@ def test_where_nothing_can_be_written(tmp_path):
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
-    with written_whole(tmp_path / "good") as beside:
+    with atomic_write(tmp_path / "good") as beside:
         (beside / "a").mkdir(parents=True)
         assert not (tmp_path / "good").exists()
     assert (tmp_path / "good" / "a").is_dir()
 
     def fail():
-        with written_whole(tmp_path / "bad") as beside:
+        with atomic_write(tmp_path / "bad") as beside:
             (beside / "a").mkdir(parents=True)
             (beside / "a" / "x").write_text("half")
             raise ZeroDivisionError

@@ -8,13 +8,12 @@ from PIL import Image
 from random_model import random_model, randomise
 from reference import edit_reference, real_vocabulary, relative_error
 
-from checkpoint import Model, save_folder, save_single_file
+from cli import UserError
 from clip_text import CLIP_L_TEXT, CLIPText, CLIPTokenizer
-from diffusion import NoiseSchedule, ddim, seeded_noise
-from errors import UserError
+from diffusion import NoiseSchedule, Sampling, ddim, seeded_noise
+from formats.checkpoint import Model, save_folder, save_single_file
 from images import fit, to_tensor
 from ip2p import InstructPix2Pix, drop_conditions, guided_eps, loss
-from settings import Sampling
 from unet import INSTRUCT_PIX2PIX, UNet
 from vae import STABLE_DIFFUSION_VAE, VAE
 

@@ -10,10 +10,10 @@ from reference import relative_error
 
 from align import Alignment, phrase_tokens, scale_of
 from attention import Layer, fused
+from cli import UserError
 from diffusion import euler, euler_ancestral
-from errors import UserError
 from p2p import CONTROLS, P_RANGE, LocalBlend, PairControl, PairNoise, alignment_of, main, sample_pairs
-from text2image import TextToImage
+from stable_diffusion import StableDiffusion
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,7 +24,7 @@ SELF, CROSS = (Layer(0, "down", cross, (4, 4)) for cross in (False, True))
 
 @pytest.fixture(scope="module")
 def model():
-    return TextToImage(random_model(seed=3, in_channels=4))
+    return StableDiffusion(random_model(seed=3, in_channels=4))
 
 
 def with_maps(share, steps, step, cross=None, alignment=None, scales=None, scale=None):

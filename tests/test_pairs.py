@@ -17,11 +17,11 @@ from random_model import randomise, small_tokenizer
 
 import datagen
 import pairs
-from checkpoint import save_clip, save_folder
+from cli import UserError, append_whole, run_program
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIPTextConfig
 from dataset import read_seeds
-from errors import UserError, append_whole, run_program
+from formats.checkpoint import save_clip, save_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

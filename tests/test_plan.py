@@ -9,8 +9,8 @@ from random_model import random_model
 from torch.profiler import ProfilerActivity, profile
 
 import train
-from checkpoint import save_folder
 from editor_training import Training
+from formats.checkpoint import save_folder
 from plan import PARTS, plan
 from presets import parse
 from ranks import Ranks

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 import images
 import sample
-from checkpoint import save_folder, save_single_file
-from compiled import NOTICE
+from formats.checkpoint import save_folder, save_single_file
+from gpu.compiled import NOTICE
 from images import edit_size, open_image, read_settings, save_png
 from ip2p import InstructPix2Pix
 
@@ -158,7 +158,7 @@ def test_nothing_heavy_is_imported_for_help_and_mistakes(tmp_path):
     """One process runs them all; then neither torch nor what it brings may be there."""
     code = """
 import sys
-from errors import run_program
+from cli import run_program
 import sample
 edit = ["--image", "x.png", "--weights", "w", "--instr"]
 for arguments in (["--help"], [], ["--nonsense"], ["--image"], [*edit, ""], [*edit, "x", "--steps", "0"],

@@ -24,17 +24,16 @@ from safetensors.torch import load_file
 import editor_training
 import train
 from batches import Draws
-from checkpoint import load, save_folder
+from cli import run_program
 from dataset import EditDataset
-from diffusion import NoiseSchedule
-from errors import run_program
+from diffusion import NoiseSchedule, Sampling
+from formats.checkpoint import load, save_folder
+from formats.weights import extend_input
 from ip2p import InstructPix2Pix, loss
 from presets import PRESETS, parse
 from ranks import Ranks
-from settings import Sampling
 from states import newest_state, state_paths
 from unet import ResBlock
-from weights import extend_input
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

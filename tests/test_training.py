@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from errors import UserError
+from cli import UserError
 from training import WORKERS, Crew, Plan, fast_training, fit, follow, random_at
 
 pytestmark = pytest.mark.usefixtures("one_thread")

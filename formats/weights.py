@@ -1,0 +1,140 @@
+"""The tensors of one network, from a file and into one.
+
+Networks are made on the meta device, where tensors have a shape and no memory, and take the tensors of the
+memory-mapped file as their own: no random initialisation, no second copy. Every tensor must be there, have the right
+shape and be wanted; what is not so is named.
+"""
+
+import json
+import struct
+import warnings
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from cli import UserError
+from formats.names import foreign_names
+from unet import UNet
+
+HARMLESS = ("position_ids", "text_projection.weight")  # what files may hold beyond what the networks here need
+WEIGHTS = [  # file names in a component's folder, best first
+    f"{stem}{variant}{ending}"
+    for ending in (".safetensors", ".bin")
+    for variant in ("", ".fp16")
+    for stem in ("diffusion_pytorch_model", "model", "pytorch_model")
+]
+
+
+def read_component(folder):
+    """The tensors in a component's folder, whatever its weights file is called."""
+    for name in WEIGHTS:
+        if (folder / name).exists():
+            return read_tensors(folder / name)[0]
+    raise UserError(f"{folder} holds no weights; {' or '.join(WEIGHTS[:2])} is expected there")
+
+
+def read_tensors(path):
+    """(tensors by name, the header's text fields) of a .safetensors file, memory-mapped, or of a plain pickle."""
+    path = Path(path)
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        mapped = zipfile.is_zipfile(path)  # files from before 2020 are no archives, and must be read whole
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it doubts pickles that it reads well
+            values = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except (SafetensorError, struct.error) as error:
+        raise UserError(f"{path} is damaged or cut short ({error}); fetch it again") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # torch.load meets foreign files with exceptions of every kind
+        raise UserError(
+            f"{path} holds more than plain weights, or is damaged; pickles can run code, so it is not opened. "
+            "Use a .safetensors file"
+        ) from error
+    values = values.get("state_dict", values) if isinstance(values, dict) else {}
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}, {}
+
+
+def fill(make, tensors, candidates, where):
+    """Make a network without memory and give it its weights; returns it, frozen and in eval mode.
+
+    tensors: {foreign name: tensor}, candidates(Name) -> the foreign names to look under, first one first, where: named
+    in errors. Raises UserError for a tensor that is missing, of the wrong shape or kind, or not asked for.
+    """
+    with torch.device("meta"):
+        network = make()
+    names, missing, taken, weights = foreign_names(network), [], set(), {}
+    for key, blank in network.state_dict().items():
+        found = [name for name in candidates(names[key]) if name in tensors]
+        if not found:
+            missing.append(candidates(names[key])[0])
+            continue
+        taken.add(found[0])
+        tensor = tensors[found[0]]
+        if not tensor.is_floating_point():
+            raise UserError(f"{where}: tensor {found[0]} holds {tensor.dtype}, not floating-point weights")
+        if without_ones(tensor.shape) != without_ones(blank.shape):
+            raise UserError(f"{where}: tensor {found[0]} has shape {list(tensor.shape)}, not {list(blank.shape)}")
+        weights[key] = tensor.reshape(blank.shape)  # a 1x1 convolution and a linear layer hold the same numbers
+    if missing:
+        count = f"{len(missing)} of {len(names)} tensors are" if len(missing) > 1 else "a tensor is"
+        raise UserError(f"{where}: {count} missing: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}")
+    extra = sorted(name for name in tensors if name not in taken and not name.endswith(HARMLESS))
+    if extra:
+        raise UserError(f"{where}: unknown tensors: {', '.join(extra[:3])}{', ...' if len(extra) > 3 else ''}")
+    network.load_state_dict(weights, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def pick(tensors, names):
+    """The tensors of these names."""
+    return {name: tensor for name, tensor in tensors.items() if name in names}
+
+
+def without_ones(shape):
+    """A shape without its trailing ones."""
+    shape = list(shape)
+    while len(shape) > 1 and shape[-1] == 1:
+        shape.pop()
+    return shape
+
+
+def extend_input(unet, in_channels=8):
+    """A UNet with more input channels whose new weights are zero (Sec. 3.2); it shares all others with `unet`."""
+    config = replace(unet.config, in_channels=in_channels)
+    with torch.device("meta"):
+        extended = UNet(config)
+    weights = unet.state_dict()
+    first = weights["conv_in.weight"]  # [C, 4, 3, 3]
+    weights["conv_in.weight"] = nn.functional.pad(first, (0, 0, 0, 0, 0, in_channels - first.shape[1]))
+    extended.load_state_dict(weights, assign=True)
+    return extended.train(unet.training).requires_grad_(next(unet.parameters()).requires_grad)
+
+
+def renamed(network, layout, dtype):
+    """A network's weights under the names of a layout, "diffusers" or "original"."""
+    names = foreign_names(network)
+    weights = network.state_dict()
+    return {getattr(names[key], layout): tensor.to(dtype or tensor.dtype) for key, tensor in weights.items()}
+
+
+def write_tensors(path, tensors, metadata=None):
+    """A .safetensors file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+    except SafetensorError as error:  # the library's word for a full disk or a missing folder
+        raise OSError(str(error)) from error
+
+
+def write_json(path, values):
+    """A JSON file, its folder made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

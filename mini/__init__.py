@@ -1,0 +1,1 @@
+"""The miniature world, end to end."""

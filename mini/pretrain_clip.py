@@ -1,0 +1,111 @@
+"""CLIP for the miniature's world, and its tokenizer, from nothing: the second stage of `mini.pretrain`."""
+
+import json
+import shutil
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import nn
+
+from clip_image import CLIP, CLIPImageConfig
+from clip_text import END, START, CLIPTextConfig, CLIPTokenizer
+from formats.checkpoint import save_clip
+from mini.scenes import choose, held_out_pictures, scenes, to_pictures
+from mini.world import KINDS, SIZE, caption, random_edit
+from training import fit
+
+MINI_IMAGE = CLIPImageConfig(size=SIZE, patch=8, width=128, layers=4, heads=4, projection=128)
+MINI_TOKENS = 24
+
+
+def world_texts():
+    """Captions and instructions of training, a few of every kind: what the tokenizer and CLIP read."""
+    rng = np.random.default_rng(0)
+    edits = [random_edit(rng, kind) for kind in KINDS for _ in range(1500)]
+    return [text for edit in edits for text in (caption(edit.before), edit.instruction, caption(edit.after))]
+
+
+def train_tokenizer(texts, tokens=MINI_TOKENS):
+    """A byte-level BPE in CLIP's format: after the merges, every word of the world is one token."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    bpe.normalizer = normalizers.Lowercase()
+    words = pre_tokenizers.Split(Regex(CLIPTokenizer.SPLIT), "removed", invert=True)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    learned = json.loads(bpe.to_str())["model"]
+    merges = [tuple(merge.split()) if isinstance(merge, str) else tuple(merge) for merge in learned["merges"]]
+    # CLIP's order: the bytes, the bytes that end a word, the merges, the two special tokens
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = letters + [letter + "</w>" for letter in letters] + [a + b for a, b in merges] + [START, END]
+    return CLIPTokenizer({piece: number for number, piece in enumerate(dict.fromkeys(pieces))}, merges, tokens)
+
+
+def train_clip(options):
+    """Train both towers by the contrastive loss (Radford et al. 2021), on captions and pictures.
+
+    Captions hold no instructions, so the text tower would never learn their words. A second loss, on texts alone,
+    pulls an instruction towards the difference of the captions after and before it. No edited picture is shown.
+    Each of the processes that share a batch (see `training.Crew`) contrasts its own part of it.
+    """
+    plan, device = options.plan("clip"), options.device
+    drawn, pixels = scenes(options.scenes, options.out)
+    tokenizer = train_tokenizer(world_texts())
+    size = len(tokenizer.vocabulary)
+    text = CLIPTextConfig(size, MINI_TOKENS, 128, layers=4, heads=4, end_token=tokenizer.end, projection=128)
+    torch.manual_seed(plan.seed)
+    clip = CLIP(text, MINI_IMAGE).to(device)
+    initialise_clip(clip)
+    captions = tokenizer([caption(scene) for scene in drawn])
+    rng = np.random.default_rng(plan.seed)
+    edits = [random_edit(rng) for _ in range(min(20_000, options.scenes))]
+    triplets = [
+        tokenizer(texts)
+        for texts in zip(*((caption(e.before), e.instruction, caption(e.after)) for e in edits), strict=True)
+    ]
+
+    def loss_of(step, generator, batch):
+        chosen = choose(len(drawn), batch, generator)
+        images = (to_pictures(pixels[chosen], device) + 1) / 2
+        image, words = clip.image.features(images).float(), clip.text.features(captions[chosen].to(device)).float()
+        scale = clip.logit_scale.exp().clamp(max=100)
+        loss = contrast(scale * image @ words.T, captions[chosen])
+        picked = choose(len(edits), max(1, batch // 4), generator)
+        before, instruction, after = (
+            clip.text.features(torch.cat([ids[picked] for ids in triplets]).to(device)).float().chunk(3)
+        )
+        turn = F.normalize(after - before, dim=-1)
+        return loss + 0.5 * contrast(10 * instruction @ turn.T, triplets[1][picked])
+
+    average = fit(clip, loss_of, plan, options.out / "clip", device=device)
+    shutil.rmtree(options.out / "clip_model", ignore_errors=True)  # of a run that was stopped in its last moments
+    save_clip(average, tokenizer, options.out / "clip_model", torch.float16)
+    chosen, x = held_out_pictures(options.test_scenes, device)
+    with torch.no_grad():
+        image = average.image.features((x + 1) / 2)
+        words = average.text.features(tokenizer([caption(scene) for scene in chosen]).to(device))
+    best = (image @ words.T).argmax(1)
+    right = [caption(chosen[i]) == caption(chosen[j]) for i, j in enumerate(best.tolist())]
+    return {f"image to caption, first of {len(chosen)}": float(np.mean(right))}
+
+
+def contrast(logits, ids):
+    """The symmetric contrastive loss of logits [B, B]; texts that are equal (ids [B, L]) count as right alike."""
+    same = (ids[:, None] == ids[None]).all(2).float().to(logits.device)
+    target = same / same.sum(1, keepdim=True)
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+
+
+def initialise_clip(clip):
+    """Small embeddings, as CLIP's authors start from; torch's own are fifty times larger."""
+    for name, weight in clip.named_parameters():
+        if "embedding" in name:
+            nn.init.normal_(weight, std=0.02)

@@ -1,0 +1,55 @@
+"""The miniature's scenes as training data: by number, as pictures, as tensors; the judge's verdict on them."""
+
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from cli import atomic_write
+from mini.judge import truth
+from mini.world import random_scene, render
+
+
+def training_scene(index, test=False):
+    """The scene with a number: always the same one."""
+    return random_scene(np.random.default_rng([int(test), index]), test)
+
+
+def pixels_of(index, test=False):
+    """Its pixels [64, 64, 3], uint8."""
+    return np.asarray(render(training_scene(index, test)))
+
+
+def scenes(count, folder):
+    """The first `count` scenes for training, and their pixels [count, 64, 64, 3], drawn once and kept in `folder`."""
+    path = folder / f"scenes_{count}.npy"
+    if not path.exists():
+        with ProcessPoolExecutor() as pool, atomic_write(path) as beside:
+            drawn = tqdm(pool.map(pixels_of, range(count), chunksize=256), total=count, desc="drawing", leave=False)
+            pixels = np.stack(list(drawn))
+            with open(beside, "wb") as file:
+                np.save(file, pixels)
+    return [training_scene(index) for index in range(count)], np.load(path, mmap_mode="r")
+
+
+def to_pictures(pixels, device="cpu"):
+    """uint8 [B, 64, 64, 3] -> [B, 3, 64, 64] in [-1, 1]."""
+    x = torch.from_numpy(np.array(pixels)).to(device)
+    return (x.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
+
+
+def held_out_pictures(count, device):
+    """(`count` held-out scenes, their pictures)."""
+    chosen = [training_scene(index, test=True) for index in range(count)]
+    return chosen, to_pictures(np.stack([np.asarray(render(scene)) for scene in chosen]), device)
+
+
+def choose(count, size, generator):
+    """`size` numbers below `count`, as a numpy array that indexes a memory-mapped one."""
+    return torch.randint(count, (size,), generator=generator).numpy()
+
+
+def share_right(judge, x, chosen):
+    """The share of pictures that the judge reads as their scenes say."""
+    return float(np.mean([reading == truth(scene) for reading, scene in zip(judge.read(x), chosen, strict=True)]))

@@ -1,0 +1,1 @@
+"""Pages in HTML that a person looks at."""

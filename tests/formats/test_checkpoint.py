@@ -1,0 +1,446 @@
+"""Reading and writing weights, against files that diffusers wrote and reads."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+import transformers
+from random_model import random_model, randomise, small_tokenizer
+from reference import clip_reference, real_vocabulary, relative_error
+from safetensors.torch import load_file, save_file
+
+from cli import UserError
+from clip_image import CLIP, CLIPImageConfig
+from clip_text import CLIP_L_TEXT, CLIPText, CLIPTextConfig, CLIPTokenizer
+from formats import checkpoint, configs, hub
+from formats.checkpoint import Model, load, load_clip, load_tokenizer, save_clip, save_folder, save_single_file
+from formats.configs import Config
+from formats.names import foreign_names
+from formats.weights import extend_input, fill, pick, read_tensors, renamed
+from unet import INSTRUCT_PIX2PIX, STABLE_DIFFUSION, UNet
+from vae import STABLE_DIFFUSION_VAE, VAE
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(seed=3)
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    save_folder(model, tmp_path / "folder")
+    return tmp_path / "folder"
+
+
+@pytest.fixture
+def single(model, folder):
+    """A single file with its tokenizer beside it."""
+    save_single_file(model, folder / "single.safetensors")
+    return folder / "single.safetensors"
+
+
+def rewrite(path, change):
+    """Change a safetensors file's {name: tensor} in place; its header's text stays."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    save_file(change(tensors), path, metadata=metadata)
+
+
+def same_weights(ours, other):
+    for mine, theirs in [(ours.unet, other.unet), (ours.vae, other.vae), (ours.text_encoder, other.text_encoder)]:
+        assert mine.config == theirs.config
+        weights = theirs.state_dict()
+        assert all(torch.equal(tensor, weights[name]) for name, tensor in mine.state_dict().items())
+    return True
+
+
+def test_a_folder_comes_back(model, folder):
+    again = load(folder)
+    assert same_weights(model, again)
+    assert again.sampling == model.sampling
+    assert again.tokenizer(["the night"]).tolist() == model.tokenizer(["the night"]).tolist()
+    assert not any(weight.requires_grad for weight in again.unet.parameters())
+    assert not again.unet.training
+
+
+def test_a_single_file_comes_back(model, single):
+    again = load(single)
+    assert same_weights(model, again)
+    assert again.sampling == model.sampling
+
+
+def test_half_precision_files(model, tmp_path):
+    save_folder(model, tmp_path / "half", torch.float16)
+    save_single_file(model, tmp_path / "half" / "single.safetensors", torch.float16)
+    for path in (tmp_path / "half", tmp_path / "half" / "single.safetensors"):
+        again = load(path)
+        assert {weight.dtype for weight in again.unet.parameters()} == {torch.float32}
+        torch.testing.assert_close(again.unet.conv_in.weight, model.unet.conv_in.weight, rtol=1e-3, atol=1e-3)
+        assert {weight.dtype for weight in load(path, dtype=torch.bfloat16).vae.parameters()} == {torch.bfloat16}
+
+
+def test_a_folder_that_diffusers_wrote(tmp_path):
+    """Its own classes, its own random weights, its own files: read by us, and computed the same."""
+    torch.manual_seed(0)
+    tokenizer = small_tokenizer()
+    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline(
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=(16, 32),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=8,
+            layers_per_block=2,
+        ),
+        text_encoder=transformers.CLIPTextModel(
+            transformers.CLIPTextConfig(
+                vocab_size=len(tokenizer.vocabulary),
+                hidden_size=32,
+                intermediate_size=128,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=24,
+                bos_token_id=tokenizer.start,
+                eos_token_id=tokenizer.end,
+            )
+        ),
+        tokenizer=transformers.CLIPTokenizer(
+            vocab=tokenizer.vocabulary, merges=tokenizer.merges, model_max_length=24
+        ),
+        unet=diffusers.UNet2DConditionModel(
+            in_channels=8,
+            block_out_channels=(32, 64),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=32,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        ),
+        scheduler=diffusers.EulerAncestralDiscreteScheduler(**configs.SCHEDULER_FIXED),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(tmp_path / "theirs")
+    ours = load(tmp_path / "theirs")
+    z, context, t = torch.randn(1, 8, 16, 16), torch.randn(1, 24, 32), torch.tensor([3.5])
+    with torch.no_grad():
+        assert relative_error(ours.unet(z, t, context), pipeline.unet(z, t, context).sample) <= 1e-5
+        assert relative_error(ours.vae.decode(z[:, :4]), pipeline.vae.decode(z[:, :4]).sample) <= 1e-5
+        ids = ours.tokenizer(["the night"])
+        assert relative_error(ours.text_encoder(ids), pipeline.text_encoder(ids).last_hidden_state) <= 1e-5
+
+
+def test_single_files_have_the_original_names():
+    """As many as in the released files, and the ones that everybody knows."""
+    with torch.device("meta"):
+        unet, vae, text = UNet(INSTRUCT_PIX2PIX), VAE(STABLE_DIFFUSION_VAE), CLIPText(CLIP_L_TEXT)
+    networks = {"model.diffusion_model.": unet, "first_stage_model.": vae, "cond_stage_model.transformer.": text}
+    shapes = {}
+    for prefix, network in networks.items():
+        weights = renamed(network, "original", None)
+        shapes.update({prefix + name: list(weight.shape) for name, weight in weights.items()})
+    assert len(shapes) == 686 + 248 + 196
+    known = {
+        "model.diffusion_model.input_blocks.0.0.weight": [320, 8, 3, 3],
+        "model.diffusion_model.time_embed.2.bias": [1280],
+        "model.diffusion_model.input_blocks.3.0.op.weight": [320, 320, 3, 3],
+        "model.diffusion_model.input_blocks.4.0.skip_connection.weight": [640, 320, 1, 1],
+        "model.diffusion_model.input_blocks.8.1.transformer_blocks.0.attn2.to_k.weight": [1280, 768],
+        "model.diffusion_model.middle_block.1.transformer_blocks.0.ff.net.0.proj.weight": [10240, 1280],
+        "model.diffusion_model.output_blocks.2.1.conv.weight": [1280, 1280, 3, 3],
+        "model.diffusion_model.output_blocks.8.2.conv.weight": [640, 640, 3, 3],
+        "model.diffusion_model.output_blocks.11.1.proj_out.weight": [320, 320, 1, 1],
+        "model.diffusion_model.out.2.weight": [4, 320, 3, 3],
+        "first_stage_model.encoder.down.1.block.0.nin_shortcut.weight": [256, 128, 1, 1],
+        "first_stage_model.encoder.down.2.downsample.conv.weight": [512, 512, 3, 3],
+        "first_stage_model.decoder.up.0.block.0.nin_shortcut.weight": [128, 256, 1, 1],
+        "first_stage_model.decoder.up.3.upsample.conv.weight": [512, 512, 3, 3],
+        "first_stage_model.decoder.mid.block_2.norm1.weight": [512],
+        "first_stage_model.quant_conv.weight": [8, 8, 1, 1],
+        "cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": [49408, 768],
+        "cond_stage_model.transformer.text_model.encoder.layers.11.mlp.fc1.weight": [3072, 768],
+        "cond_stage_model.transformer.text_model.final_layer_norm.bias": [768],
+    }
+    assert {name: shapes.get(name) for name in known} == known
+
+
+def test_written_single_files_keep_the_original_shapes(single):
+    tensors = load_file(single)
+    assert tensors["first_stage_model.encoder.mid.attn_1.q.weight"].shape == (32, 32, 1, 1)
+    assert tensors["first_stage_model.decoder.mid.attn_1.proj_out.weight"].shape == (32, 32, 1, 1)
+    assert tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"].tolist() == [list(range(24))]
+
+
+def test_diffusers_reads_our_single_file(model, folder, single):
+    """Its own conversion of original names, made without us, finds every weight."""
+    offline = {"config": str(folder), "local_files_only": True}
+    unet = diffusers.UNet2DConditionModel.from_single_file(single, subfolder="unet", **offline)
+    vae = diffusers.AutoencoderKL.from_single_file(single, subfolder="vae", **offline)
+    for theirs, ours in ((unet, model.unet), (vae, model.vae)):
+        weights = theirs.state_dict()
+        mine = renamed(ours, "diffusers", None)
+        assert weights.keys() == mine.keys()
+        assert all(torch.equal(weights[name], mine[name]) for name in mine)
+
+
+def test_averaged_weights_are_preferred(model, single):
+    averaged = random_model(seed=30).unet
+
+    def change(tensors):
+        for name, tensor in renamed(averaged, "original", None).items():
+            tensors["model_ema.diffusion_model" + name.replace(".", "")] = tensor.clone()
+        return {**tensors, "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(22000)}
+
+    rewrite(single, change)
+    assert same_weights(load(single), replace(model, unet=averaged))
+
+
+def test_incomplete_averaged_weights_are_an_error(single):
+    rewrite(single, lambda tensors: {**tensors, "model_ema.diffusion_modelout2bias": torch.zeros(4)})
+    with pytest.raises(UserError, match=r"tensors are missing: model_ema\.diffusion_model"):
+        load(single)
+
+
+def test_older_and_newer_names_of_the_same(model, folder, single):
+    """The VAE's attention under all four names, the text tower with and without its extra level, schedule buffers."""
+
+    def change_single(tensors):
+        renames = {".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.", ".proj_out.": ".to_out.0."}
+        changed = {"betas": torch.zeros(1000), "alphas_cumprod": torch.zeros(1000)}
+        for name, tensor in tensors.items():
+            if ".mid.attn_1." in name and "norm" not in name:
+                for old, new in renames.items():
+                    name = name.replace(old, new)
+                tensor = tensor.flatten(1) if tensor.dim() == 4 else tensor
+            changed[name.replace("transformer.text_model.", "transformer.")] = tensor
+        return changed
+
+    def change_vae(tensors):
+        renames = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+        changed = {}
+        for name, tensor in tensors.items():
+            for new, old in renames.items():
+                name = name.replace(new, old)
+            changed[name] = tensor
+        return changed
+
+    rewrite(single, change_single)
+    assert same_weights(load(single), model)
+    rewrite(folder / "vae" / "diffusion_pytorch_model.safetensors", change_vae)
+    rewrite(
+        folder / "text_encoder" / "model.safetensors",
+        lambda tensors: {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()},
+    )
+    assert same_weights(load(folder), model)
+
+
+@pytest.mark.parametrize("archive", [True, False], ids=["archive", "before 2020"])
+def test_a_plain_ckpt(model, single, archive):
+    """What the authors published: a pickle. It is opened as plain weights or not at all."""
+    path = single.with_suffix(".ckpt")
+    content = {"state_dict": load_file(single), "global_step": 22000}
+    torch.save(content, path, _use_new_zipfile_serialization=archive)
+    tensors, _ = read_tensors(path)
+    mine = {name.removeprefix("model.diffusion_model."): tensor for name, tensor in tensors.items()}
+    wanted = pick(mine, renamed(model.unet, "original", None))
+    again = fill(lambda: UNet(model.unet.config), wanted, lambda name: [name.original], path)
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.unet.state_dict().items())
+    with pytest.raises(UserError, match="has shape"):
+        load(path)  # it lacks our note of its sizes, is taken for Stable Diffusion's, and misfits
+
+
+def test_another_vae(model, folder, single, tmp_path):
+    other = random_model(seed=50)
+    save_folder(other, tmp_path / "other")
+    for path in (tmp_path / "other", tmp_path / "other" / "vae"):
+        assert same_weights(load(folder, vae=path), replace(model, vae=other.vae))
+        assert same_weights(load(single, vae=path), replace(model, vae=other.vae))
+
+
+def test_a_vae_file_of_its_own(tmp_path):
+    """With and without the prefix, as the published fine-tuned autoencoders have it. Full size, some 330 MB."""
+    vae = randomise(VAE(STABLE_DIFFUSION_VAE), seed=6)
+    for prefix in ("", "first_stage_model."):
+        tensors = {prefix + name: tensor.half() for name, tensor in renamed(vae, "original", None).items()}
+        save_file({**tensors, "loss.logvar": torch.zeros(1)}, tmp_path / "vae.safetensors")
+        again = checkpoint.load_vae(tmp_path / "vae.safetensors")
+        assert torch.equal(again.decoder.conv_out.weight, vae.decoder.conv_out.weight.half())
+
+
+def test_a_hub_id_comes_from_the_cache(model, tmp_path, monkeypatch):
+    """The layout of the hub's cache, made by hand; nothing is fetched."""
+    import huggingface_hub
+
+    snapshot = tmp_path / "models--someone--editor" / "snapshots" / "0123456789012345678901234567890123456789"
+    snapshot.parent.mkdir(parents=True)
+    save_folder(model, snapshot)
+    (tmp_path / "models--someone--editor" / "refs").mkdir()
+    (tmp_path / "models--someone--editor" / "refs" / "main").write_text(snapshot.name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert same_weights(load("someone/editor"), model)
+    assert load_tokenizer(hub.find("someone/editor", hub.TOKENIZER), model.text_encoder.config)
+    with pytest.raises(UserError, match="someone/absent is not in"):
+        load("someone/absent")
+    (snapshot / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="someone/editor is not whole"):  # not whole, and cannot be completed offline
+        load("someone/editor")
+
+
+def test_extending_the_input_adds_zeros_only():
+    unet = random_model(in_channels=4).unet
+    extended = extend_input(unet)
+    assert extended.config == replace(unet.config, in_channels=8)
+    z, image, context = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16), torch.randn(2, 5, 32)
+    t = torch.tensor([5.0, 900.0])
+    with torch.no_grad():
+        torch.testing.assert_close(extended(torch.cat([z, image], 1), t, context), unet(z, t, context))
+    assert extended.conv_in.weight[:, 4:].count_nonzero() == 0
+    assert extended.conv_out.weight.data_ptr() == unet.conv_out.weight.data_ptr()
+
+
+@pytest.mark.parametrize("path", ["theirs", "ours"])
+def test_clip_in_transformers_layout(path, tmp_path):
+    tokenizer = small_tokenizer()
+    text = CLIPTextConfig(len(tokenizer.vocabulary), 24, 32, 2, 4, end_token=tokenizer.end, projection=20)
+    clip = randomise(CLIP(text, CLIPImageConfig(32, 8, 48, 2, 4, projection=20)), seed=7).eval()
+    if path == "ours":
+        save_clip(clip, tokenizer, tmp_path / path)
+        theirs = transformers.CLIPModel.from_pretrained(tmp_path / path)
+        assert all(torch.equal(theirs.state_dict()[n], w) for n, w in renamed(clip, "diffusers", None).items())
+    else:
+        clip_reference(clip).save_pretrained(tmp_path / path)
+        tokenizer.save(tmp_path / path)
+    again, its_tokenizer = load_clip(tmp_path / path)
+    assert again.config == clip.config
+    assert all(torch.equal(again.state_dict()[name], weight) for name, weight in clip.state_dict().items())
+    assert its_tokenizer(["the night"]).tolist() == tokenizer(["the night"]).tolist()
+
+
+def test_configurations_survive_the_round_trip():
+    for config, write, read in [
+        (STABLE_DIFFUSION, configs.unet_json, configs.unet_from),
+        (INSTRUCT_PIX2PIX, configs.unet_json, configs.unet_from),
+        (STABLE_DIFFUSION_VAE, configs.vae_json, configs.vae_from),
+    ]:
+        assert read(Config(json.loads(json.dumps(write(config))), "test")) == config
+
+
+def test_the_published_configurations_are_understood():
+    """Field by field what unet/config.json and text_encoder/config.json of the public models say."""
+    unet = {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_head_dim": 8,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "center_input_sample": False,
+        "cross_attention_dim": 768,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+        "downsample_padding": 1,
+        "dual_cross_attention": False,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": 8,
+        "layers_per_block": 2,
+        "mid_block_scale_factor": 1,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "norm_eps": 1e-05,
+        "norm_num_groups": 32,
+        "num_class_embeds": None,
+        "only_cross_attention": False,
+        "out_channels": 4,
+        "resnet_time_scale_shift": "default",
+        "sample_size": 64,
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+        "upcast_attention": False,
+        "use_linear_projection": False,
+    }
+    assert configs.unet_from(Config(unet, "test")) == INSTRUCT_PIX2PIX
+    text = {"eos_token_id": 2, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+    assert configs.text_from(Config(text, "test"), projected=False) == CLIP_L_TEXT
+    for key, value in {"use_linear_projection": True, "class_embed_type": "timestep", "norm_eps": 1e-6}.items():
+        with pytest.raises(UserError, match=key):
+            configs.unet_from(Config({**unet, key: value}, "test"))
+
+
+def test_every_name_is_used_once():
+    for network in (random_model().unet, random_model().vae, random_model().text_encoder):
+        names = foreign_names(network)
+        assert names.keys() == network.state_dict().keys()
+        assert len({name.diffusers for name in names.values()}) == len(names)
+        assert len({name.original for name in names.values()}) == len(names)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what memory belongs to")
+def test_the_weights_are_the_mapped_file(folder):
+    """Neither initialised nor copied: every weight of the UNet lies where its file is mapped into memory."""
+    unet = load(folder).unet
+    path = str((folder / "unet" / "diffusion_pytorch_model.safetensors").resolve())
+    lines = [line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(path)]
+    spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
+    for weight in unet.parameters():
+        assert any(first <= weight.data_ptr() < last for first, last in spans)
+
+
+def test_nothing_is_left_of_a_failed_write(model, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", fail)
+    with pytest.raises(UserError, match="No space left"):
+        save_folder(model, tmp_path / "folder")
+    with pytest.raises(UserError, match="No space left"):
+        save_single_file(model, tmp_path / "single.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_folder_is_not_overwritten(model, folder):
+    with pytest.raises(UserError, match="exists already"):
+        save_folder(model, folder)
+
+
+MEASURE = """
+import re, sys
+sys.path.insert(0, sys.argv[2])
+from formats import checkpoint
+def peak():  # not getrusage's, which a process inherits from the one that starts it
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+before = peak()
+model = checkpoint.load(sys.argv[1])
+total = sum(float(weight.sum()) for n in (model.unet, model.vae, model.text_encoder) for weight in n.parameters())
+assert total == total
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells a process's peak")
+def test_loading_a_full_size_file_takes_its_size_in_memory(tmp_path):
+    """4.3 GB in float32, every weight touched: under 1.15 times the file."""
+    tokenizer = CLIPTokenizer(*real_vocabulary())
+    with torch.device("meta"):
+        networks = UNet(INSTRUCT_PIX2PIX), VAE(STABLE_DIFFUSION_VAE), CLIPText(CLIP_L_TEXT)
+    networks = [network.to_empty(device="cpu") for network in networks]
+    for network in networks:
+        for weight in network.parameters():
+            torch.nn.init.constant_(weight, 0.5)
+    path = tmp_path / "full.safetensors"
+    save_single_file(Model(*networks, tokenizer), path)
+    (tmp_path / "tokenizer").mkdir()
+    tokenizer.save(tmp_path / "tokenizer")
+    del networks
+    assert path.stat().st_size > 4.2e9
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path), str(ROOT)], capture_output=True, text=True, check=True
+    )
+    assert 0.9 * path.stat().st_size < int(run.stdout) < 1.15 * path.stat().st_size

@@ -1,0 +1,369 @@
+"""Damaged files, seeded: whatever is wrong with a checkpoint or a picture, the answer is UserError, in one line.
+
+500 checkpoints (each kind of file of the folder, and the single file) and 500 pictures. A file that still opens must
+also serve: such a checkpoint makes one step of an edit.
+"""
+
+import copy
+import io
+import json
+import random
+import shutil
+import signal
+import struct
+import sys
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from conftest import colourful
+from PIL import Image, features
+
+from cli import UserError
+from images import open_image, read_settings, save_png
+from ip2p import InstructPix2Pix
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SECONDS = 30  # far more than any case takes, so that a hang is told from a busy machine
+
+# ---- ways to damage ----
+
+
+def flip(content, rng):
+    """Change a few bytes."""
+    content = bytearray(content)
+    for _ in range(rng.choice([1, 1, 2, 8, 64])):
+        if content:
+            content[rng.randrange(len(content))] = rng.randrange(256)
+    return bytes(content)
+
+
+def flip_early(content, rng):
+    """The same among the first bytes, where formats keep what matters."""
+    return flip(content[:128], rng) + content[128:]
+
+
+def truncate(content, rng):
+    return content[: rng.choice([0, 1, 7, 8, 9, rng.randrange(len(content) + 1), len(content) - 1])]
+
+
+def insert(content, rng):
+    place = rng.randrange(len(content) + 1)
+    return content[:place] + rng.randbytes(rng.choice([1, 4, 100])) + content[place:]
+
+
+def duplicate(content, rng):
+    start, place = rng.randrange(len(content) + 1), rng.randrange(len(content) + 1)
+    return content[:place] + content[start : start + rng.choice([1, 16, 1000])] + content[place:]
+
+
+def zero(content, rng):
+    start = rng.randrange(len(content) + 1)
+    length = min(rng.choice([1, 16, 1000]), len(content) - start)
+    return content[:start] + bytes(length) + content[start + length :]
+
+
+def cut_out(content, rng):
+    start = rng.randrange(len(content) + 1)
+    return content[:start] + content[start + rng.choice([1, 16, 1000]) :]
+
+
+def foreign(content, rng):
+    """Something else altogether."""
+    page = b"<!DOCTYPE html><html>404</html>"
+    return rng.choice([b"", b"\0" * 1000, page, b"\xff\xfe{\0}\0", b"null", b"[]", b"{}", rng.randbytes(500)])
+
+
+BYTES = [flip, flip, flip_early, flip_early, truncate, insert, duplicate, zero, cut_out, foreign]
+
+NESTED = json.loads("[" * 50 + "]" * 50)
+ODD = [
+    *[0, 1, -1, 2, 3, 7, 8, 16, 77, 320, 999, 1000, 2**31, 2**63, -(2**63), 10**30, 10**400, 1.5, 1e-300, 1e300],
+    *[float("nan"), float("inf"), float("-inf"), -0.0, True, False, None, "", "x", "8", "\0", "\ud800", "x" * 1000],
+    *[[], {}, [8], [8, 16], [0], [None], [[8]], {"a": 1}, NESTED, ["a"] * 1000, "two\nlines"],
+]
+
+
+def places(value, path=()):
+    """The paths of everything in a JSON value."""
+    found = [path] if path else []
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        found += places(item, (*path, key))
+    return found
+
+
+def edit_json(value, rng):
+    """Replace, rename, remove or double things inside a JSON object."""
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        found = places(value)
+        if not found:
+            break
+        *path, key = rng.choice(found)
+        holder = value
+        for step in path:
+            holder = holder[step]
+        way = rng.choice(["odd", "odd", "odd", "scale", "remove", "rename"])
+        if way == "remove":
+            del holder[key]
+        elif way == "rename" and isinstance(holder, dict):
+            holder[rng.choice([key + "x", "", "block_out_channels", "unet"])] = holder.pop(key)
+        elif way == "scale" and type(holder[key]) in (int, float):
+            holder[key] = rng.choice([-1, 0.5, 2, 3, 1000]) * holder[key] + rng.choice([0, 0, 1, -1])
+        else:
+            holder[key] = copy.deepcopy(rng.choice(ODD))
+    return value
+
+
+def damage_json(content, rng):
+    """A .json file whose values were edited."""
+    return json.dumps(edit_json(json.loads(content), rng)).encode()
+
+
+def damage_header(content, rng):
+    """A .safetensors file whose header was edited: names, shapes, offsets, formats, notes."""
+    length = struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8 : 8 + length])
+    if "ip2p" in header.get("__metadata__", {}) and rng.random() < 0.5:  # our own note about the sizes
+        noted = edit_json(json.loads(header["__metadata__"]["ip2p"]), rng)
+        header["__metadata__"]["ip2p"] = json.dumps(noted)
+    elif rng.random() < 0.3:  # another number format of the same width or not
+        name = rng.choice(sorted(header))
+        formats = ["F16", "BF16", "F32", "F64", "I32", "U32", "I64", "BOOL", "F8_E4M3", "C64", "F4", "X"]
+        header[name]["dtype" if name != "__metadata__" else "format"] = rng.choice(formats)
+    elif rng.random() < 0.3:  # two entries change places
+        first, second = rng.sample(sorted(header), 2)
+        header[first], header[second] = header[second], header[first]
+    else:
+        header = edit_json(header, rng)
+    header = json.dumps(header).encode()
+    return struct.pack("<Q", len(header)) + header + content[8 + length :]
+
+
+def damage_lines(content, rng):
+    """A text file with lines removed, doubled, exchanged or changed."""
+    lines = content.split(b"\n")
+    for _ in range(rng.choice([1, 2, 5])):
+        i, j = rng.randrange(len(lines)), rng.randrange(len(lines))
+        odd = rng.choice([b"", b"a", b"a b c", b"\xff \xfe", b"t h", "밤 밤".encode(), b"x" * 1000, b"q q"])
+        lines[i] = rng.choice([odd, odd, lines[j], lines[i] * 2])
+    return b"\n".join(lines)
+
+
+# ---- running one case ----
+
+
+class Hang(BaseException):
+    """Something ran too long. Like Rust's panics it is no Exception, so that nothing takes it for a damaged file."""
+
+
+@contextmanager
+def no_hang():
+    """Raise Hang in what runs too long, where the system can."""
+
+    def stop(number, frame):
+        raise Hang(f"still running after {SECONDS} s")
+
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def outcome(action):
+    """Whether `action` succeeded; a UserError in one line is the only other thing that it may end in."""
+    try:
+        with no_hang():
+            action()
+    except UserError as error:
+        message = str(error)
+        assert message.strip(), "the message is empty"
+        assert message.splitlines() == [message], f"not one line: {message!r}"
+        assert len(message) < 2000, f"a long message: {message!r:.300}"
+        return False
+    return True
+
+
+def check_cases(cases):
+    """Run (name, action) one after another; report those that ended in anything but success or UserError."""
+    failures, succeeded, count = [], 0, 0
+    for name, action in cases:
+        count += 1
+        try:
+            succeeded += outcome(action)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # what Rust throws through pyo3 is no Exception
+            failures.append(f"{name}: {type(error).__name__}: {error!s:.300}")
+    assert not failures, f"{len(failures)} of {count}:\n" + "\n".join(failures[:10])
+    return succeeded
+
+
+@pytest.fixture(autouse=True)
+def no_hoarding():
+    """No case may need a gigabyte more."""
+    if sys.platform != "linux":  # where the unit is another one, or the module missing
+        yield
+        return
+    import resource
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
+
+
+# ---- checkpoints: 500 ----
+
+PHOTO = colourful(64, 64)
+JSON_WAYS = [damage_json] * 8 + BYTES
+TARGETS = [  # file, ways to damage it, how many cases
+    ("unet/config.json", JSON_WAYS, 60),
+    ("vae/config.json", JSON_WAYS, 40),
+    ("text_encoder/config.json", JSON_WAYS, 50),
+    ("unet/diffusion_pytorch_model.safetensors", [damage_header] * 6 + BYTES, 50),
+    ("vae/diffusion_pytorch_model.safetensors", [damage_header] * 6 + BYTES, 30),
+    ("text_encoder/model.safetensors", [damage_header] * 6 + BYTES, 30),
+    ("tokenizer/vocab.json", JSON_WAYS, 50),
+    ("tokenizer/merges.txt", [damage_lines] * 5 + BYTES, 40),
+    ("tokenizer/tokenizer_config.json", JSON_WAYS, 5),
+    ("model_index.json", JSON_WAYS, 15),
+    ("scheduler/scheduler_config.json", JSON_WAYS, 20),
+    ("sampling.json", JSON_WAYS, 20),
+    ("", [damage_header] * 8 + BYTES, 80),  # the single file
+    (None, [None], 10),  # files of the folder removed
+]
+
+
+def test_there_are_500_checkpoints():
+    assert sum(count for _, _, count in TARGETS) == 500
+
+
+def one_step(path):
+    model = InstructPix2Pix.load(path)
+    edited = model.edit(PHOTO, "make the night", 7.5, 1.5, 1, resolution=64)
+    assert edited.size == (64, 64)
+
+
+@pytest.mark.parametrize(("file", "ways", "count"), TARGETS, ids=[target[0] or "" for target in TARGETS])
+def test_damaged_checkpoints(file, ways, count, model_folder, single_file, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "model")
+    shutil.copytree(single_file.parent, tmp_path / "single")
+    path = tmp_path / "single" / single_file.name if file == "" else tmp_path / "model"
+    one_step(path)
+
+    def cases():
+        for seed in range(count):
+            rng = random.Random(f"{file} {seed}")
+            if file is None:
+                yield f"removed files, seed {seed}", remove_files(path, model_folder, rng)
+                continue
+            damaged = path / file if file else path
+            whole = damaged.read_bytes()
+            way = rng.choice(ways)
+            damaged.unlink()  # never written into: tensors of the last case may still be mapped from it
+            damaged.write_bytes(way(whole, rng))
+            yield f"{file or 'single file'}, seed {seed}, {way.__name__}", lambda: one_step(path)
+            damaged.unlink()
+            damaged.write_bytes(whole)
+
+    succeeded = check_cases(cases())
+    assert succeeded < count or file == "tokenizer/tokenizer_config.json"  # some damage does damage; this no one reads
+
+
+def remove_files(path, whole, rng):
+    """A fresh copy of a folder without one to three of its files."""
+    shutil.rmtree(path)
+    shutil.copytree(whole, path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    for file in rng.sample(files, rng.choice([1, 2, 3])):
+        file.unlink()
+    return lambda: one_step(path)
+
+
+# ---- pictures: 500 ----
+
+
+def seeds_of_pictures():
+    """(name, whole file) of pictures of every format, and of several kinds."""
+    image, files = colourful(40, 30), []
+    alpha = image.copy()
+    alpha.putalpha(colourful(40, 30, seed=1).convert("L"))
+    palette = image.quantize(32)
+    deep = Image.fromarray((np.arange(1200).reshape(30, 40) * 50).astype(np.uint16))
+    frames = [colourful(40, 30, seed=seed) for seed in range(3)]
+    exif = Image.Exif()
+    exif[274] = 6
+
+    def add(picture, ending, **options):
+        buffer = io.BytesIO()
+        picture.save(buffer, ending, **options)
+        files.append((f"{len(files)}.{ending}", buffer.getvalue()))
+
+    add(image, "png", exif=exif)
+    add(alpha, "png")
+    add(palette, "png", transparency=3)
+    add(deep, "png")
+    add(image, "jpeg", exif=exif)
+    add(image, "jpeg", progressive=True)
+    add(image.convert("CMYK"), "jpeg")
+    add(image, "webp")
+    add(alpha, "webp", lossless=True)
+    add(frames[0], "webp", save_all=True, append_images=frames[1:])
+    add(frames[0], "gif", save_all=True, append_images=frames[1:])
+    add(palette, "gif", transparency=2)
+    add(image, "tiff")
+    add(image, "tiff", compression="tiff_lzw")
+    add(image, "tiff", compression="jpeg")
+    add(image.convert("1"), "tiff", compression="group4")
+    add(deep, "tiff")
+    add(Image.fromarray(np.linspace(0, 1, 1200, dtype=np.float32).reshape(30, 40)), "tiff")
+    add(image, "bmp")
+    add(palette, "bmp")
+    add(image, "ppm")
+    if features.check("avif"):
+        add(image, "avif")
+    return files
+
+
+def test_damaged_pictures(tmp_path):
+    files = seeds_of_pictures()
+
+    def cases():
+        for seed in range(500):
+            rng = random.Random(f"picture {seed}")
+            name, content = files[seed % len(files)]
+            way = rng.choice(BYTES)
+            path = tmp_path / f"x.{rng.choice([name.split('.')[1], 'png'])}"
+            path.write_bytes(way(content, rng))
+            yield f"{name}, seed {seed}, {way.__name__}", lambda path=path: use(open_image(path))
+            path.unlink()
+
+    def use(image):
+        assert image.mode == "RGB"
+        assert min(image.size) >= 8
+        image.resize((8, 8)).tobytes()
+
+    succeeded = check_cases(cases())
+    assert 50 < succeeded < 450
+
+
+def test_damaged_notes(tmp_path):
+    """The PNG of which an edit is to be repeated."""
+    save_png(colourful(16, 16), tmp_path / "whole.png", {"settings": {"instr": "밤"}, "edit": 0})
+    whole = (tmp_path / "whole.png").read_bytes()
+
+    def cases():
+        for seed in range(100):
+            rng = random.Random(f"note {seed}")
+            way = rng.choice(BYTES)
+            (tmp_path / "x.png").write_bytes(way(whole, rng))
+            yield f"seed {seed}, {way.__name__}", lambda: read_settings(tmp_path / "x.png")
+
+    check_cases(cases())

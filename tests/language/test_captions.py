@@ -1,0 +1,160 @@
+"""Captions from files of three kinds, what counts as equal, and files of records that survive anything."""
+
+import json
+
+import pytest
+
+from cli import UserError
+from language import captions
+from language.captions import Records, Unique, fingerprint, normal, read_captions
+
+
+def written(path, text):
+    path.write_bytes(text.encode("utf-8") if isinstance(text, str) else text)
+    return path
+
+
+def test_a_text_file_holds_a_caption_a_line(tmp_path):
+    path = written(tmp_path / "c.txt", "\ufeffa cat \r\n\n  ein H\u00e4uschen\u2028am See\nlast")
+    assert list(read_captions(path)) == [
+        ("a cat", None),
+        ("", None),
+        ("ein H\u00e4uschen\u2028am See", None),
+        ("last", None),
+    ]
+
+
+def test_a_json_file_holds_an_object_a_line(tmp_path):
+    records = [{"caption": " a cat ", "url": "http://x/1"}, {"caption": "a dog", "url": None, "more": 1}]
+    path = written(tmp_path / "c.jsonl", "".join(json.dumps(record) + "\n" for record in records))
+    assert list(read_captions(path)) == [("a cat", "http://x/1"), ("a dog", None)]
+
+
+def test_a_table_names_its_columns(tmp_path):
+    path = written(tmp_path / "c.csv", 'url,size,caption\nhttp://x/1,3,"a cat, ""asleep""\non a mat"\n,4,a dog\n')
+    assert list(read_captions(path)) == [('a cat, "asleep"\non a mat', "http://x/1"), ("a dog", None)]
+    path = written(tmp_path / "d.csv", "caption\na cat\n")
+    assert list(read_captions(path)) == [("a cat", None)]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("c.parquet", "", "are read from .txt, .jsonl and .csv"),
+        ("c.csv", "text,url\na,b\n", "one of them caption"),
+        ("c.csv", "", "one of them caption"),
+        ("c.jsonl", '{"caption": "a"}\n{"text": "b"}\n', "line 2: a JSON object with a caption is needed"),
+        ("c.jsonl", '{"caption": 3}\n', "line 1"),
+        ("c.jsonl", '{"caption": "a", "url": 3}\n', "line 1"),
+        ("c.jsonl", "[]\n", "line 1"),
+        ("c.txt", b"\xff\xfe\x00", "cannot be read"),
+        ("c.csv", b"caption\n\xff\n", "cannot be read"),
+    ],
+)
+def test_files_that_hold_no_captions(tmp_path, name, text, message):
+    with pytest.raises(UserError, match=message):
+        list(read_captions(written(tmp_path / name, text)))
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match="there is no file"):
+        list(read_captions(tmp_path / "c.txt"))
+
+
+def test_files_are_read_as_they_are_needed(tmp_path):
+    path = written(tmp_path / "c.jsonl", '{"caption": "a"}\nbroken\n')
+    assert next(read_captions(path)) == ("a", None)
+
+
+def test_what_is_equal():
+    assert normal(" A cat!? ") == normal("a CAT") == "a cat"
+    assert normal("a cat") != normal("a  cat")
+    assert fingerprint("a") != fingerprint("b")
+    assert len(fingerprint("a" * 1000)) == 8
+
+
+def test_duplicates_by_caption_or_url():
+    given = [
+        ("a", "1"),
+        ("A.", "2"),
+        ("b", "1"),
+        ("", "3"),
+        ("!", None),
+        ("c", "2"),
+        ("d", None),
+        ("e", None),
+        ("d", "9"),
+    ]
+    unique = Unique(given)
+    assert list(unique) == [("a", "1"), ("d", None), ("e", None)]
+    assert unique.skipped == 6
+
+
+# ---- records ----
+
+
+def test_records_are_kept_and_known_again(tmp_path):
+    path = tmp_path / "new" / "out.jsonl"
+    records = Records(path)
+    assert records.keys == set()
+    records.append({"caption": "a\u2028b", "edit": "\u591c"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"caption": "a\u2028b", "edit": "\u591c"}  # at once
+    records.append({"caption": "C!"})
+    records.close()
+    again = Records(path)
+    assert again.keys == {fingerprint("a\u2028b"), fingerprint("c")}
+    again.append({"caption": "d"})
+    again.close()
+    assert len(path.read_bytes().splitlines()) == 3
+
+
+@pytest.mark.parametrize("torn", [b'{"caption": "b', b'{"caption": "b"}', b"\xe5", b"{"])
+def test_a_torn_last_line_is_cut_off(tmp_path, torn):
+    """Whatever lacks its end of line was being written: even one that reads well is written anew."""
+    path = written(tmp_path / "out.jsonl", b'{"caption": "a"}\n' + torn)
+    records = Records(path)
+    assert records.keys == {fingerprint("a")}
+    records.append({"caption": "b"})
+    records.close()
+    assert path.read_bytes() == b'{"caption": "a"}\n{"caption": "b"}\n'
+
+
+def test_a_damaged_line_is_named(tmp_path):
+    path = written(tmp_path / "out.jsonl", b'{"caption": "a"}\nnonsense\n{"caption": "b"}\n')
+    with pytest.raises(UserError, match="line 2 is damaged"):
+        Records(path)
+
+
+def test_a_full_disk_leaves_nothing_torn(tmp_path, monkeypatch):
+    records = Records(tmp_path / "out.jsonl")
+    records.append({"caption": "a"})
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            return self.file.write(data[:5])
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    records.file = Full(records.file)
+    with pytest.raises(UserError, match="cannot write .*out.jsonl"):
+        records.append({"caption": "b"})
+    assert records.path.read_bytes() == b'{"caption": "a"}\n'
+
+
+def test_the_disk_is_asked_now_and_then(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(captions.os, "fsync", synced.append)
+    monkeypatch.setattr(captions, "FSYNC_EVERY", 1e9)
+    records = Records(tmp_path / "out.jsonl")
+    for number in range(100):
+        records.append({"caption": str(number)})
+    assert not synced
+    monkeypatch.setattr(captions, "FSYNC_EVERY", -1)
+    records.append({"caption": "x"})
+    assert len(synced) == 1
+    records.close()
+    assert len(synced) == 2

@@ -1,0 +1,403 @@
+"""The language model's writer, by the real client over real HTTP, against a server that misbehaves."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from language_model import LanguageModel, after
+
+import datagen
+from cli import UserError
+from language.writer import chat, dropped_path, read_examples
+
+ROOT = Path(__file__).resolve().parents[2]
+KEY = "sk-secret-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def write(tmp_path, monkeypatch, capsys):
+    """Run datagen.py text on captions against a model: (triplets, {dropped caption: reason}, what was printed)."""
+
+    def run(model, captions, *arguments, out=None):
+        monkeypatch.setenv("OPENAI_BASE_URL", model.url)
+        (tmp_path / "captions.txt").write_text("\n".join(captions), encoding="utf-8")
+        out = out or tmp_path / "edits.jsonl"
+        common = ["--captions", str(tmp_path / "captions.txt"), "--out", str(out), "--timeout", "1"]
+        datagen.main(["text", "--writer", "openai", *common, *arguments])
+        return *results(out), capsys.readouterr().out
+
+    return run
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def results(out):
+    return lines(out), {line["caption"]: line["reason"] for line in lines(dropped_path(out))}
+
+
+# ---- one caption ----
+
+
+def test_a_triplet(write):
+    with LanguageModel() as model:
+        triplets, dropped, printed = write(model, ["a house by the sea"])
+    edit, output = after("a house by the sea")
+    assert triplets == [{"caption": "a house by the sea", "edit": edit, "output": output, "url": None}]
+    assert not dropped
+    assert "1 written, 0 dropped, 0 failed, 0 done before, 0 duplicates; tokens: 100 read, 20 written" in printed
+
+
+def test_what_is_asked(write):
+    """The paper's sampling, a schema, and hand-written examples that depend on the caption alone."""
+    with LanguageModel() as model:
+        write(model, ["a cat", "a dog"], "--model", "small", "--few-shot", "3", "--concurrency", "1")
+    first, second = model.requests
+    assert first["model"] == "small"
+    sampling = {"temperature": 0.7, "top_p": 1, "frequency_penalty": 0.1, "presence_penalty": 0}
+    assert sampling.items() <= first.items()
+    assert first["max_completion_tokens"] == 256
+    schema = first["response_format"]["json_schema"]
+    assert schema["strict"]
+    assert schema["schema"]["required"] == ["edit", "output"]
+    assert [message["role"] for message in first["messages"]] == ["system"] + 3 * ["user", "assistant"] + ["user"]
+    known = {example["caption"]: example for example in read_examples(ROOT / "data" / "edit_examples.jsonl")}
+    for shown, answer in zip(first["messages"][1:-1:2], first["messages"][2::2], strict=True):
+        example = known[shown["content"]]
+        assert json.loads(answer["content"]) == {"edit": example["edit"], "output": example["output"]}
+    assert first["messages"][1:-1] != second["messages"][1:-1]
+    assert model.keys == {f"Bearer {KEY}"}
+
+
+def test_a_fine_tuned_model_needs_no_examples(write):
+    with LanguageModel() as model:
+        write(model, ["a cat"], "--few-shot", "0", "--examples", "missing")
+    assert [message["role"] for message in model.requests[0]["messages"]] == ["system", "user"]
+
+
+@pytest.mark.parametrize("fault", ["429", "500", "503", "drop", "sleep"])
+def test_what_passes_is_tried_again(write, fault):
+    """By the library, which waits as long as the server says."""
+    with LanguageModel(lambda caption, time: fault if time < 3 else "good") as model:
+        triplets, dropped, _ = write(model, ["a cat"])
+    assert len(triplets) == 1
+    assert not dropped
+    assert model.asked["a cat"] == 3
+
+
+MALFORMED = [
+    "torn",
+    "page",
+    "wrong schema",
+    "numbers",
+    "list",
+    "prose",
+    "nothing",
+    "deep",
+    "blank",
+    "surrogate",
+    "huge",
+]
+MALFORMED += ["empty choices", "no message"]
+
+
+@pytest.mark.parametrize("fault", MALFORMED)
+def test_malformed_answers_are_asked_for_again_and_then_dropped(write, fault):
+    with LanguageModel(lambda caption, time: fault if caption == "bad" or time == 1 else "good") as model:
+        triplets, dropped, printed = write(model, ["bad", "a cat"])
+    assert [triplet["caption"] for triplet in triplets] == ["a cat"]
+    assert list(dropped) == ["bad"]
+    assert len(dropped["bad"]) < 100
+    assert model.asked == {"bad": 3, "a cat": 2}
+    assert "1 written, 1 dropped" in printed
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("refusal", "the model refused"),
+        ("filtered", "the model refused"),
+        ("400 filter", "the endpoint refused the caption"),
+        ("same", "the caption stays as it is"),
+    ],
+)
+def test_what_is_dropped_at_once(write, fault, reason):
+    with LanguageModel(lambda caption, time: fault) as model:
+        triplets, dropped, _ = write(model, ["A cat."])
+    assert triplets == []
+    assert dropped == {"A cat.": reason}
+    assert model.asked["A cat."] == 1
+
+
+def test_letters_of_all_kinds(write):
+    caption = "\u591c\u306e\u6d77 \u2028 \U0001f431 na\u00efve"
+    with LanguageModel(lambda caption, time: "unicode") as model:
+        (triplet,), _, _ = write(model, [caption, " "])
+    assert triplet["caption"] == caption
+    assert triplet["output"] == "n\u0303acht \u591c am Meer"  # one line, single spaces
+
+
+def test_moderation(write):
+    with LanguageModel() as model:
+        model.flagged = {"gun", "at night"}
+        triplets, dropped, _ = write(model, ["a gun", "a cat"], "--moderate")
+        assert triplets == []
+        assert set(dropped.values()) == {"flagged by the moderation"}
+    with LanguageModel() as model:
+        model.flagged = {"gun"}
+        captions = ["another gun", "another cat"]
+        triplets, dropped, _ = write(model, captions, "--moderate")
+        assert [triplet["caption"] for triplet in triplets] == ["another cat"]
+        assert "another gun" in dropped
+
+
+# ---- what ends a run ----
+
+
+@pytest.mark.parametrize("fault", ["401", "404", "400", "quota"])
+def test_what_cannot_pass_ends_the_run_in_one_line(write, tmp_path, fault):
+    """And the key is nowhere, though the server repeats it."""
+    with LanguageModel(lambda caption, time: fault) as model:
+        with pytest.raises(UserError, match="the endpoint answered") as error:
+            write(model, [f"caption {number}" for number in range(50)], "--concurrency", "2")
+        assert len(model.asked) <= 2
+    assert KEY not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert results(tmp_path / "edits.jsonl") == ([], {})
+
+
+def test_the_key_is_in_no_output_and_no_file(tmp_path):
+    (tmp_path / "captions.txt").write_text("a cat\na dog\n")
+    with LanguageModel(lambda caption, time: "401") as model:
+        command = [sys.executable, ROOT / "datagen.py", "text", "--writer", "openai", "--captions", "captions.txt"]
+        environment = os.environ | {"OPENAI_BASE_URL": model.url, "OPENAI_LOG": "debug"}
+        done = subprocess.run(
+            [*command, "--out", "out.jsonl"], cwd=tmp_path, capture_output=True, text=True, env=environment
+        )
+    assert done.returncode == 2
+    assert "the endpoint answered" in done.stderr
+    assert KEY not in done.stdout + done.stderr
+    assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_a_server_that_is_gone(write):
+    with LanguageModel() as model:
+        pass
+    with pytest.raises(
+        UserError, match="requests in a row failed, the last one: the endpoint answered: Connection error"
+    ):
+        write(model, [f"caption {number}" for number in range(30)], "--retries", "0", "--concurrency", "4")
+
+
+def test_a_few_failures_are_left_for_the_next_run(write, tmp_path):
+    captions = [f"caption {number}" for number in range(12)]
+    with LanguageModel(lambda caption, time: "500" if caption.endswith("7") else "good") as model:
+        with pytest.raises(UserError, match="1 captions failed, and the same command tries them again"):
+            write(model, captions, "--retries", "1")
+        assert len(lines(tmp_path / "edits.jsonl")) == 11
+        model.behave = lambda caption, time: "good"
+        triplets, dropped, printed = write(model, captions, "--retries", "1")
+    assert sorted(triplet["caption"] for triplet in triplets) == sorted(captions)
+    assert "1 written, 0 dropped, 0 failed, 11 done before" in printed
+    assert model.answered.total() == 12
+
+
+def test_without_a_key(write, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with LanguageModel() as model, pytest.raises(UserError, match="set OPENAI_API_KEY"):
+        write(model, ["a cat"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("missing.txt", None), ("c.parquet", "x"), ("c.csv", "x"), ("c.jsonl", "x")]
+)
+def test_a_wrong_file_of_captions_leaves_nothing_behind(tmp_path, name, text):
+    if text:
+        (tmp_path / name).write_text(text)
+    out = tmp_path / "out.jsonl"
+    with pytest.raises(UserError, match=name):
+        datagen.main(["text", "--writer", "openai", "--captions", str(tmp_path / name), "--out", str(out)])
+    assert not out.exists()
+
+
+def test_failures_between_which_others_are_dropped_are_not_in_a_row(write):
+    def behave(caption, time):
+        return "500" if int(caption) % 2 else "refusal"
+
+    with LanguageModel(behave) as model, pytest.raises(UserError, match="15 captions failed"):
+        write(model, [str(number) for number in range(30)], "--retries", "0", "--concurrency", "1")
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan"])
+def test_a_timeout_that_is_none(tmp_path, seconds):
+    with pytest.raises(UserError, match="--timeout should be a number of seconds"):
+        datagen.main(["text", "--out", str(tmp_path / "out.jsonl"), "--timeout", seconds])
+
+
+def test_without_captions(tmp_path):
+    with pytest.raises(UserError, match="--writer openai needs --captions"):
+        datagen.main(["text", "--writer", "openai", "--out", str(tmp_path / "out.jsonl")])
+
+
+@pytest.mark.parametrize("limit", [1, 2000, 6000])
+def test_the_tokens_that_may_be_used(write, limit):
+    """Never passed; the next run goes on."""
+    captions = [f"caption {number}" for number in range(60)]
+    with LanguageModel() as model:
+        first, _, printed = write(model, captions, "--max-tokens-total", str(limit), "--few-shot", "0")
+        assert 120 * len(first) <= limit
+        assert (len(first) > 0) == (limit > 1)
+        assert "the same command goes on" in printed
+        everything, _, printed = write(model, captions, "--few-shot", "0")
+    assert len(everything) == 60
+    assert model.answered.total() == 60
+    assert f"{len(first)} done before" in printed
+
+
+# ---- many captions, many processes, many stops ----
+
+
+def test_ten_thousand_captions_with_faults(write):
+    """Every caption is accounted for exactly once, and memory does not grow with their number."""
+    faults = ["429", "500", "drop", "torn", "wrong schema", "empty choices", "refusal", "huge", "unicode", "no usage"]
+    rng, memory = random.Random(0), []
+    fated = {f"caption {number}": rng.choice(faults) for number in range(10_000) if rng.random() < 0.05}
+
+    def behave(caption, time):
+        if caption in ("caption 2500", "caption 9500"):
+            memory.append(psutil.Process().memory_info().rss)
+        return fated.get(caption, "good") if time == 1 else "good"
+
+    captions = [f"caption {number}" for number in range(10_000)] + ["Caption 5!", "caption 77"]
+    with LanguageModel(behave) as model:
+        triplets, dropped, printed = write(model, captions, "--concurrency", "32", "--few-shot", "1")
+    found = [triplet["caption"] for triplet in triplets] + list(dropped)
+    assert sorted(found) == sorted(captions[:10_000])
+    assert set(dropped) == {caption for caption, fault in fated.items() if fault == "refusal"}
+    assert "0 failed, 0 done before, 2 duplicates" in printed
+    assert memory[1] - memory[0] < 60 * 2**20
+
+
+@pytest.mark.parametrize("way", ["flag", "torchrun"])
+def test_shards_share_the_captions(write, tmp_path, monkeypatch, way):
+    captions = [f"caption {number}" for number in range(20)] + ["caption 3"]
+    with LanguageModel() as model:
+        for part in range(3):
+            flags = ["--shard", f"{part}/3"] if way == "flag" else []
+            if way == "torchrun":
+                monkeypatch.setenv("RANK", str(part))
+                monkeypatch.setenv("WORLD_SIZE", "3")
+            run_shard(model, captions, flags, tmp_path, monkeypatch)
+    found = [line["caption"] for part in range(3) for line in lines(tmp_path / f"edits_{part}of3.jsonl")]
+    assert sorted(found) == sorted(captions[:20])
+    assert model.answered.total() == 20
+
+
+def run_shard(model, captions, flags, folder, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", model.url)
+    (folder / "captions.txt").write_text("\n".join(captions))
+    common = ["--captions", str(folder / "captions.txt"), "--out", str(folder / "edits.jsonl")]
+    datagen.main(["text", "--writer", "openai", *common, *flags])
+
+
+def test_killed_again_and_again(tmp_path):
+    """No finished request is repeated but those whose answers were under way, and none is lost."""
+    captions, rng, kills = [f"caption {number}" for number in range(300)], random.Random(1), 0
+    (tmp_path / "captions.txt").write_text("\n".join(captions))
+
+    def behave(caption, number):
+        time.sleep(0.01)
+        return "good"
+
+    with LanguageModel(behave) as model:
+        command = [sys.executable, ROOT / "datagen.py", "text", "--writer", "openai", "--concurrency", "4"]
+        command += ["--captions", tmp_path / "captions.txt", "--out", tmp_path / "out.jsonl"]
+        environment = os.environ | {"OPENAI_BASE_URL": model.url}
+        while True:
+            before = model.answered.total()
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            if kills < 4:
+                wanted = before + rng.randint(1, 60)
+                while model.answered.total() < wanted and process.poll() is None:
+                    time.sleep(0.001)
+                process.send_signal(signal.SIGKILL)
+                kills += 1
+                process.wait()
+                continue
+            assert process.wait(120) == 0
+            break
+    found = [line["caption"] for line in lines(tmp_path / "out.jsonl")]
+    assert sorted(found) == sorted(captions)
+    assert model.answered.total() <= 300 + 4 * kills
+
+
+# ---- fine-tuning ----
+
+
+def test_the_training_file(tmp_path, capsys):
+    out = tmp_path / "chats.jsonl"
+    datagen.main(["finetune", "--out", str(out), "--dry-run"])
+    examples = read_examples(ROOT / "data" / "edit_examples.jsonl")
+    chats = lines(out)
+    assert len(chats) == len(examples) == 200
+    for line, example in zip(chats, examples, strict=True):
+        assert line == {"messages": chat([example])}
+        assert [message["role"] for message in line["messages"]] == ["system", "user", "assistant"]
+    assert "200 conversations" in capsys.readouterr().out
+
+
+def test_a_job_from_upload_to_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("language.finetune.POLL", 0.01)
+    out = tmp_path / "chats.jsonl"
+    with LanguageModel() as model:
+        monkeypatch.setenv("OPENAI_BASE_URL", model.url)
+        model.states = ["validating_files", "running", "running", "succeeded"]
+        datagen.main(["finetune", "--out", str(out), "--model", "small", "--epochs", "2"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == "ft:small:ours"
+    assert [line for line in printed if "running" in line] == ["ftjob-1: running"]
+    assert out.read_bytes() in model.uploads[0]
+    (job,) = model.jobs
+    assert (job["model"], job["training_file"]) == ("small", "file-1")
+    assert job["method"]["supervised"]["hyperparameters"] == {"n_epochs": 2}
+
+
+def test_a_job_that_fails(tmp_path, monkeypatch):
+    with LanguageModel() as model:
+        monkeypatch.setenv("OPENAI_BASE_URL", model.url)
+        model.states = ["failed"]
+        with pytest.raises(UserError, match="the job ftjob-7 ended as failed: too few tokens"):
+            datagen.main(["finetune", "--job", "ftjob-7"])
+    assert not model.jobs
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "at least 10 are needed"),
+        ("nonsense\n", "holds no triplets"),
+        ('{"caption": "a"}\n', "holds no triplets"),
+        ('{"caption": "a", "edit": "x", "output": "A."}\n', "line 1: a text is empty, or the caption stays as it is"),
+    ],
+)
+def test_examples_that_will_not_do(tmp_path, text, message):
+    path = tmp_path / "examples.jsonl"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        datagen.main(["finetune", "--examples", str(path), "--out", str(tmp_path / "chats.jsonl"), "--dry-run"])
+    assert not (tmp_path / "chats.jsonl").exists()

@@ -1,0 +1,154 @@
+"""The judge: its answers mean what the scenes say, and a file brings the same judge back."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from random_model import randomise
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cli import UserError
+from mini.judge import ATTRIBUTES, Judge, Reading, labels, truth
+from mini.world import Scene, Thing, random_scene, render
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SCENE = Scene("mosaic", "snow", Thing("ball", "red", "small"), Thing("tree", "pink", "large"), 0)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    rng = np.random.default_rng(0)
+    return [random_scene(rng) for _ in range(300)]
+
+
+@pytest.fixture
+def judge():
+    return randomise(Judge(), seed=0).eval()
+
+
+def certain(answers, seed=0):
+    """Logits that say `answers` [B, attributes] clearly, and anything where an answer is -1."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = {}
+    for (name, options), answer in zip(ATTRIBUTES.items(), answers.T, strict=True):
+        noise = torch.randn(len(answers), len(options), generator=generator)
+        logits[name] = noise + 100 * F.one_hot(answer.clamp(min=0), len(options)) * (answer >= 0)[:, None]
+    return logits
+
+
+def test_a_judge_that_is_right_reads_the_truth(judge, scenes, monkeypatch):
+    monkeypatch.setattr(judge, "forward", lambda x: certain(labels(scenes)))
+    readings = judge.read(torch.zeros(len(scenes), 3, 64, 64))
+    assert readings == [truth(scene) for scene in scenes]
+    assert len(set(readings)) > 200
+    assert {(reading.left is None, reading.right is None) for reading in readings} == {(0, 0), (0, 1), (1, 0)}
+
+
+def test_a_judge_that_errs_in_one_attribute_does_not(judge, scenes, monkeypatch):
+    for column, options in enumerate(ATTRIBUTES.values()):
+        answers = labels(scenes)
+        there = answers[:, column] >= 0
+        answers[there, column] = (answers[there, column] + 1) % len(options)
+        monkeypatch.setattr(judge, "forward", lambda x, answers=answers: certain(answers))
+        readings = judge.read(torch.zeros(len(scenes), 3, 64, 64))
+        right = [reading == truth(scene) for reading, scene in zip(readings, scenes, strict=True)]
+        assert right == (~there).tolist()
+
+
+def test_labels_and_truth_of_a_scene():
+    alone = replace(SCENE, left=None)
+    assert labels([SCENE, alone]).tolist() == [[2, 5, 1, 0, 0, 5, 5, 1], [2, 5, 0, -1, -1, 5, 5, 1]]
+    assert truth(SCENE) == Reading("mosaic", "snow", ("ball", "red", "small"), ("tree", "pink", "large"))
+    assert truth(alone) == Reading("mosaic", "snow", None, ("tree", "pink", "large"))
+
+
+@torch.no_grad()
+def test_the_logits_of_a_place_come_from_its_half(judge, monkeypatch):
+    class Features(nn.Module):
+        def forward(self, x):
+            channels = judge.squeeze.in_channels
+            return F.avg_pool2d(x, 8).repeat(1, channels, 1, 1)[:, :channels]
+
+    monkeypatch.setattr(judge, "features", Features())
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    logits = judge(x)
+    assert {name: part.shape for name, part in logits.items()} == {n: (1, len(o)) for n, o in ATTRIBUTES.items()}
+    x[:, :, :, 40:] += 1
+    changed = {name for name, part in judge(x).items() if not torch.equal(part, logits[name])}
+    assert changed == {name for name in ATTRIBUTES if not name.startswith("left")}
+
+
+def test_the_loss_asks_for_the_truth_and_for_nothing_about_nothing(judge, scenes, monkeypatch):
+    x, answers = torch.zeros(len(scenes), 3, 64, 64), labels(scenes)
+    losses = []
+    for seed in (0, 1):  # the logits that differ are those of the colour and the size of nothing, and far from the rest
+        monkeypatch.setattr(judge, "forward", lambda x, seed=seed: certain(answers, seed))
+        losses.append(judge.loss(x, answers).item())
+    assert max(losses) < 1e-6
+    wrong = answers.clone()
+    wrong[0, 0] = (wrong[0, 0] + 1) % 3
+    assert judge.loss(x, wrong).item() == pytest.approx(100 / len(scenes), rel=0.1)
+
+
+def test_a_batch_whose_places_are_empty_has_a_loss(judge):
+    """Small batches are, now and then; their loss and its gradient are numbers."""
+    judge.requires_grad_(True)
+    loss = judge.loss(torch.zeros(2, 3, 64, 64), labels([replace(SCENE, left=None)] * 2))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(weight.grad.isfinite().all() for weight in judge.parameters())
+
+
+def test_a_judge_learns(scenes):
+    """A few pictures by heart, in forty steps."""
+    torch.manual_seed(0)
+    judge = Judge(width=8)
+    few = scenes[:8]
+    x = torch.stack([torch.tensor(np.asarray(render(s))).permute(2, 0, 1) / 127.5 - 1 for s in few])
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=1e-2)
+    first = judge.loss(x, labels(few)).item()
+    for _ in range(40):
+        optimizer.zero_grad()
+        judge.loss(x, labels(few)).backward()
+        optimizer.step()
+    assert judge.loss(x, labels(few)).item() < 0.1 * first
+    assert np.mean([reading == truth(s) for reading, s in zip(judge.read(x), few, strict=True)]) > 0.5
+
+
+# ---- files ----
+
+
+@torch.no_grad()
+def test_a_judge_survives_being_saved(judge, tmp_path):
+    x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    judge.save(tmp_path / "exact.safetensors", torch.float32)
+    again = Judge.load(tmp_path / "exact.safetensors")
+    assert all(torch.equal(part, judge(x)[name]) for name, part in again(x).items())
+    assert not again.training
+    assert not any(weight.requires_grad for weight in again.parameters())
+
+    judge.save(tmp_path / "half.safetensors")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half.safetensors").values()} == {torch.float16}
+    rounded = Judge.load(tmp_path / "half.safetensors")
+    assert {tensor.dtype for tensor in rounded.parameters()} == {torch.float32}
+    assert all(torch.allclose(part, judge(x)[name], atol=0.05) for name, part in rounded(x).items())
+
+
+def test_files_that_are_no_judge(judge, tmp_path):
+    with pytest.raises(UserError, match=r"no judge at .*none.safetensors; python -m mini.pretrain judge trains one"):
+        Judge.load(tmp_path / "none.safetensors")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"other.safetensors holds no judge of this world: .*features.0.0.weight"):
+        Judge.load(tmp_path / "other.safetensors")
+    Judge(width=8).save(tmp_path / "narrow.safetensors")
+    with pytest.raises(UserError, match=r"narrow.safetensors holds no judge of this world"):
+        Judge.load(tmp_path / "narrow.safetensors")
+    judge.save(tmp_path / "cut.safetensors")
+    whole = (tmp_path / "cut.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="cut.safetensors is damaged or cut short"):
+        Judge.load(tmp_path / "cut.safetensors")

@@ -1,0 +1,402 @@
+"""Making the miniature's models from nothing: the parts one by one, then all stages at toy size."""
+
+import copy
+import json
+import re
+import shutil
+import sys
+from dataclasses import replace
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from random_model import randomise
+from reference import relative_error
+
+from cli import run_program
+from clip_image import CLIP
+from clip_text import CLIPText, CLIPTextConfig, CLIPTokenizer
+from formats.checkpoint import load, load_clip, load_vae
+from mini import pretrain
+from mini.judge import ATTRIBUTES, Judge, labels
+from mini.pretrain import normalise_latents, start_at_zero, text_alone
+from mini.pretrain_clip import MINI_IMAGE, contrast, initialise_clip, train_tokenizer, world_texts
+from mini.scenes import pixels_of, scenes, share_right, to_pictures, training_scene
+from mini.world import SIZE, held_out
+from stable_diffusion import StableDiffusion
+from training import random_at
+from unet import ResBlock, Transformer, UNet
+from vae import VAE, VAEConfig
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# ---- scenes ----
+
+
+def test_a_number_stands_for_one_scene():
+    drawn = [training_scene(index) for index in range(50)]
+    assert drawn == [training_scene(index) for index in range(50)]
+    assert len(set(drawn)) == 50
+    assert not any(map(held_out, drawn))
+    assert all(held_out(training_scene(index, test=True)) for index in range(50))
+
+
+def test_pictures_are_those_of_their_scenes(tmp_path):
+    drawn, pixels = scenes(5, tmp_path)
+    assert pixels.shape == (5, SIZE, SIZE, 3)
+    assert np.array_equal(pixels[3], pixels_of(3))
+    assert drawn[3] == training_scene(3)
+    np.save(tmp_path / "other.npy", 255 - pixels)
+    (tmp_path / "other.npy").replace(tmp_path / "scenes_5.npy")
+    assert np.array_equal(scenes(5, tmp_path)[1], 255 - pixels)  # what is kept is not drawn again
+
+    x = to_pictures(pixels[2:4])
+    assert x.shape == (2, 3, SIZE, SIZE)
+    assert torch.equal(((x[1] + 1) * 127.5).round().byte().permute(1, 2, 0), torch.tensor(pixels[3]))
+    assert x.min() >= -1
+    assert x.max() <= 1
+
+
+def test_kept_pictures_are_read_without_a_warning(tmp_path, recwarn):
+    """They lie in a file that cannot be written to, which torch warns of."""
+    _, pixels = scenes(2, tmp_path)
+    torch.set_warn_always(True)
+    try:
+        to_pictures(pixels[:2])
+    finally:
+        torch.set_warn_always(False)
+    assert [str(warning.message) for warning in recwarn if warning.category is UserWarning] == []
+
+
+# ---- the autoencoder ----
+
+
+@torch.no_grad()
+def test_latents_are_normalised_and_pictures_stay():
+    """Every channel apart; the mode's picture is the same as before, and so is a sample's with the same noise."""
+    vae = randomise(VAE(VAEConfig(channels=(8, 16), resblocks=1, groups=4, scaling=1.0)), seed=1).eval()
+    vae.quant_conv.weight[:4] *= torch.tensor([0.1, 1.0, 5.0, 2.0])[:, None, None, None]
+    vae.quant_conv.bias[:4] += torch.tensor([3.0, -1.0, 0.0, 10.0])
+    x = torch.rand(6, 3, 32, 32, generator=random_at(0, 0)) * 2 - 1
+    noise = torch.randn(6, 4, 16, 16, generator=random_at(0, 1))
+    before = vae.encode(x)
+    mode, sample = vae.decode(before.mode()), vae.decode(before.sample(noise))
+    assert relative_error(sample, mode) > 0.05
+
+    normalise_latents(vae, before.mode())
+    after = vae.encode(x)
+    latents = after.mode()
+    torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
+    assert relative_error(vae.decode(latents), mode) <= 1e-4
+    assert relative_error(vae.decode(after.sample(noise)), sample) <= 1e-4
+
+
+# ---- CLIP and its tokenizer ----
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(world_texts()[::16])
+
+
+def test_the_tokenizer_is_in_clips_format(tokenizer):
+    vocabulary, count = tokenizer.vocabulary, len(tokenizer.vocabulary)
+    assert list(vocabulary.values()) == list(range(count))
+    pieces = list(vocabulary)
+    letters = pieces[:256]
+    assert all(len(letter) == 1 for letter in letters)
+    assert pieces[256:512] == [f"{letter}</w>" for letter in letters]
+    assert pieces[512:-2] == [left + right for left, right in tokenizer.merges]
+    assert pieces[-2:] == ["<|startoftext|>", "<|endoftext|>"]
+    assert tokenizer.tokens == 24
+    texts = ["a painting of a small red ball by the sea", "", "make it NIGHT"]
+    words = [text.lower().split() for text in texts]
+    rows = [[count - 2, *(vocabulary[f"{word}</w>"] for word in row), count - 1] for row in words]
+    assert tokenizer(texts).tolist() == [row + [count - 1] * (24 - len(row)) for row in rows]
+
+
+def test_every_word_is_one_token(tokenizer):
+    words = {word for text in world_texts() for word in re.findall(r"[a-z]+|,", text)}
+    assert len(words) > 60
+    assert all(f"{word}</w>" in tokenizer.vocabulary for word in words)
+    assert all(len(tokenizer.bpe.encode(word).ids) == 1 for word in words)
+
+
+def test_the_same_texts_make_the_same_tokenizer(tokenizer):
+    again = train_tokenizer(world_texts()[::16])
+    assert list(again.vocabulary.items()) == list(tokenizer.vocabulary.items())
+    assert again.merges == tokenizer.merges
+
+
+def test_the_tokenizer_equals_transformers(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    again = CLIPTokenizer.load(tmp_path, 24)
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    texts = [*world_texts()[::500], "", "unknown words, naïve 밤 😀 123!", "word " * 50]
+    ids = theirs(texts, padding="max_length", truncation=True, max_length=24, return_tensors="pt").input_ids
+    assert tokenizer(texts).tolist() == again(texts).tolist() == ids.tolist()
+
+
+def test_contrast_is_least_for_logits_that_are_right():
+    """With all texts different that is 0; texts that are equal share the picture between them, log 2 for a pair."""
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 3]])
+    assert contrast(50 * torch.eye(3), ids).item() == pytest.approx(0, abs=1e-6)
+    assert contrast(torch.zeros(3, 3), ids).item() == pytest.approx(np.log(3))
+    assert contrast(-5 * torch.eye(3), ids) > 5
+
+    pair = torch.tensor([[1, 2], [3, 4], [1, 2], [5, 6]])
+    same = (pair[:, None] == pair).all(2).float()
+    least = contrast(50 * same, pair).item()
+    assert least == pytest.approx(0.5 * np.log(2), abs=1e-6)
+    assert contrast(50 * torch.eye(4), pair) > least + 1
+    logits = torch.randn(4, 4, generator=random_at(0, 0))
+    swap = [2, 1, 0, 3]
+    for swapped in (logits[swap], logits[:, swap]):
+        assert contrast(swapped, pair).item() == pytest.approx(contrast(logits, pair).item())
+    generator = random_at(0, 1)
+    near = [contrast(50 * same + torch.randn(4, 4, generator=generator), pair).item() for _ in range(20)]
+    assert min(near) > least
+
+
+def test_contrast_looks_both_ways():
+    """A picture that suits every text is no worse than a text that suits every picture."""
+    ids, logits = torch.arange(3)[:, None], torch.zeros(3, 3)
+    logits[0] = 5
+    assert contrast(logits, ids).item() == pytest.approx(contrast(logits.T, ids).item())
+    by_hand = [F.cross_entropy(side, torch.arange(3)).item() for side in (logits, logits.T)]
+    assert by_hand[0] != pytest.approx(by_hand[1])
+    assert contrast(logits, ids).item() == pytest.approx(np.mean(by_hand))
+
+
+TEXT = CLIPTextConfig(vocabulary=50, tokens=8, width=16, layers=2, heads=2, end_token=49, projection=12)
+
+
+@torch.no_grad()
+def test_the_text_tower_alone():
+    """The same hidden states, by the same weights, without the projection."""
+    tower = randomise(CLIPText(TEXT), seed=1)
+    alone = text_alone(tower)
+    ids = torch.randint(50, (3, 8), generator=random_at(0, 0))
+    assert torch.equal(alone(ids), tower(ids))
+    assert alone.projection is None
+    assert alone.config == replace(TEXT, projection=None)
+    assert alone.token_embedding.weight.data_ptr() == tower.token_embedding.weight.data_ptr()
+    assert not alone.training
+    assert not any(weight.requires_grad for weight in alone.parameters())
+    assert tower.projection is not None
+    assert all(weight.requires_grad for weight in tower.parameters())
+
+
+def test_clip_starts_small():
+    torch.manual_seed(0)
+    clip = CLIP(TEXT, replace(MINI_IMAGE, layers=1))
+    untouched = copy.deepcopy(clip.text.blocks)
+    initialise_clip(clip)
+    spread = {name: weight.std().item() for name, weight in clip.named_parameters() if "embedding" in name}
+    assert len(spread) == 5
+    assert all(0.015 < deviation < 0.025 for deviation in spread.values())
+    pairs = zip(untouched.parameters(), clip.text.blocks.parameters(), strict=True)
+    assert all(torch.equal(before, after) for before, after in pairs)
+
+
+# ---- Stable Diffusion ----
+
+
+def test_a_unet_that_starts_at_zero():
+    """It predicts 0, every block lets its input pass, and training can move it from there."""
+    unet = randomise(UNet(pretrain.MINI_UNET), seed=1)
+    before = copy.deepcopy(unet)
+    start_at_zero(unet)
+    blocks = []
+
+    def watch(module, args, out):
+        blocks.append((module, args[0].detach(), out.detach()))
+
+    for module in unet.modules():
+        if isinstance(module, (ResBlock, Transformer)):
+            module.register_forward_hook(watch)
+    z, t = torch.randn(2, 4, 16, 16, generator=random_at(0, 0)), torch.tensor([3.0, 800.0])
+    context = torch.randn(2, 24, 128, generator=random_at(0, 1))
+    eps = unet(z, t, context)
+    assert torch.equal(eps, torch.zeros(2, 4, 16, 16))
+    assert relative_error(before(z, t, context), torch.zeros(()) + 1e-9) > 1e6
+    assert {type(block) for block, _, _ in blocks} == {ResBlock, Transformer}
+    for block, x, out in blocks:
+        passed = block.skip(x) if isinstance(block, ResBlock) else x
+        assert torch.equal(out, passed)
+
+    zero = {name for name, weight in unet.named_parameters() if not weight.any()}
+    assert {name.rsplit(".", 2)[-2] for name in zero} == {"conv2", "proj_out", "conv_out"}
+    assert not any("feed_forward" in name for name in zero)
+    for (name, ours), old in zip(unet.named_parameters(), before.parameters(), strict=True):
+        assert name in zero or torch.equal(ours, old)
+
+    optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
+    for _ in range(3):
+        (unet(z, t, context) - 1).square().mean().backward()
+        optimizer.step()
+    assert all(weight.any() for weight in unet.parameters())
+
+
+def test_the_share_of_pictures_that_are_right(monkeypatch):
+    """A swapped scene is wrong, too."""
+    drawn = [training_scene(index) for index in range(20)]
+    drawn = [scene for scene in drawn if len(scene.things) == 2][:4]
+    swapped = replace(drawn[1], left=drawn[1].right, right=drawn[1].left)
+    seen = [drawn[0], swapped, replace(drawn[2], left=None), drawn[3]]
+    judge = Judge()
+
+    def forward(x):
+        answers = zip(ATTRIBUTES.items(), labels(seen).T, strict=True)
+        return {name: F.one_hot(answer.clamp(min=0), len(options)) for (name, options), answer in answers}
+
+    monkeypatch.setattr(judge, "forward", forward)
+    x = torch.zeros(4, 3, SIZE, SIZE)
+    assert share_right(judge, x, drawn) == 0.5
+
+
+# ---- the program ----
+
+
+TOY = ["--scenes=64", "--test-scenes=8", "--steps=2", "--batch=4", "--device=cpu"]
+
+
+def results_of(folder, stage):
+    values = json.loads((folder / stage / "results.json").read_text(encoding="utf-8"))
+    assert values.pop("minutes of training") > 0
+    return values
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What all stages leave, after two steps each. Shared: copy it before changing it."""
+    folder = tmp_path_factory.mktemp("pretrain") / "mini"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "MINI_SAMPLING", replace(pretrain.MINI_SAMPLING, steps=3))
+        pretrain.main(["all", "--out", str(folder), *TOY])
+        yield folder
+
+
+@pytest.fixture
+def program(capsys, monkeypatch):
+    """pretrain.py with the arguments given: (exit code, lines of stdout, lines of stderr without progress bars)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            run_program(pretrain.main)
+        except SystemExit as end:
+            code = end.code
+        captured = capsys.readouterr()
+        lines = re.split(r"[\r\n]", captured.err)
+        return code, captured.out.splitlines(), [line for line in lines if line.startswith("pretrain.py: ")]
+
+    return run
+
+
+def test_all_stages_work(trained):
+    for stage in pretrain.STAGES:
+        results = results_of(trained, stage)
+        assert results
+        assert all(np.isfinite(value) for value in results.values())
+        log = (trained / stage / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        assert json.loads(log[-1])["step"] == 2
+    for path in ("vae/samples.png", "sd/samples.png", "sd/samples.jsonl", "judge.safetensors", "scenes_64.npy"):
+        assert (trained / path).stat().st_size > 0
+    assert not [path for path in trained.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_a_second_call_finds_all_done(trained, program):
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    code, out, _ = program("all", "--out", trained, *TOY)
+    assert code == 0
+    assert out == [f"{stage}: done already; remove {trained / stage} to train it anew" for stage in pretrain.STAGES]
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+
+
+@torch.no_grad()
+def test_what_it_leaves_can_be_opened(trained):
+    """By our own loaders, as float32 throughout, and by diffusers, which draws the same picture."""
+    clip, tokenizer = load_clip(trained / "clip_model")
+    model = load(trained / "sd_model")
+    vae, alone = load_vae(trained / "sd_model"), load_vae(trained / "vae_model")
+    assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), alone.parameters(), strict=True))
+    assert model.tokenizer.vocabulary == tokenizer.vocabulary
+    assert model.sampling == pretrain.MINI_SAMPLING
+    ids = tokenizer(["a sketch of a large blue tree in the snow"])
+    assert torch.equal(model.text_encoder(ids), clip.text(ids))
+    assert Judge.load(trained / "judge.safetensors").read(torch.zeros(1, 3, SIZE, SIZE))
+
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(trained / "sd_model")
+    pipeline.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 2, "height": SIZE, "width": SIZE, "output_type": "np"}
+    picture = pipeline("a red ball", generator=torch.Generator().manual_seed(0), **settings).images[0]
+    ours = StableDiffusion(model).sample(["a red ball"], [0], steps=2)[0]
+    ours = ((ours + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()
+    assert ours.shape == picture.shape == (SIZE, SIZE, 3)
+    assert np.abs(ours - picture).max() < 0.02  # its own noise levels are rounded
+
+
+@pytest.mark.parametrize("stage", ["judge", "vae", "clip", "sd"])
+def test_a_stage_that_was_stopped_in_its_last_moments(trained, program, tmp_path, stage):
+    """After training, but before its results were noted: it ends as it would have, from the state that it kept."""
+    folder = tmp_path / "mini"
+    shutil.copytree(trained, folder)
+    (folder / stage / "results.json").unlink()
+    code, out, errors = program(stage, "--out", folder, *TOY)
+    assert (code, errors) == (0, [])
+    assert len(out) == 1
+    assert out[0].startswith(f"{stage}: ")
+    assert results_of(folder, stage) == pytest.approx(results_of(trained, stage))
+
+
+def test_a_seed_repeats_a_stage(trained, program, tmp_path):
+    """Anew in a folder of its own, to the last bit; another seed gives another model."""
+    name, ours = "model.safetensors", (trained / "clip_model" / "model.safetensors").read_bytes()
+    assert program("clip", "--out", tmp_path / "again", *TOY)[0] == 0
+    assert (tmp_path / "again" / "clip_model" / name).read_bytes() == ours
+    assert program("clip", "--out", tmp_path / "other", "--seed=1", *TOY)[0] == 0
+    assert (tmp_path / "other" / "clip_model" / name).read_bytes() != ours
+
+
+def test_another_number_of_scenes_may_go_on(trained, program, tmp_path):
+    folder = tmp_path / "mini"
+    shutil.copytree(trained, folder)
+    (folder / "sd" / "results.json").unlink()
+    code, _, errors = program("sd", "--out", folder, *TOY, "--scenes=200", "--steps=3")
+    assert (code, errors) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["judge", "--steps=0"], "--steps should be at least 1, not 0"),
+        (["judge", "--batch=0"], "--batch should be at least 1, not 0"),
+        (["judge", "--scenes=-1"], "--scenes should be at least 1, not -1"),
+        (["judge", "--test-scenes=0"], "--test-scenes should be at least 1, not 0"),
+        (["judge", "--threads=0"], "--threads should be at least 1, not 0"),
+        (["judge", "--steps=few"], "--steps"),
+        (["nothing"], "invalid choice: 'nothing'"),
+        ([], "stage"),
+        (["clip", "--seed=-1"], "--seed"),
+        (["judge", "--device=cuda:99"], "cuda:99"),
+        (["judge", "--device=abacus"], "abacus"),
+        (["judge", "--out=FILE"], "FILE"),
+        (["sd"], "vae_model"),
+    ],
+)
+def test_a_users_mistakes(program, tmp_path, monkeypatch, arguments, words):
+    """One line, exit code 2."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("hello")
+    code, out, errors = program(*TOY, *arguments)
+    assert (code, out) == (2, [])
+    assert len(errors) == 1
+    assert words in errors[0]

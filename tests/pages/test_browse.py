@@ -1,0 +1,250 @@
+"""datagen.py browse: the page of a data set, read by a real browser where there is one."""
+
+import base64
+import io
+import json
+import re
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import datagen
+from cli import UserError, run_program
+from dataset import Pair, write_edit, write_seeds
+from pages import browse
+
+CHROMIUM = shutil.which("chromium") and shutil.which("chromedriver")
+SCORES = {  # (edit, seed): image-text twice, image-image, direction
+    (0, 1): (0.30, 0.40, 0.90, 0.50),
+    (0, 2): (0.25, 0.20, 0.80, 0.60),
+    (7, 3): (0.35, 0.30, 0.70, 0.30),
+    (12, 4): (0.40, 0.45, 0.95, 0.70),
+}
+# candidates that are no pairs; of edit 9 there is no other
+REFUSED = {(7, 30): (0.1, 0.1, 0.5, 0.1), (12, 40): (0.1, 0.3, 0.9, 0.9), (9, 50): (0.1, 0.1, 0.4, 0.0)}
+TEXTS = {0: "make it night", 7: 'as a </script><b>"mosaic"', 9: "nothing came of it", 12: "füge einen Baum hinzu"}
+
+
+def noted(seed, scores):
+    names = ("clip_sim_0", "clip_sim_1", "clip_sim_image", "clip_sim_dir")
+    return {"seed": seed, "p2p_threshold": seed / 100, "cfg_scale": 8.0 - seed, **dict(zip(names, scores, strict=True))}
+
+
+def image(seed, size=(64, 48)):
+    return Image.fromarray(np.full((*size[::-1], 3), 20 * seed, np.uint8))
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Four edits, four pairs, seven candidates."""
+    root = tmp_path / "data"
+    root.mkdir()
+    with open(root / "candidates.jsonl", "w") as log:
+        for edit, text in TEXTS.items():
+            prompt = {"caption": f"caption {edit}", "edit": text, "output": f"output {edit}", "url": None}
+            pairs = [
+                Pair(image(seed), image(seed + 1), noted(seed, scores))
+                for (number, seed), scores in SCORES.items()
+                if number == edit
+            ]
+            write_edit(root, edit, prompt, pairs)
+            all_scores = {**SCORES, **REFUSED}.items()
+            candidates = [noted(seed, scores) for (number, seed), scores in all_scores if number == edit]
+            kept = [pair.metadata["seed"] for pair in pairs]
+            print(json.dumps({"edit": edit, "kept": kept, "candidates": candidates}), file=log)
+    write_seeds(root)
+    thresholds = {"min_image_text": 0.2, "min_image_image": 0.6, "min_direction": 0.2}
+    (root / "settings.json").write_text(json.dumps({"keep": 2, **thresholds}))
+    return root
+
+
+def page_data(path):
+    """What the page holds."""
+    return json.loads(re.search(r"^const data = (.*);$", path.read_text(encoding="utf-8"), re.MULTILINE)[1])
+
+
+def pixels(url):
+    data = base64.b64decode(url.removeprefix("data:image/jpeg;base64,"))
+    return Image.open(io.BytesIO(data))
+
+
+def test_the_page_holds_it_all(root, capsys):
+    datagen.main(["browse", str(root)])
+    assert capsys.readouterr().out == f"{root / 'index.html'}: 4 of 4 pairs\n"
+    data = page_data(root / "index.html")
+    assert [(int(pair["folder"]), int(pair["seed"])) for pair in data["pairs"]] == list(SCORES)
+    assert [pair["edit"] for pair in data["pairs"]] == [TEXTS[edit] for edit, _ in SCORES]
+    assert (data["total"], data["keep"], data["every"]) == (4, 2, True)
+    assert data["thresholds"] == {"image_text": 0.2, "image_image": 0.6, "direction": 0.2}
+    order = {edit: index for index, edit in enumerate(TEXTS)}
+    every = sorted([order[edit], *scores] for (edit, _), scores in {**SCORES, **REFUSED}.items())
+    assert sorted(data["candidates"]) == every
+    for pair in data["pairs"]:
+        for side, url in enumerate(pair["pictures"]):
+            assert np.array_equal(pixels(url), image(int(pair["seed"]) + side))
+    text = (root / "index.html").read_text(encoding="utf-8")
+    assert text.count("</script>") == 1
+    assert not re.search(r'(src|href)="?http|url\(|@import|fetch\(', text)
+
+
+def test_a_page_of_many_is_of_some_and_of_smaller_pictures(tmp_path, capsys):
+    prompt = {"caption": "a", "edit": "b", "output": "c", "url": None}
+    for edit in range(10):
+        write_edit(tmp_path, edit, prompt, [Pair(image(1, (512, 384)), image(2, (512, 384)), {"seed": edit})])
+    write_seeds(tmp_path)
+    datagen.main(["browse", str(tmp_path), "--count", "4", "--out", str(tmp_path / "page.html")])
+    assert "4 of 10 pairs" in capsys.readouterr().out
+    data = page_data(tmp_path / "page.html")
+    assert [pair["folder"] for pair in data["pairs"]] == ["0000000", "0000003", "0000006", "0000009"]
+    assert not data["every"]
+    assert pixels(data["pairs"][0]["pictures"][0]).size == (256, 192)
+    assert data["thresholds"] == {"image_text": 0.2, "image_image": 0.7, "direction": 0.2}  # the paper's
+
+
+def test_a_data_set_of_the_authors_tools(tmp_path, capsys):
+    """Older keys, other folders, and nothing noted of the pairs."""
+    folder = tmp_path / "shard-00" / "0454444"
+    folder.mkdir(parents=True)
+    (folder / "prompt.json").write_text('{"input": "a", "edit": "as a cat", "output": "b", "url": "http://x"}')
+    for side in (0, 1):
+        image(side + 1).save(folder / f"4294967295_{side}.jpg", quality=100)
+    (tmp_path / "seeds.json").write_text('[["shard-00/0454444", ["4294967295"]]]')
+    datagen.main(["browse", str(tmp_path)])
+    assert "1 of 1 pairs" in capsys.readouterr().out
+    data = page_data(tmp_path / "index.html")
+    (pair,) = data["pairs"]
+    assert (pair["caption"], pair["edit"], pair["output"], pair["folder"]) == ("a", "as a cat", "b", "0454444")
+    assert data["candidates"] == [[0, None, None, None, None]]
+
+
+def test_a_data_set_in_the_making(root, capsys):
+    """Without seeds.json, and with a last line that is not yet whole."""
+    (root / "seeds.json").unlink()
+    lines = (root / "candidates.jsonl").read_bytes()
+    (root / "candidates.jsonl").write_bytes(lines[:-9])
+    datagen.main(["browse", str(root)])
+    assert "3 of 3 pairs" in capsys.readouterr().out
+
+
+def test_large_files_become_smaller(tmp_path):
+    """Also such as are no larger in pixels than the page shows them."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8))
+    noise.save(tmp_path / "x.jpg", quality=100, subsampling=0)
+    assert len(browse.picture(tmp_path / "x.jpg")) < (tmp_path / "x.jpg").stat().st_size
+
+
+def test_damaged_edits_are_left_out(root, capsys):
+    (root / "0000000" / "1_1.jpg").write_bytes(b"no picture")
+    (root / "0000007" / "prompt.json").unlink()
+    datagen.main(["browse", str(root)])
+    assert "1 of 4 pairs; 2 damaged edits are left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda root: [path.unlink() for path in root.glob("*.json*")], "holds no seeds.json"),
+        (lambda root: ((root / "candidates.jsonl").unlink(), (root / "seeds.json").write_text("[1]")), "is damaged"),
+        (lambda root: (root / "settings.json").write_text("{"), "settings.json cannot be read"),
+        (lambda root: (root / "candidates.jsonl").write_text('{"edit": 0}\n'), r"candidates.jsonl is damaged"),
+        (
+            lambda root: (root / "candidates.jsonl").write_text('{"edit": 0, "kept": [1], "candidates": [7]}\n'),
+            r"candidates.jsonl is damaged",
+        ),
+    ],
+)
+def test_mistakes(root, change, words):
+    change(root)
+    with pytest.raises(UserError, match=words):
+        datagen.main(["browse", str(root)])
+    assert not (root / "index.html").exists()
+
+
+def test_a_page_that_cannot_be_written(root, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["datagen.py", "browse", str(root), "--out", str(root / "none" / "page.html")])
+    with pytest.raises(SystemExit) as end:
+        run_program(datagen.main)
+    assert end.value.code == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+# ---- in a browser ----
+
+
+@pytest.fixture
+def browser(root, tmp_path):
+    """A browser that shows the page."""
+    selenium = pytest.importorskip("selenium.webdriver")
+    options = selenium.ChromeOptions()
+    flags = ["headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking"]
+    for flag in [*flags, "disable-component-update", "disable-sync", f"user-data-dir={tmp_path / 'profile'}"]:
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    datagen.main(["browse", str(root)])
+    driver = selenium.Chrome(options, selenium.ChromeService(shutil.which("chromedriver")))
+    driver.get((root / "index.html").as_uri())
+    yield driver
+    driver.quit()
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium and chromedriver")
+def test_in_a_browser(browser):
+    """Pairs, order, search and thresholds, as a person would use them."""
+
+    def listed():
+        """[(instruction, is it dimmed?)]"""
+        script = "return [...document.querySelectorAll('article')].map(x => [x.children[1].textContent, x.className])"
+        return [(text, name == "out") for text, name in browser.execute_script(script)]
+
+    def choose(name, value):
+        """Put a control to a value, as its own events would tell the page."""
+        key = "checked" if isinstance(value, bool) else "value"
+        script = f"const [x, value] = arguments; x.{key} = value; x.dispatchEvent(new Event('input'))"
+        browser.execute_script(script, browser.find_element("id", name), value)
+
+    def summary():
+        return browser.execute_script("return document.getElementById('summary').textContent")
+
+    night, mosaic, tree = (TEXTS[edit] for edit in (0, 7, 12))
+    assert listed() == [(night, False), (night, False), (mosaic, False), (tree, False)]
+    passing = "4 of 7 candidates of these edits would pass (57 %), and 4 of them be kept, at most 2 of an edit."
+    assert summary().startswith(passing)
+    numbers = browser.execute_script("return document.querySelector('article dl').textContent")
+    assert numbers == "number0000000p0.01guidance7.00before–text0.30after–text0.40image–image0.90direction0.50"
+    sizes = browser.execute_script("return [...document.images].map(x => [x.naturalWidth, x.naturalHeight])")
+    assert sizes == [[64, 48]] * 8
+
+    choose("sort", "clip_sim_image")
+    assert [text for text, _ in listed()] == [mosaic, night, night, tree]
+    choose("down", True)
+    assert [text for text, _ in listed()] == [tree, night, night, mosaic]
+    choose("find", "MAKE night")
+    assert [text for text, _ in listed()] == [night, night]
+    choose("find", "")
+
+    choose("direction", 0.55)
+    assert listed() == [(tree, False), (night, True), (night, False), (mosaic, True)]
+    choose("hide", True)
+    assert listed() == [(tree, False), (night, False)]
+    assert "Of the 4 pairs on this page 2 would stay" in summary()
+    choose("direction", 0.0)
+    choose("image_image", 0.0)
+    choose("image_text", 0.1)  # now a candidate without pictures is among the best two of its edit
+    assert summary().startswith("7 of 7 candidates of these edits would pass (100 %), and 7 of them be kept")
+    browser.find_element("id", "reset").click()
+    assert len(listed()) == 4
+    assert not [entry for entry in browser.get_log("browser") if "favicon" not in entry["message"]]
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs chromium and chromedriver")
+def test_more_pairs_on_demand(browser):
+    """Sixty at first, so that a page of thousands opens at once."""
+    browser.execute_script("for (let i = 0; i < 96; i++) data.pairs.push({...data.pairs[0]}); draw()")
+    count = "return document.querySelectorAll('article').length"
+    assert browser.execute_script(count) == 60
+    browser.find_element("id", "more").click()
+    assert browser.execute_script(count) == 100
+    assert not browser.find_element("id", "more").is_displayed()
