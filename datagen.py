@@ -23,13 +23,13 @@ from tqdm import tqdm
 from cli import (
     Parser,
     UserError,
+    atomic_write,
     check_device,
     check_sampling,
     check_seeds,
     make_folder,
     own_device,
     run_program,
-    atomic_write,
 )
 from dataset import Filter, Pair, write_edit, write_seeds
 from language.captions import FIELDS, Unique, read_captions

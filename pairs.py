@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import UserError, append_whole, make_folder, atomic_write
+from cli import UserError, append_whole, atomic_write, make_folder
 from clip_image import CLIP
 from clip_text import CLIPTokenizer
 from dataset import Filter, Pair, folder_name, write_edit, write_seeds

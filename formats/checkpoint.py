@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from cli import UserError, check_sampling, atomic_write
+from cli import UserError, atomic_write, check_sampling
 from clip_image import CLIP
 from clip_text import CLIP_L_TEXT, CLIPText, CLIPTokenizer
 from diffusion import Sampling

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import UserError, make_folder, plain, atomic_write
+from cli import UserError, atomic_write, make_folder, plain
 from dataset import Filter
 from formats.checkpoint import load, load_clip
 from formats.weights import write_json

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from cli import UserError, check_seeds, make_folder, plain, atomic_write
+from cli import UserError, atomic_write, check_seeds, make_folder, plain
 from formats.checkpoint import load_clip
 from formats.weights import write_json
 from images import enlarge, grid, save_png, to_image, to_tensor

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from cli import Parser, UserError, check_device, run_program, atomic_write
+from cli import Parser, UserError, atomic_write, check_device, run_program
 from clip_text import CLIPText
 from diffusion import NoiseSchedule, Sampling
 from formats.checkpoint import Model, load_clip, load_vae, save_folder, save_vae
