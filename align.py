@@ -1,8 +1,8 @@
-"""Which token of one caption stands for which of another: what Prompt-to-Prompt's cross-attention control goes by.
+"""Which token of one caption corresponds to which of another: Prompt-to-Prompt's cross-attention control needs it.
 
-A token mapper M [L, L] holds in row i and column j the share of the source's token i that the target's token j takes
-over. Attention with the source's map instead of the target's is then A_source M (Hertz et al. 2022, Sec. 3.2). Captions
-are [start, tokens..., end, padding...] with L positions; the start, the end and the padding stand for their like.
+A token mapper M [L, L] holds in row i and column j the weight with which the target's token j takes the map of the
+source's token i. Attention with the source's map in place of the target's is A_source M (Hertz et al. 2022, Sec. 3.2).
+Captions are [start, tokens..., end, padding...] with L positions; start, end and padding correspond to their like.
 """
 
 import re
@@ -15,18 +15,17 @@ from cli import UserError
 
 @dataclass(frozen=True)
 class Alignment:
-    """How the tokens of B pairs of captions correspond."""
+    """How the tokens of B caption pairs correspond."""
 
-    mapper: torch.Tensor  # M [B, L, L]: rows source tokens, columns target tokens
-    shared: torch.Tensor  # a [B, L]: 1 where a target token has a counterpart, 0 where it is new and looks for itself
+    mapper: torch.Tensor  # M [B, L, L]: in row i, column j the weight of source token i in target token j
+    shared: torch.Tensor  # a [B, L]: 1 where a target token has a counterpart, 0 where it is new and keeps its own map
 
     @classmethod
-    def stack(cls, alignments):
-        """Those of several pairs as one."""
-        return cls(
-            torch.cat([alignment.mapper for alignment in alignments]),
-            torch.cat([alignment.shared for alignment in alignments]),
-        )
+    def of(cls, tokenizer, sources, targets):
+        """For lists of B captions: a word swap where both have as many words, else a refinement."""
+        pairs = zip(sources, targets, strict=True)
+        rows = [(swap if len(s.split()) == len(t.split()) else refine)(tokenizer, s, t) for s, t in pairs]
+        return cls(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
 
     def to(self, device):
         """The same on another device."""
@@ -34,57 +33,34 @@ class Alignment:
 
 
 def swap(tokenizer, source, target):
-    """Word swap: each word of the target takes over the map of the word at its place. An Alignment of one pair.
+    """Word swap: each word of the target uses the map of the word at its place. Returns (M [L, L], a [L]).
 
-    A word of m tokens in place of one of n: token by token if n = m, else each of the m gets an equal share of all n,
-    so that in total as much is looked at. Raises UserError where the captions differ in their number of words.
+    A word of m tokens in place of one of n: token by token if n = m, else each of the m gets the mean of all n.
     """
-    words = [text.split() for text in (source, target)]
-    if len(words[0]) != len(words[1]):
-        counts = f"{len(words[0])} and {len(words[1])}"
-        raise UserError(f"a word swap needs as many words in both captions, not {counts}; refinement does without that")
-    spans = [word_tokens(tokenizer, text) for text in (source, target)]
     mapper = torch.zeros(tokenizer.tokens, tokenizer.tokens)
     mapper[0, 0] = 1
-    for ours, theirs in zip(*spans, strict=True):
+    for ours, theirs in zip(word_tokens(tokenizer, source), word_tokens(tokenizer, target), strict=True):
         i, j = (torch.tensor(positions, dtype=torch.long) for positions in (ours, theirs))
         if len(i) == len(j):
             mapper[i, j] = 1
         else:
             mapper[i[:, None], j] = 1 / max(1, len(j))
-    join_ends(mapper, *(count_tokens(tokenizer, text) for text in (source, target)))
-    return Alignment(mapper[None], torch.ones(1, tokenizer.tokens))
+    join_ends(mapper, count_tokens(tokenizer, source), count_tokens(tokenizer, target))
+    return mapper, torch.ones(tokenizer.tokens)
 
 
 def refine(tokenizer, source, target):
-    """Refinement: the tokens that both captions have, in order, share a map; new ones have their own. For one pair.
+    """Refinement: the tokens that both captions have, in order, share a map; new ones keep their own. As `swap`.
 
-    The longest common subsequence of tokens, which is what global alignment with gap 0, match 1 and mismatch -1 finds.
+    The longest common subsequence of tokens is what global alignment with gap 0, match 1 and mismatch -1 finds.
     """
-    ids = [tokenizer([text])[0].tolist()[: 1 + count_tokens(tokenizer, text)] for text in (source, target)]
+    ids = [tokenizer([text])[0].tolist()[: count_tokens(tokenizer, text)] for text in (source, target)]
     mapper, shared = torch.zeros(tokenizer.tokens, tokenizer.tokens), torch.zeros(tokenizer.tokens)
     for i, j in common_subsequence(*ids):
         mapper[i, j] = shared[j] = 1
-    join_ends(mapper, *(len(part) - 1 for part in ids))
+    join_ends(mapper, len(ids[0]), len(ids[1]))
     shared[len(ids[1]) :] = 1
-    return Alignment(mapper[None], shared[None])
-
-
-def align(tokenizer, source, target):
-    """The alignment of one pair that its captions allow: a word swap if they have as many words, else a refinement."""
-    same = len(source.split()) == len(target.split())
-    return (swap if same else refine)(tokenizer, source, target)
-
-
-def scale_of(tokenizer, text, weights):
-    """Re-weighting: {words of the caption: factor} -> c [1, L], what each token's attention is multiplied by.
-
-    Raises UserError for words that the caption lacks.
-    """
-    scale = torch.ones(1, tokenizer.tokens)
-    for phrase, factor in weights.items():
-        scale[0, phrase_tokens(tokenizer, text, phrase)] = factor
-    return scale
+    return mapper, shared
 
 
 def phrase_tokens(tokenizer, text, phrase):
@@ -94,24 +70,22 @@ def phrase_tokens(tokenizer, text, phrase):
     """
     wanted = r"\s+".join(re.escape(word) for word in phrase.split())
     found = [match.span() for match in re.finditer(rf"(?<!\w){wanted}(?!\w)", text, re.IGNORECASE)] if wanted else []
-    offsets = tokenizer.bpe.encode(text).offsets[: tokenizer.tokens - 2]
-    positions = [
-        position
-        for position, (first, last) in enumerate(offsets, 1)
-        if any(first < end and last > start for start, end in found)
-    ]
+    positions = tokens_within(tokenizer, text, found)
     if not positions:
         raise UserError(f'the caption "{text}" does not hold the words "{phrase}"')
     return positions
 
 
 def word_tokens(tokenizer, text):
-    """For every word between spaces, the positions of its tokens; of words that were cut off, none."""
+    """For every word between spaces, the positions of its tokens; none for words that were cut off."""
+    return [tokens_within(tokenizer, text, [word.span()]) for word in re.finditer(r"\S+", text)]
+
+
+def tokens_within(tokenizer, text, spans):
+    """The positions of the tokens that overlap one of these spans (start, end) of letters."""
     offsets = tokenizer.bpe.encode(text).offsets[: tokenizer.tokens - 2]
-    return [
-        [position for position, (first, _) in enumerate(offsets, 1) if word.start() <= first < word.end()]
-        for word in re.finditer(r"\S+", text)
-    ]
+    places = enumerate(offsets, 1)  # the start token is at 0
+    return [place for place, (first, last) in places if any(first < end and last > start for start, end in spans)]
 
 
 def count_tokens(tokenizer, text):
@@ -122,11 +96,10 @@ def count_tokens(tokenizer, text):
 def join_ends(mapper, ours, theirs):
     """Map the end token at position `ours` to that at `theirs`, and the padding after it one by one, in place.
 
-    What padding the source has more of is mapped to the target's last position, so that nothing is lost.
+    Padding that the source has more of is mapped to the target's last position, so that no attention is lost.
     """
-    tokens = len(mapper)
-    for i in range(ours, tokens):
-        mapper[i, min(theirs + i - ours, tokens - 1)] = 1
+    for i in range(ours, len(mapper)):
+        mapper[i, min(theirs + i - ours, len(mapper) - 1)] = 1
 
 
 def common_subsequence(source, target):

@@ -38,7 +38,7 @@ class CLIPTextConfig:
     heads: int = 12
     activation: str = "quick_gelu"
     end_token: int = 49407
-    projection: int | None = None  # width of the space shared with the pictures; None: the tower only conditions
+    projection: int | None = None  # width of the space shared with the images; None: the tower only conditions
 
 
 CLIP_L_TEXT = CLIPTextConfig()

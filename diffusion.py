@@ -2,7 +2,7 @@
 
 Two coordinate systems meet here. Training mixes z_t = sqrt(abar_t) z + sqrt(1 - abar_t) eps (Ho et al. 2020, Eq. 4).
 Sampling follows Karras et al. 2022 and works on x = z_t / sqrt(abar_t) = z + sigma eps, where
-sigma = sqrt((1 - abar) / abar): the same picture, with noise of standard deviation sigma on top.
+sigma = sqrt((1 - abar) / abar): the clean latent, with noise of standard deviation sigma added.
 
     denoise(x, sigma) -> the network's guess of the clean x      x [B, C, H, W], sigma a float
     sigmas: noise levels [N + 1], falling, the last one 0
@@ -18,11 +18,11 @@ import torch
 
 @dataclass(frozen=True)
 class Sampling:
-    """A model's sampling defaults, kept in a folder's `sampling.json`; these here are the released code's."""
+    """A model's sampling defaults, kept in its folder's `sampling.json`; these are the released code's."""
 
     steps: int = 100
     text_guidance: float = 7.5  # s_T of Eq. 3: how strongly to follow the instruction
-    image_guidance: float = 1.5  # s_I of Eq. 3: how closely to keep to the picture
+    image_guidance: float = 1.5  # s_I of Eq. 3: how closely to keep to the image
     resolution: int = 512  # pixels of the longer side, about
 
 
@@ -53,32 +53,22 @@ class NoiseSchedule:
         t = torch.linspace(len(self.log_sigmas) - 1, 0, n, dtype=torch.float64)
         return torch.cat([self.sigma(t), torch.zeros(1, dtype=torch.float64)])
 
-    def karras_sigmas(self, n, rho=7.0):
-        """n noise levels that crowd towards the small ones, and a closing 0 (Karras et al. 2022, Eq. 5): [n + 1]."""
-        low, high = self.log_sigmas[[0, -1]].exp() ** (1 / rho)
-        levels = torch.lerp(high, low, torch.linspace(0, 1, n, dtype=torch.float64)) ** rho
-        return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
-
     def add_noise(self, z, noise, t):
         """z_t = sqrt(abar_t) z + sqrt(1 - abar_t) noise, for z and noise [B, C, H, W] and whole times t [B]."""
         abar = self.alphas_cumprod.to(z.device)[t][:, None, None, None].to(z.dtype)
         return abar.sqrt() * z + (1 - abar).sqrt() * noise
 
     def min_snr(self, t, most=5.0):
-        """Weights of the loss that keep nearly clean times from ruling it: min(snr, 5) / snr [B], for times t [B].
-
-        Hang et al. 2023, Eq. 7, for networks that predict eps.
-        """
+        """Min-SNR weights of the loss, min(snr, 5) / snr [B] for times t [B] (Hang et al. 2023, Eq. 7, for eps)."""
         abar = self.alphas_cumprod.to(t.device)[t]
         snr = abar / (1 - abar)
         return snr.clamp(max=most) / snr
 
     def balanced(self, t, most=20.0):
-        """Weights of the loss under which all noise levels count about alike in an editor's training: [B], for t [B].
+        """Weights of the loss, (min(snr, 5) + 1) / snr, at most `most`: [B], for times t [B]. Our own choice.
 
-        In pure noise, eps is easy to guess and the picture is not: an error of eps is one of x0 times 1 / sqrt(snr). So
-        high noise, where an editor decides what to keep, is weighted as the error of x0, up to `most`; low noise as by
-        `min_snr`: (min(snr, 5) + 1) / snr.
+        At high noise eps is easy to predict and x0 is not: an error of eps is an error of x0 times sqrt(snr). There an
+        editor decides what to keep, so the loss is weighted as the error of x0; at low noise as by `min_snr`.
         """
         abar = self.alphas_cumprod.to(t.device)[t]
         snr = abar / (1 - abar)
@@ -104,7 +94,7 @@ def seeded_noise(shape, seeds, device="cpu"):
 
 
 def ancestral_split(sigma, next_sigma, eta=1.0):
-    """Split the way to `next_sigma`: go down to `sigma_down` without noise, then add noise of `sigma_up`.
+    """Split a step to `next_sigma`: go down to `sigma_down` without noise, then add noise of `sigma_up`.
 
     sigma_down^2 + sigma_up^2 = next_sigma^2. eta 1: as much new noise as the diffusion itself has there; 0: none.
     Returns (sigma_down, sigma_up).
@@ -134,40 +124,4 @@ def euler(denoise, x, sigmas, noise=None, callback=None):
         if callback:
             callback(step, sigma, denoised)
         x = x + (x - denoised) / sigma * (next_sigma - sigma)
-    return x
-
-
-def ddim(denoise, x, sigmas, noise=None, callback=None, eta=0.0):
-    """DDIM (Song et al. 2021, Eq. 12) in these coordinates: the clean guess, the old noise at a lower level, new noise.
-
-    It shows how the samplers hang together: with eta 0 it equals `euler`, with eta 1 `euler_ancestral`.
-    """
-    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
-        denoised = denoise(x, sigma)
-        if callback:
-            callback(step, sigma, denoised)
-        eps = (x - denoised) / sigma
-        sigma_down, sigma_up = ancestral_split(sigma, next_sigma, eta)
-        x = denoised + sigma_down * eps
-        if sigma_up > 0:
-            x = x + next(noise) * sigma_up
-    return x
-
-
-def ddim_inversion(denoise, x, sigmas, noise=None, callback=None, iterations=1):
-    """From a clean x to the noise that `ddim` (eta 0) turns back into it: the same steps, taken backwards.
-
-    A step back asks for eps at the noisier end, which is not known yet. One iteration takes eps of the cleaner end
-    in its place, the usual approximation (Dhariwal and Nichol 2021; Mokady et al. 2023); more iterations solve for the
-    noisier end as a fixed point. `sigmas` as for `ddim`, falling; returns x at sigmas[0]. Draws no noise.
-    """
-    rising = sigmas.flip(0).tolist()
-    for step, (sigma, next_sigma) in enumerate(pairwise(rising)):
-        guess = x
-        for _ in range(iterations):
-            denoised = denoise(guess, next_sigma)
-            guess = x + (guess - denoised) / next_sigma * (next_sigma - sigma)
-        if callback:
-            callback(step, next_sigma, denoised)
-        x = guess
     return x

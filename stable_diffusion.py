@@ -1,7 +1,7 @@
-"""Text to image by a latent diffusion model: what Stable Diffusion does, and what data generation builds on.
+"""A latent diffusion model: UNet, autoencoder, text encoder (Rombach et al. 2022), and text-to-image with them.
 
-    model = StableDiffusion(checkpoint.load("models/mini/sd"))
-    pictures = model.sample(["a painting of a large red house on the left by the sea"], seeds=[0])
+    model = StableDiffusion.load("models/mini/sd")
+    images = model.sample(["a painting of a large red house on the left by the sea"], seeds=[0])
 """
 
 from functools import cached_property
@@ -11,23 +11,31 @@ import torch
 from attention import fused
 from cli import UserError
 from diffusion import NoiseSchedule, euler_ancestral, seeded_noise
-from gpu.compiled import compile_networks
+from formats import checkpoint
+
+PIXELS_AT_ONCE = 512 * 512  # of images that the decoder makes in one batch
 
 
-class StableDiffusion:
-    """A text-to-image model and its sampler."""
+class LatentDiffusion:
+    """The parts of a model, and what text-to-image and editing both need of them."""
+
+    inputs = 1  # latents that the UNet takes: the noisy one, and for an editor the input image's
+    advice = "use Stable Diffusion weights, such as models/mini/sd"
 
     def __init__(self, model):
-        """model: a `checkpoint.Model` whose UNet takes the latent alone. Raises UserError for any other."""
+        """model: a `checkpoint.Model`. Raises UserError if its UNet is made for another use."""
         self.unet, self.vae, self.text_encoder = model.unet, model.vae, model.text_encoder
-        self.tokenizer, self.sampling = model.tokenizer, model.sampling
-        self.schedule = NoiseSchedule()
-        channels, needed = model.unet.config.in_channels, model.vae.config.latent_channels
-        if channels != needed:
-            raise UserError(
-                f"{model.source} is no text-to-image model (its UNet takes {channels} channels, not {needed}); "
-                "use Stable Diffusion weights, such as models/mini/sd"
-            )
+        self.tokenizer, self.sampling, self.schedule = model.tokenizer, model.sampling, NoiseSchedule()
+        channels, latent = model.unet.config.in_channels, model.vae.config.latent_channels
+        kinds = {latent: "a text-to-image", 2 * latent: "an InstructPix2Pix", 2 * latent + 1: "an inpainting"}
+        if channels != self.inputs * latent:
+            found = f"{kinds.get(channels, 'another')} checkpoint: its UNet takes {channels} channels"
+            raise UserError(f"{model.source} is {found}, not {self.inputs * latent}; {self.advice}")
+
+    @classmethod
+    def load(cls, path, device="cpu", dtype=torch.float32, tokenizer=None, vae=None):
+        """Read the model from a folder, a single file or a hub id (see `checkpoint.load`). Raises UserError."""
+        return cls(checkpoint.load(path, device, dtype, tokenizer, vae))
 
     @property
     def device(self):
@@ -36,7 +44,7 @@ class StableDiffusion:
 
     @property
     def dtype(self):
-        """The networks' number format; the sampler itself always runs in float32."""
+        """The UNet's number format; samplers always run in float32."""
         return self.unet.conv_in.weight.dtype
 
     @torch.no_grad()
@@ -46,40 +54,48 @@ class StableDiffusion:
 
     @cached_property
     def null_text(self):
-        """The embedding of "": [1, L, E]."""
+        """The embedding of "", which stands for no text: [1, L, E]."""
         return self.encode_text([""])
 
     @torch.no_grad()
+    def encode_image(self, x):
+        """Images x [B, 3, H, W] in [-1, 1] -> E(c_I) [B, C, h, w], float32: the mode, NOT scaled (Sec. 3.2)."""
+        return self.vae.encode(x.to(self.device, self.vae.quant_conv.weight.dtype)).mode().float()
+
+    @torch.no_grad()
     def decode(self, latent):
-        """A denoised latent [B, C, h, w] -> pictures [B, 3, H, W], about in [-1, 1]."""
-        z = latent / self.vae.config.scaling
-        return self.vae.decode(z.to(self.vae.post_quant_conv.weight.dtype)).float()
+        """A denoised, scaled latent [B, C, h, w] -> images [B, 3, H, W], about in [-1, 1]."""
+        z = (latent / self.vae.config.scaling).to(self.vae.post_quant_conv.weight.dtype)
+        rows = max(1, PIXELS_AT_ONCE // (self.vae.config.factor**2 * z.shape[2] * z.shape[3]))
+        return torch.cat([self.vae.decode(part) for part in z.split(rows)]).float()
 
-    def compile(self, **settings):
-        """Compile what sampling calls at every step, and the decoder, as `InstructPix2Pix.compile` does."""
-        compile_networks(self.unet, self.vae, **settings)
+    def predict_eps(self, z, t, context, attend=fused, low_memory=False):
+        """The UNet's eps for z [B, ., h, w] at one time t (a float), in float32; low_memory: a row at a time."""
+        times = torch.full((len(z),), t, device=self.device)
+        rows = 1 if low_memory else len(z)
+        parts = zip(*(x.split(rows) for x in (z.to(self.dtype), times, context)), strict=True)
+        return torch.cat([self.unet(*part, attend) for part in parts]).float()
 
-    def denoiser(self, text, sigmas, guidance, attend=fused):
+
+class StableDiffusion(LatentDiffusion):
+    """Text to image."""
+
+    def denoiser(self, text, guidance, attend=fused):
         """The sampler's `denoise(x, sigma)` under classifier-free guidance (Ho and Salimans 2022, Eq. 6).
 
-        text [B, L, E]; sigmas: the sampler's; guidance: a number, or a tensor [B, 1, 1, 1]. The UNet sees one batch
-        [null..., text...].
+        text [B, L, E]; guidance: a number, or a tensor [B, 1, 1, 1]. The UNet sees one batch [null..., text...].
         """
-        # once, not at every step
-        read = self.unet.read(torch.cat([self.null_text.expand_as(text), text]))
-        embed = self.unet.time_embedder(self.schedule.t(sigmas[:-1]).tolist())
+        contexts = torch.cat([self.null_text.expand_as(text), text])
 
-        def predict_eps(z, t):
-            inputs = z.repeat(2, 1, 1, 1).to(self.dtype)
-            times = [added.expand(len(inputs), -1) for added in embed(t)]
-            eps_null, eps_text = self.unet.predict(inputs, times, read, attend).float().chunk(2)
+        def guided(z, t):
+            eps_null, eps_text = self.predict_eps(z.repeat(2, 1, 1, 1), t, contexts, attend).chunk(2)
             return eps_null + guidance * (eps_text - eps_null)
 
-        return self.schedule.denoiser(predict_eps)
+        return self.schedule.denoiser(guided)
 
     @torch.no_grad()
     def sample(self, texts, seeds, steps=None, guidance=None, size=None, sampler=euler_ancestral, attend=fused):
-        """A list of B texts and one seed each -> pictures [B, 3, size, size], about in [-1, 1], made in one batch.
+        """A list of B texts and one seed each -> images [B, 3, size, size], about in [-1, 1], in one batch.
 
         steps, guidance and size (pixels, a multiple of the VAE's factor) default to the model's own.
         """
@@ -87,5 +103,5 @@ class StableDiffusion:
         sigmas = self.schedule.sigmas(steps or self.sampling.steps)
         noise = seeded_noise((self.vae.config.latent_channels, side, side), seeds, self.device)
         scale = self.sampling.text_guidance if guidance is None else guidance
-        denoise = self.denoiser(self.encode_text(texts), sigmas, scale, attend)
+        denoise = self.denoiser(self.encode_text(texts), scale, attend)
         return self.decode(sampler(denoise, next(noise) * sigmas[0].item(), sigmas, noise))

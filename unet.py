@@ -1,9 +1,9 @@
 """The denoising UNet of Stable Diffusion 1.x and of InstructPix2Pix (Sec. 3.2), which only adds input channels.
 
-The network is the table `STABLE_DIFFUSION.levels`: on the way down each level runs its residual blocks, each followed
-by a transformer where the table says so, then halves the picture; on the way up the same levels run in reverse, each
-block taking one feature map that the way down left behind. The text enters through the transformers' cross-attention,
-the time through every residual block.
+The network is the table `STABLE_DIFFUSION.levels`. Going down, each level runs its residual blocks, each followed by a
+transformer where the table says so, then halves the feature map. Going up, the levels run in reverse, and each block
+also takes one feature map of the way down (a skip connection). The text enters through cross-attention, the time
+through every residual block.
 
 Shapes: B batch, C channels, H and W height and width of a feature map, L text tokens, E width of a text token.
 """
@@ -34,7 +34,7 @@ class UNetConfig:
 
     levels: tuple[Level, ...]
     resblocks: int = 2  # per level on the way down; one more on the way up
-    in_channels: int = 4  # 4: Stable Diffusion. 8: InstructPix2Pix, noisy latent first, then the input picture's
+    in_channels: int = 4  # 4: Stable Diffusion. 8: InstructPix2Pix, noisy latent first, then the input image's
     out_channels: int = 4
     context_width: int = 768  # E
     groups: int = 32  # of every GroupNorm
@@ -42,7 +42,7 @@ class UNetConfig:
 
 STABLE_DIFFUSION = UNetConfig(
     levels=(
-        #   channels  attention  heads    a 512x512 picture is here
+        #   channels  attention  heads    a 512x512 image is here
         Level(   320,      True,     8),  # 64x64 latents
         Level(   640,      True,     8),  # 32x32
         Level(  1280,      True,     8),  # 16x16
@@ -64,16 +64,16 @@ class UNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(first, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
 
-        numbers = itertools.count()  # of the transformers, in the order of computation
+        index = itertools.count()  # of the transformers, in the order of computation
 
         def resblock(width_in, width_out):
             return ResBlock(width_in, width_out, time_width, config.groups)
 
         def transformer(level, place):
-            return Transformer(level.channels, level.heads, config.context_width, config.groups, next(numbers), place)
+            return Transformer(level.channels, level.heads, config.context_width, config.groups, next(index), place)
 
         self.down = nn.ModuleList()
-        width, skips = first, [first]  # channels of h, and of every feature map left behind for the way up
+        width, skips = first, [first]  # channels of h, and of every skip connection
         for number, level in enumerate(levels):
             stage = nn.Module()
             stage.resblocks, stage.transformers = nn.ModuleList(), nn.ModuleList()
@@ -110,73 +110,45 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
     def forward(self, z, t, context, attend=fused):
-        """Predict eps.
+        """Predict eps, the noise in z.
 
-        z [B, in_channels, H, W] noisy latent (and the input picture's, for InstructPix2Pix), t [B] time in [0, 999],
-        fractions allowed, context [B, L, E] text embedding, attend: see attention.py. Returns [B, out_channels, H, W].
+        z [B, in_channels, H, W]: the noisy latent, and for InstructPix2Pix the input image's latent behind it.
+        t [B]: time in [0, 999], fractions allowed. context [B, L, E]: text embedding. attend: see attention.py.
+        Returns [B, out_channels, H, W].
         """
-        return self.predict(z, self.embed_time(t), self.read(context), attend)
+        time = timestep_embedding(t, self.config.levels[0].channels).to(self.time_embed[0].weight.dtype)
+        time = F.silu(self.time_embed(time))  # [B, 4 C]
 
-    def embed_time(self, t):
-        """t [B] -> what each residual block adds to its channels at that time, each [B, C], in their order."""
-        time = timestep_embedding(t, self.config.levels[0].channels)
-        time = F.silu(self.time_embed(time.to(self.time_embed[0].weight.dtype)))
-        return [layer.time(time) for layer in self.modules() if isinstance(layer, ResBlock)]
-
-    def time_embedder(self, times):
-        """Make the function t -> `embed_time` of it, each [1, C], for a sampler that knows its steps' times beforehand.
-
-        times: N floats, which are embedded here, as one batch. Any other t is embedded when it is asked for.
-        """
-
-        def embed(times):
-            return self.embed_time(torch.tensor(times, dtype=torch.float32, device=self.conv_in.weight.device))
-
-        rows = zip(*(added.split(1) for added in embed(times)), strict=True)
-        known = dict(zip(times, rows, strict=True))
-        return lambda t: known[t] if t in known else embed([t])
-
-    def read(self, context):
-        """context [B, L, E] -> the keys and values of all cross-attention layers, each [B, H, L, D], in their order.
-
-        They depend on the text alone, so a sampler reads it once and not at every step.
-        """
-        transformers = [layer for layer in self.modules() if isinstance(layer, Transformer)]
-        return [layer.cross_attention.keys_values(context) for layer in transformers]
-
-    def predict(self, z, times, text, attend=fused):
-        """`forward` with what `embed_time` made of the time, and `read` of the text."""
-        times, text = iter(times), iter(text)
         h = self.conv_in(z)
         skips = [h]
         for stage in self.down:
-            for number, resblock in enumerate(stage.resblocks):
-                h = resblock(h, next(times))
+            for i, resblock in enumerate(stage.resblocks):
+                h = resblock(h, time)
                 if stage.transformers:
-                    h = stage.transformers[number](h, next(text), attend)
+                    h = stage.transformers[i](h, context, attend)
                 skips.append(h)
             if stage.downsample is not None:
                 h = stage.downsample(h)
                 skips.append(h)
 
-        h = self.middle.resblock1(h, next(times))
-        h = self.middle.transformer(h, next(text), attend)
-        h = self.middle.resblock2(h, next(times))
+        h = self.middle.resblock1(h, time)
+        h = self.middle.transformer(h, context, attend)
+        h = self.middle.resblock2(h, time)
 
         for stage in self.up:
-            for number, resblock in enumerate(stage.resblocks):
-                h = resblock(torch.cat([h, skips.pop()], dim=1), next(times))
+            for i, resblock in enumerate(stage.resblocks):
+                h = resblock(torch.cat([h, skips.pop()], dim=1), time)
                 if stage.transformers:
-                    h = stage.transformers[number](h, next(text), attend)
+                    h = stage.transformers[i](h, context, attend)
             if stage.upsample is not None:
-                # to the size of the map it will meet: twice its own, or one less where the way down met an odd size
-                h = stage.upsample(doubled(h, skips[-1].shape[-2:]))
+                # to the size of the next skip: twice h's own, or one less where downsampling met an odd size
+                h = stage.upsample(F.interpolate(h, size=skips[-1].shape[-2:], mode="nearest"))
 
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around the time's embedding, and a bypass."""
+    """Two convolutions with the time embedding added in between, and a skip connection."""
 
     def __init__(self, width_in, width_out, time_width, groups):
         super().__init__()
@@ -188,15 +160,15 @@ class ResBlock(nn.Module):
         self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x, time):
-        """x [B, C_in, H, W], time [B, C_out], which `UNet.embed_time` makes -> [B, C_out, H, W]."""
+        """x [B, C_in, H, W], time [B, 4 C] (after its SiLU) -> [B, C_out, H, W]."""
         h = self.conv1(F.silu(self.norm1(x)))
-        h = h + time[:, :, None, None]
+        h = h + self.time(time)[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return self.skip(x) + h
 
 
 class Transformer(nn.Module):
-    """Every pixel looks at every pixel (self-attention), then at every word (cross-attention), then thinks (GEGLU)."""
+    """Self-attention over the pixels, cross-attention to the text tokens, and a feed-forward layer, each residual."""
 
     def __init__(self, width, heads, context_width, groups, index, place):
         super().__init__()
@@ -211,23 +183,20 @@ class Transformer(nn.Module):
         self.feed_forward = FeedForward(width)
         self.proj_out = nn.Conv2d(width, width, 1)
 
-    def forward(self, x, text, attend):
-        """x [B, C, H, W], text: keys and values, as `UNet.read` makes them -> [B, C, H, W]."""
-        size = x.shape[-2:]
-        self_layer = Layer(self.index, self.place, False, tuple(size))
-        cross_layer = Layer(self.index, self.place, True, tuple(size))
-
+    def forward(self, x, context, attend):
+        """x [B, C, H, W], context [B, L, E] -> [B, C, H, W]."""
+        size = tuple(x.shape[-2:])
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2).contiguous()  # [B, N, C], N = H W
         own = self.norm1(h)
-        h = h + self.self_attention(own, self.self_attention.keys_values(own), attend, self_layer)
-        h = h + self.cross_attention(self.norm2(h), text, attend, cross_layer)
+        h = h + self.self_attention(own, own, attend, Layer(self.index, self.place, False, size))
+        h = h + self.cross_attention(self.norm2(h), context, attend, Layer(self.index, self.place, True, size))
         h = h + self.feed_forward(self.norm3(h))
         h = h.transpose(1, 2).unflatten(2, size)  # [B, C, H, W]
         return x + self.proj_out(h)
 
 
 class Attention(nn.Module):
-    """Projections to q, k and v, the `attend` function, and a projection back."""
+    """Projections to q, k and v, the `attend` function, and the output projection."""
 
     def __init__(self, width, context_width, heads):
         super().__init__()
@@ -237,14 +206,12 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.Linear(width, width)
 
-    def keys_values(self, context):
-        """context [B, M, E], which answers -> k and v, each [B, H, M, D]."""
-        return split_heads(self.to_k(context), self.heads), split_heads(self.to_v(context), self.heads)
-
-    def forward(self, x, keys_values, attend, layer):
-        """x [B, N, C] asks what `keys_values` made of another, or of itself -> [B, N, C]."""
-        q = split_heads(self.to_q(x), self.heads)
-        return self.to_out(join_heads(attend(q, *keys_values, layer)))
+    def forward(self, x, context, attend, layer):
+        """Queries from x [B, N, C], keys and values from context [B, M, E] -> [B, N, C]."""
+        q = split_heads(self.to_q(x), self.heads)  # [B, H, N, D]
+        k = split_heads(self.to_k(context), self.heads)  # [B, H, M, D]
+        v = split_heads(self.to_v(context), self.heads)
+        return self.to_out(join_heads(attend(q, k, v, layer)))
 
 
 class FeedForward(nn.Module):
@@ -259,17 +226,6 @@ class FeedForward(nn.Module):
         """x [B, N, C] -> [B, N, C]."""
         value, gate = self.proj_in(x).chunk(2, dim=-1)
         return self.proj_out(value * F.gelu(gate))
-
-
-def doubled(x, size):
-    """Every pixel twice along both axes: x [B, C, h, w] -> [B, C, *size], where each of size is 2h (2w), or one less.
-
-    To the bit what F.interpolate's "nearest" gives, but its way back is a sum, where that one's is a scatter, which
-    torch 2.13 puts into the wrong order when it compiles bfloat16 for CPUs: weights below it then get no gradient.
-    The channels come first in memory, whichever way they lay.
-    """
-    x = x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)  # [B, C, h, 2, w, 2]
-    return x.flatten(4).flatten(2, 3)[:, :, : size[0], : size[1]]
 
 
 def timestep_embedding(t, width):

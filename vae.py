@@ -1,7 +1,7 @@
-"""The autoencoder between pictures and latents: a KL autoencoder as in latent diffusion (Rombach et al. 2022).
+"""The autoencoder between images and latents: a KL autoencoder as in latent diffusion (Rombach et al. 2022).
 
-A 512x512 picture becomes a 4x64x64 latent and back. Two rules of InstructPix2Pix (Sec. 3.2) are easy to get wrong:
-the input picture conditions the UNet by the MODE of its latent distribution, unscaled; the latent that is diffused is
+A 512x512 image becomes a 4x64x64 latent and back. Two rules of InstructPix2Pix (Sec. 3.2) are easy to get wrong:
+the input image conditions the UNet by the MODE of its latent distribution, unscaled; the latent that is diffused is
 a SAMPLE, times `scaling` (0.18215), and must be divided by it before decoding.
 """
 
@@ -19,7 +19,7 @@ from attention import fused
 class VAEConfig:
     """Everything that may differ between two autoencoders."""
 
-    channels: tuple[int, ...] = (128, 256, 512, 512)  # one entry a level; each level but the last halves the picture
+    channels: tuple[int, ...] = (128, 256, 512, 512)  # one entry a level; each level but the last halves the image
     resblocks: int = 2  # per level in the encoder; one more in the decoder
     latent_channels: int = 4
     groups: int = 32  # of every GroupNorm
@@ -41,7 +41,7 @@ class Gaussian(NamedTuple):
     logvar: torch.Tensor
 
     def mode(self):
-        """The likeliest latent."""
+        """The most likely latent: the mean."""
         return self.mean
 
     def sample(self, noise):
@@ -61,20 +61,17 @@ class VAE(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, x):
-        """Pictures x [B, 3, factor*H, factor*W] in [-1, 1] -> a Gaussian over latents, unscaled."""
+        """Images x [B, 3, factor*H, factor*W] in [-1, 1] -> a Gaussian over latents, unscaled."""
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return Gaussian(mean, logvar.clamp(-30, 20))
 
-    def decode(self, z, low_memory=False):
-        """Unscaled latents z [B, latent_channels, H, W] -> pictures [B, 3, factor*H, factor*W], about in [-1, 1].
-
-        low_memory: the same picture, a band of rows at a time.
-        """
-        return self.decoder(self.post_quant_conv(z), low_memory)
+    def decode(self, z):
+        """Unscaled latents z [B, latent_channels, H, W] -> images [B, 3, factor*H, factor*W], about in [-1, 1]."""
+        return self.decoder(self.post_quant_conv(z))
 
 
 class Encoder(nn.Module):
-    """Pictures [B, 3, ...] -> moments [B, 2 * latent_channels, H, W]."""
+    """Images [B, 3, ...] -> moments [B, 2 * latent_channels, H, W]."""
 
     def __init__(self, config):
         super().__init__()
@@ -106,7 +103,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [B, latent_channels, H, W] -> pictures [B, 3, ...]."""
+    """Latents [B, latent_channels, H, W] -> images [B, 3, ...]."""
 
     def __init__(self, config):
         super().__init__()
@@ -125,16 +122,14 @@ class Decoder(nn.Module):
         self.norm_out = nn.GroupNorm(config.groups, width, eps=1e-6)
         self.conv_out = nn.Conv2d(width, 3, 3, padding=1)
 
-    def forward(self, z, low_memory=False):
+    def forward(self, z):
         """z [B, latent_channels, H, W] -> [B, 3, factor*H, factor*W]."""
         h = self.middle(self.conv_in(z))  # [B, C, H, W]
-        if low_memory:
-            return to_pixels_in_bands(self, h)
         for stage in self.up:
             for resblock in stage.resblocks:
                 h = resblock(h)
             if stage.upsample is not None:
-                h = upsample(h, stage.upsample)
+                h = stage.upsample(F.interpolate(h, scale_factor=2.0, mode="nearest"))
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
@@ -153,7 +148,7 @@ class Middle(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and a bypass."""
+    """Two convolutions and a skip connection."""
 
     def __init__(self, width_in, width_out, groups):
         super().__init__()
@@ -187,54 +182,3 @@ class Attention(nn.Module):
         h = self.to_out(fused(self.to_q(h), self.to_k(h), self.to_v(h)))
         h = h[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:])
         return h + x  # h first: the sum then lies channels last in memory, which the convolutions after it prefer
-
-
-def upsample(h, conv):
-    """Double the size of h [B, C, H, W], then smooth it by a convolution."""
-    return conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
-
-
-# ---- decoding in bands: nothing new about the method from here on ----
-
-
-def to_pixels_in_bands(decoder, h):
-    """The decoder after its middle, in a fraction of the memory: h [B, C, H, W] -> [B, 3, factor*H, factor*W].
-
-    Every layer runs on a band of rows at a time, with as many rows around it as its convolution looks at, so that
-    inputs and outputs are whole but nothing in between. The GroupNorms' statistics are taken over the whole picture
-    first. So the picture is the same as without bands, and there can be no seams.
-    """
-
-    def normed(norm, x):
-        """norm(x), for any band of x."""
-        variance, mean = torch.var_mean(x.unflatten(1, (norm.num_groups, -1)), dim=(2, 3, 4), unbiased=False)
-        spread = (variance + norm.eps).rsqrt()  # [B, groups]
-        per_group = x.shape[1] // norm.num_groups
-        scale = spread.repeat_interleave(per_group, dim=1) * norm.weight  # [B, C]
-        shift = norm.bias - mean.repeat_interleave(per_group, dim=1) * scale
-        return lambda band: band * scale[:, :, None, None] + shift[:, :, None, None]
-
-    for stage in decoder.up:
-        for block in stage.resblocks:
-            norm = normed(block.norm1, h)
-            inner = in_bands(lambda x, b=block, n=norm: b.conv1(F.silu(n(x))), h)
-            norm = normed(block.norm2, inner)
-            h = in_bands(lambda x, y, b=block, n=norm: b.skip(x) + b.conv2(F.silu(n(y))), h, inner)
-        if stage.upsample is not None:
-            h = in_bands(lambda x, conv=stage.upsample: upsample(x, conv), h)
-    norm = normed(decoder.norm_out, h)
-    return in_bands(lambda x: decoder.conv_out(F.silu(norm(x))), h)
-
-
-def in_bands(layer, *maps, rows=32):
-    """layer(*maps) for maps [B, C, H, W] and a layer that looks at most one row up and down, `rows` rows at a time."""
-    height, out = maps[0].shape[-2], None
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        first, last = max(top - 1, 0), min(bottom + 1, height)
-        band = layer(*(x[:, :, first:last] for x in maps))
-        factor = band.shape[-2] // (last - first)  # 2 where the layer upsamples
-        if out is None:
-            out = band.new_empty(*band.shape[:2], height * factor, band.shape[-1])
-        out[:, :, top * factor : bottom * factor] = band[:, :, (top - first) * factor : (bottom - first) * factor]
-    return out
