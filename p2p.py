@@ -153,10 +153,11 @@ class PairNoise:
             on_cpu = self.generators
         else:
             on_cpu = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.p, self.guidance = (  # [B] each
-            low + (high - low) * torch.cat([torch.rand(1, generator=generator) for generator in on_cpu]).to(device)
+        self.p, scales = (  # [B] each, on the CPU
+            low + (high - low) * torch.cat([torch.rand(1, generator=generator) for generator in on_cpu])
             for low, high in (p, guidance)
         )
+        self.guidance = scales.to(device)
 
     def draw(self):
         """Standard normal noise [2B, C, h, w], equal for both images of a pair: before..., after..."""

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import small_tokenizer
 
-from align import common_subsequence, count_tokens, phrase_tokens, refine, scale_of, swap, word_tokens
+from align import Alignment, common_subsequence, count_tokens, phrase_tokens, refine, swap, word_tokens
 from cli import UserError
 
 TOKENIZER = small_tokenizer()
@@ -30,9 +30,9 @@ def test_words_have_the_tokens_that_spell_them():
 
 def test_equal_captions_align_to_themselves():
     for align in (swap, refine):
-        alignment = align(TOKENIZER, "a red house", "a red house")
-        assert torch.equal(alignment.mapper[0], torch.eye(LENGTH))
-        assert torch.equal(alignment.shared[0], torch.ones(LENGTH))
+        mapper, shared = align(TOKENIZER, "a red house", "a red house")
+        assert torch.equal(mapper, torch.eye(LENGTH))
+        assert torch.equal(shared, torch.ones(LENGTH))
 
 
 def test_a_swapped_word_takes_the_place_of_the_other():
@@ -40,25 +40,28 @@ def test_a_swapped_word_takes_the_place_of_the_other():
     source, target = "a tree at night", "a mushrooms at night"
     ours, theirs = word_tokens(TOKENIZER, source)[1], word_tokens(TOKENIZER, target)[1]
     assert len(ours) != len(theirs)  # else the test would say little
-    mapper = swap(TOKENIZER, source, target).mapper[0]
+    mapper = swap(TOKENIZER, source, target)[0]
     assert torch.allclose(mapper[ours][:, theirs], torch.full((len(ours), len(theirs)), 1 / len(theirs)))
     for i, j in zip(word_tokens(TOKENIZER, source)[2], word_tokens(TOKENIZER, target)[2], strict=True):
         assert mapper[i, j] == 1
     assert mapper[count_tokens(TOKENIZER, source), count_tokens(TOKENIZER, target)] == 1  # the ends
     assert torch.allclose(total(mapper), torch.ones(LENGTH))
-    back = swap(TOKENIZER, target, source).mapper[0]
+    back = swap(TOKENIZER, target, source)[0]
     assert torch.allclose(total(back), torch.ones(LENGTH))
 
 
-def test_a_swap_needs_as_many_words():
-    with pytest.raises(UserError, match="as many words in both captions, not 2 and 3"):
-        swap(TOKENIZER, "red house", "a red house")
+def test_captions_of_as_many_words_are_swapped_others_refined():
+    sources, targets = ["red house", "red house"], ["blue tree", "a red house"]
+    alignment = Alignment.of(TOKENIZER, sources, targets)
+    for row, align in enumerate((swap, refine)):
+        mapper, shared = align(TOKENIZER, sources[row], targets[row])
+        assert torch.equal(alignment.mapper[row], mapper)
+        assert torch.equal(alignment.shared[row], shared)
 
 
 def test_a_refinement_keeps_what_both_have():
     source, target = "a house at night", "a red house at night"
-    alignment = refine(TOKENIZER, source, target)
-    mapper, shared = alignment.mapper[0], alignment.shared[0]
+    mapper, shared = refine(TOKENIZER, source, target)
     old, new = word_tokens(TOKENIZER, source), word_tokens(TOKENIZER, target)
     for i, j in zip([*old[0], *old[1]], [*new[0], *new[2]], strict=True):
         assert mapper[i, j] == 1
@@ -112,18 +115,7 @@ def test_words_that_were_cut_off():
     with pytest.raises(UserError, match="does not hold"):
         phrase_tokens(TOKENIZER, text, "night")
     for align in (swap, refine):
-        mapper = align(TOKENIZER, text, text.replace("house", "tree")).mapper[0]
+        mapper = align(TOKENIZER, text, text.replace("house", "tree"))[0]
         assert torch.isfinite(mapper).all()
         assert mapper[0, 0] == mapper[LENGTH - 1, LENGTH - 1] == 1
-    assert total(swap(TOKENIZER, text, text).mapper[0]).tolist() == [1] * LENGTH
-
-
-def test_weights_fall_on_their_words_alone():
-    text = "a red house at night"
-    words = word_tokens(TOKENIZER, text)
-    scale = scale_of(TOKENIZER, text, {"red": 3.0, "night": -1.0})
-    assert scale.shape == (1, LENGTH)
-    assert set(scale[0, words[1]].tolist()) == {3.0}
-    assert set(scale[0, words[4]].tolist()) == {-1.0}
-    rest = [position for position in range(LENGTH) if position not in words[1] + words[4]]
-    assert set(scale[0, rest].tolist()) == {1.0}
+    assert total(swap(TOKENIZER, text, text)[0]).tolist() == [1] * LENGTH

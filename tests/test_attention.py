@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference import relative_error
 
-from attention import Layer, fused, fused_values, join_heads, reference, split_heads
+from attention import Layer, fused, join_heads, reference, split_heads
 
 SHAPES = [  # batch, heads, queries, keys, head width
     (1, 1, 1, 1, 8),
@@ -35,20 +35,6 @@ def test_large_logits_do_not_overflow():
         out = attend(1e4 * q, 1e4 * k, v)
         assert out.isfinite().all()
         assert relative_error(out, reference(1e4 * q.double(), 1e4 * k.double(), v.double())) <= 1e-6
-
-
-@pytest.mark.parametrize("values", [1, 2, 3])
-@pytest.mark.parametrize("second", [False, True])
-def test_one_map_serves_several_values(values, second):
-    generator = torch.Generator().manual_seed(values)
-    q, k, v, *other = (
-        torch.randn(shape, generator=generator)
-        for shape in [(2, 3, 4, 9, 8), (2, 3, 4, 7, 8), (2, values, 3, 4, 7, 8), *[(2, 3, 4, n, 8) for n in (9, 7, 7)]]
-    )
-    exact = torch.stack([reference(q.double(), k.double(), x.double()) for x in v.unbind(1)], dim=1)
-    if second:
-        exact[:, -1] += reference(*(x.double() for x in other))
-    assert relative_error(fused_values(q, k, v, *(other if second else [])), exact) <= 1e-6
 
 
 def test_causal_attention_ignores_the_future():
