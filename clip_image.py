@@ -1,7 +1,7 @@
 """CLIP's image tower, a vision transformer, and the two towers together.
 
 InstructPix2Pix uses CLIP twice: its text tower conditions the UNet, and both towers measure whether a generated pair
-of pictures is a good edit (Sec. 3.1.2: image-image, image-caption and directional similarity).
+of images is a good edit (Sec. 3.1.2: image-image, image-caption and directional similarity).
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ CLIP_L_IMAGE = CLIPImageConfig()
 
 
 class CLIPImage(nn.Module):
-    """Pictures to CLIP's image feature."""
+    """Images to CLIP's image feature."""
 
     def __init__(self, config):
         super().__init__()
@@ -48,7 +48,7 @@ class CLIPImage(nn.Module):
         self.projection = nn.Linear(config.width, config.projection, bias=False)
 
     def forward(self, x):
-        """Normalised pictures x [B, 3, size, size] (see `preprocess`) -> projected class token [B, projection]."""
+        """Normalised images x [B, 3, size, size] (see `preprocess`) -> projected class token [B, projection]."""
         patches = self.patch_embedding(x).flatten(2).transpose(1, 2)  # [B, N, C]
         first = self.class_embedding.expand(len(x), 1, -1)
         h = self.norm_in(torch.cat([first, patches], dim=1) + self.position_embedding.weight)
@@ -57,14 +57,14 @@ class CLIPImage(nn.Module):
         return self.projection(self.norm_out(h[:, 0]))
 
     def preprocess(self, images):
-        """Pictures [B, 3, H, W] in [0, 1] of any size -> what `forward` takes: squeezed to a square, not cropped."""
+        """Images [B, 3, H, W] in [0, 1] of any size -> what `forward` takes: squeezed to a square, not cropped."""
         size = (self.config.size, self.config.size)
         x = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
         mean, std = (torch.tensor(values, device=x.device, dtype=x.dtype)[:, None, None] for values in (MEAN, STD))
         return (x - mean) / std
 
     def features(self, images):
-        """Pictures [B, 3, H, W] in [0, 1] -> unit vectors [B, projection]."""
+        """Images [B, 3, H, W] in [0, 1] -> unit vectors [B, projection]."""
         return F.normalize(self(self.preprocess(images)), dim=-1)
 
 
@@ -79,16 +79,16 @@ class CLIP(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(0.07).reciprocal().log())
 
     def forward(self, ids, images):
-        """ids [B, L], pictures [B, 3, H, W] in [0, 1] -> logits [B images, B texts] (Radford et al. 2021, Fig. 3)."""
+        """ids [B, L], images [B, 3, H, W] in [0, 1] -> logits [B images, B texts] (Radford et al. 2021, Fig. 3)."""
         return self.logit_scale.exp() * self.image.features(images) @ self.text.features(ids).T
 
     @torch.no_grad()
     def edit_similarities(self, before, after, ids_before, ids_after):
         """How good an edit is (Sec. 3.1.2): cosines by the names of the authors' metadata, each [B].
 
-        before and after: pictures [B, 3, H, W] in [0, 1]; ids_before and ids_after: their captions [B, L]. clip_sim_0
-        and clip_sim_1: picture and caption, clip_sim_dir: the change of the picture and the change of the caption (Gal
-        et al. 2022), clip_sim_image: both pictures.
+        before and after: images [B, 3, H, W] in [0, 1]; ids_before and ids_after: their captions [B, L]. clip_sim_0
+        and clip_sim_1: image and caption, clip_sim_dir: the change of the image and the change of the caption (Gal
+        et al. 2022), clip_sim_image: both images.
         """
         image0, image1 = self.image.features(before), self.image.features(after)
         text0, text1 = self.text.features(ids_before), self.text.features(ids_after)

@@ -1,4 +1,4 @@
-"""Text to image: guidance, batches, and the same pictures as diffusers' pipeline."""
+"""Text to image: guidance, batches, and the same images as diffusers' pipeline."""
 
 import diffusers
 import numpy as np
@@ -44,7 +44,7 @@ def test_the_ends_of_guidance(model, noisy, guidance, text):
 
 @torch.no_grad()
 def test_guidance_goes_on_in_a_straight_line(model, noisy):
-    """Each picture of a batch with its own scale, and its own text."""
+    """Each image of a batch with its own scale, and its own text."""
     text = model.encode_text([TEXT, OTHER])
     without, with_text = (model.denoiser(text, scale)(*noisy) for scale in (0, 1))
     scales = torch.tensor([2.0, 7.5])[:, None, None, None]
@@ -52,12 +52,12 @@ def test_guidance_goes_on_in_a_straight_line(model, noisy):
     assert relative_error(model.denoiser(text, scales)(*noisy), expected) <= 1e-4
 
 
-def test_a_batch_equals_its_pictures_one_by_one(model):
+def test_a_batch_equals_its_images_one_by_one(model):
     texts, seeds = [TEXT, OTHER, TEXT, ""], [3, 3, 2**40, 3]
     together = model.sample(texts, seeds, steps=4, size=64)
     assert together.shape == (4, 3, 64, 64)
-    for picture, text, seed in zip(together, texts, seeds, strict=True):
-        assert (picture - model.sample([text], [seed], steps=4, size=64)[0]).abs().max() < 1e-3
+    for image, text, seed in zip(together, texts, seeds, strict=True):
+        assert (image - model.sample([text], [seed], steps=4, size=64)[0]).abs().max() < 1e-3
     for one, other in ((0, 1), (0, 2), (1, 3)):
         assert (together[one] - together[other]).abs().max() > 0.1
 

@@ -52,10 +52,10 @@ def test_half_precision_on_a_gpu_stays_close(dtype):
     vae = randomise(VAE(SMALL["one level"]), seed=3).eval()
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     latent = vae.encode(x).mode()
-    picture = vae.decode(latent)
+    image = vae.decode(latent)
     vae.to("cuda", dtype)
     assert relative_error(vae.encode(x.to("cuda", dtype)).mode().float().cpu(), latent) < 0.05
-    assert relative_error(vae.decode(latent.to("cuda", dtype)).float().cpu(), picture) < 0.05
+    assert relative_error(vae.decode(latent.to("cuda", dtype)).float().cpu(), image) < 0.05
 
 
 def test_logvar_is_clamped():
