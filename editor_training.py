@@ -16,7 +16,7 @@ from diffusion import NoiseSchedule
 from formats import checkpoint
 from formats.lora import add_lora
 from formats.weights import extend_input
-from gpu.compiled import NOTICE, compiled, compiling
+from gpu.compiled import NOTICE, compiled
 from images import enlarge, grid, save_png, to_image
 from ip2p import InstructPix2Pix, loss
 from states import newest_state, save_state, state_paths
@@ -28,7 +28,6 @@ SAME = (  # or it is another run
     *("seed", "total", "pairs", "init", "trainable", "rank", "resolution", "largest", "subset", "overfit"),
     *("cache_latents", "balanced"),
 )
-WRONG = 0.15  # a compiled gradient so far from the plain one, relatively; two of bfloat16 differ by 0.01 to 0.03
 MEAN_OF, TOO_MUCH = 50, 5  # the mean loss of so many steps, so many times the lowest so far: gone astray
 
 
@@ -49,7 +48,7 @@ class Training:
         self.unet, self.schedule = self.model.unet, NoiseSchedule()
         if options.channels_last:
             self.unet.to(memory_format=torch.channels_last)
-        size = check_pictures(self.pairs, self.model)
+        check_pictures(self.pairs, self.model)
         self.names = choose_weights(self.unet, options.trainable, options.rank)
         self.weights = [weight for weight in self.unet.parameters() if weight.requires_grad]
         # one process keeps the average: it is the same in all of them
@@ -70,35 +69,8 @@ class Training:
         if options.compile:  # self.unet itself stays as it is, for the sizes of the sample sheets
             if ranks.first:
                 print(NOTICE)
-            network = self.compile(network, size)
+            network = compiled(network)
         self.network = ranks.share(network)
-
-    def compile(self, network, size):
-        """A network, compiled for a batch of latents of this size. Raises UserError if it has another gradient.
-
-        A compiler may be wrong without a word, and has been: see `unet.doubled`.
-        """
-        fast, generator = compiled(network), torch.Generator().manual_seed(0)
-        text, batch, gradients = self.model.text_encoder.config, self.options.batch, []
-        shapes = (2 * self.model.vae.config.latent_channels, *size), (text.tokens, text.width)
-        z, context = (torch.randn(batch, *shape, generator=generator).to(self.device) for shape in shapes)
-        t = torch.randint(1000, (batch,), generator=generator).to(self.device)
-        for way in (network, fast):
-            with compiling("take --no-compile"):
-                with self.precision():
-                    eps = way(z, t, context, attend=self.attend)
-                (0.01 * eps.float().square().sum()).backward()  # of a size that float16 holds, whatever the batch
-            found = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in self.weights]
-            gradients.append([gradient.cpu() for gradient in found])
-            self.optimizer.zero_grad()
-        pairs = list(zip(*gradients, strict=True))
-        lost = any(usual.any() and not fast_one.any() for usual, fast_one in pairs)
-        apart = math.hypot(*((fast_one - usual).norm().item() for usual, fast_one in pairs))
-        error = apart / math.hypot(*(usual.norm().item() for usual, _ in pairs))
-        if lost or not error <= WRONG:
-            what = "of some weights is lost" if lost else f"is {100 * error:.0f} % from the one without"
-            raise UserError(f"this PyTorch compiles the UNet wrongly: the gradient {what}; take --no-compile")
-        return fast
 
     def read_data(self):
         """Make the batches ready; with --cache-latents all pairs are encoded now."""

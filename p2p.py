@@ -46,12 +46,13 @@ class PairControl:
     def next_step(self, step, sigma=None, denoised=None):
         """The sampler's callback after a step: which pairs are controlled at the next one, `active` bool [B]."""
         self.active = self.p > (step + 1) / max(1, self.steps - 1)
+        self.any_active, self.all_active = bool(self.active.any()), bool(self.active.all())
 
     def __call__(self, q, k, v, layer):
         """Attention as in attention.py; q [4B, H, N, D], k and v [4B, H, M, D]."""
         if layer.cross:
             return self.cross_attention(q, k, v)
-        if self.self_control and self.active.any():
+        if self.self_control and self.any_active:
             q, k = self.of_first(q), self.of_first(k)
         return fused(q, k, v)
 
@@ -69,7 +70,7 @@ class PairControl:
         if self.scale is not None:
             v = torch.cat([v[: 3 * pairs], v[3 * pairs :] * self.scale[:, None, :, None].to(v.dtype)])
         out = fused(q, k, v)
-        if not (self.cross_control and self.active.any()):
+        if not (self.cross_control and self.any_active):
             return out
         (q_before, q_after), (k_before, k_after) = q.chunk(4)[2:], k.chunk(4)[2:]
         v_after, active = v[3 * pairs :], self.active.to(v.device)[:, None, None, None]

@@ -25,7 +25,8 @@ from dataset import Filter, Pair, folder_name, write_edit, write_seeds
 from formats import checkpoint
 from formats.configs import Config
 from formats.weights import write_json
-from gpu.compiled import NOTICE, compiling
+from gpu import shared_maps
+from gpu.compiled import NOTICE, compile_model
 from images import to_image, to_tensor
 from language.captions import FIELDS, read_edits
 from p2p import PairNoise, sample_pairs
@@ -54,7 +55,7 @@ class Sampler:
         model = StableDiffusion(parts)
         if options.compile or (options.compile is None and torch.device(options.device).type == "cuda"):
             print(NOTICE)
-            model.compile()
+            compile_model(model)
         model.vae.float()  # a small part of the work, and bfloat16 has fewer levels than a picture
         resolution = options.resolution or model.sampling.resolution
         if resolution % parts.side_multiple:
@@ -73,8 +74,8 @@ class Sampler:
         side = self.resolution // latent.factor
         shape = (latent.latent_channels, side, side)
         noise = PairNoise([seed for _, seed in jobs], shape, self.guidance, device=model.device)
-        with compiling("take --no-compile"):
-            pictures = sample_pairs(model, before, after, noise, self.steps, control=self.control)
+        wrap = shared_maps(model.device)
+        pictures = sample_pairs(model, before, after, noise, self.steps, control=self.control, wrap=wrap)
         if not all(half.isfinite().all() for half in pictures):
             raise UserError("the networks gave values that are not numbers: damaged weights, or too coarse a --dtype")
         images = [[to_image(x) for x in half] for half in pictures]

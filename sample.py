@@ -197,7 +197,7 @@ def load_model(settings):
     """Load the model that the settings name, and note in them the device and the number format that were chosen."""
     import torch
 
-    from gpu.compiled import NOTICE
+    from gpu.compiled import NOTICE, compile_model
     from ip2p import InstructPix2Pix
 
     if settings["device"] == "auto":
@@ -213,7 +213,7 @@ def load_model(settings):
     model = InstructPix2Pix.load(weights, settings["device"], dtype, settings["tokenizer"], settings["vae"])
     if settings["compile"]:
         say(NOTICE)
-        model.compile()
+        compile_model(model)
     return model
 
 
@@ -249,25 +249,22 @@ def make(model, image, settings, edits, wanted):
     """Make the edits whose numbers are `wanted`, in batches: {number: picture}. Raises UserError if memory runs out."""
     import torch
 
-    from gpu.compiled import compiling
-
     pictures = {}
     while len(pictures) < len(wanted):
         numbers = batch_of(wanted[len(pictures)], wanted.stop, settings["low_memory"])
         chosen_seeds, text, image_scales = zip(*(edits[number] for number in numbers), strict=True)
         try:
-            with compiling("leave out --compile"):
-                made = model.edit(
-                    image,
-                    settings["instr"],
-                    text_guidance=text,
-                    image_guidance=image_scales,
-                    steps=settings["steps"],
-                    seed=chosen_seeds,
-                    resolution=settings["resolution"],
-                    low_memory=settings["low_memory"],
-                    progress=True,
-                )
+            made = model.edit(
+                image,
+                settings["instr"],
+                text_guidance=text,
+                image_guidance=image_scales,
+                steps=settings["steps"],
+                seed=chosen_seeds,
+                resolution=settings["resolution"],
+                low_memory=settings["low_memory"],
+                progress=True,
+            )
         except (RuntimeError, MemoryError) as error:
             if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
                 raise UserError("there is not enough memory; try --low-memory, or a smaller --resolution") from error

@@ -1,7 +1,6 @@
 """Attention in one Triton kernel, for what Prompt-to-Prompt asks and torch's fused kernels do not offer. Needs triton.
 
-    out_s = softmax(q k^T / sqrt(D)) v_s                                       one map serves several values, s = 1..S
-    out_S = softmax(q k^T / sqrt(D)) v_S + softmax(q' k'^T / sqrt(D)) v'       and the last may add a second map's
+    out_s = softmax(q k^T / sqrt(D)) v_s        one map serves several values, s = 1..S
 
 No map is ever in memory. A row of softmax(logits) V is a quotient of two sums over the keys,
 
@@ -14,6 +13,8 @@ one wide value, [v_1 | v_2 | ...], so that their map is computed once.
 
 For inference: the operation has no derivative, and asking for one raises an error. Shapes: G groups (the halves without
 and with text), B batch, H heads, N queries, M keys, D head width, S values of one map.
+
+`SharedMaps` is the `attend` function that uses it; programs choose it on CUDA (`gpu.shared_maps`).
 """
 
 import math
@@ -34,47 +35,25 @@ WARPS, STAGES = 8, 2  # of 32 threads that share a tile; tiles of keys on their 
 
 
 @torch.library.custom_op("ip2p::attend_values", mutates_args=())
-def attend_values(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    second_q: torch.Tensor | None = None,
-    second_k: torch.Tensor | None = None,
-    second_v: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """out_s = softmax(q k^T / sqrt(D)) v_s; given a second three, the last one + softmax(q' k'^T / sqrt(D)) v'.
+def attend_values(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """out_s = softmax(q k^T / sqrt(D)) v_s.
 
-    q [G, B, H, N, D], k [G, B, H, M, D], v [G, S, B, H, M, D]; second_q and second_k like q and k, second_v
-    [G, B, H, M, D] -> out [G, S, B, H, N, D]. All bfloat16, float16 or float32, whatever their strides; sums are in
-    float32. Raises ValueError if shapes or types do not fit, or if S * D is more than 512.
-
-    One opaque operation to torch.compile: it neither breaks the graph nor looks inside.
+    q [G, B, H, N, D], k [G, B, H, M, D], v [G, S, B, H, M, D] -> out [G, S, B, H, N, D]. All bfloat16, float16 or
+    float32, whatever their strides; sums are in float32. Raises ValueError if shapes or types do not fit, or if S * D
+    is more than 512. One opaque operation to torch.compile: it neither breaks the graph nor looks inside.
     """
-    out = empty_output(q, k, v, second_q, second_k, second_v)
-    launch(out, q, k, v, second_q, second_k, second_v)
+    out = empty_output(q, k, v)
+    launch(out, q, k, v)
     return out
 
 
 @attend_values.register_fake
-def empty_output(q, k, v, second_q=None, second_k=None, second_v=None):
+def empty_output(q, k, v):
     """Check the shapes and types and make room for the output, with heads where `join_heads` needs no copy."""
-    check(q, k, v, second_q, second_k, second_v)
-    (G, B, H, N, D), S = q.shape, v.shape[1]
-    return q.new_empty(G, S, B, N, H, D).transpose(3, 4)
-
-
-def check(q, k, v, second_q, second_k, second_v):
-    """Raise ValueError where `attend_values` would."""
-    tensors = {"q": q, "k": k, "v": v, "second_q": second_q, "second_k": second_k, "second_v": second_v}
-    given = {name: x for name, x in tensors.items() if x is not None}
-    if len(given) not in (3, 6):
-        raise ValueError("a second map needs second_q, second_k and second_v")
     if q.ndim != 5 or k.ndim != 5 or v.ndim != 6:
         raise ValueError("q and k should have 5 axes, v 6")
     (G, B, H, N, D), M, S = q.shape, k.shape[3], v.shape[1]
-    queries, keys = (G, B, H, N, D), (G, B, H, M, D)
-    shapes = (queries, keys, (G, S, B, H, M, D), queries, keys, keys)
-    for (name, x), shape in zip(given.items(), shapes, strict=False):
+    for name, x, shape in (("k", k, (G, B, H, M, D)), ("v", v, (G, S, B, H, M, D))):
         if x.shape != shape:
             raise ValueError(f"{name} should be {list(shape)}, not {list(x.shape)}")
         if (x.dtype, x.device) != (q.dtype, q.device):
@@ -83,15 +62,15 @@ def check(q, k, v, second_q, second_k, second_v):
         raise ValueError(f"q should be bfloat16, float16 or float32, not {q.dtype}")
     if M == 0:
         raise ValueError("there should be at least one key")
-    together, widest = S * D, max(TILES)
-    if together > widest:
-        raise ValueError(f"{S} values of width {D} side by side are wider than {widest}")
+    if max(TILES) < S * D:
+        raise ValueError(f"{S} values of width {D} side by side are wider than {max(TILES)}")
+    return q.new_empty(G, S, B, N, H, D).transpose(3, 4)
 
 
 def launch(out, *inputs):
     """`attend_values`, checked already, into `out`: a tensor of any floating type, its last axis contiguous."""
-    inputs = [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in inputs]
-    strides = [None if x is None else x.stride()[:-1] for x in (*inputs, out)]
+    inputs = [x if x.stride(-1) == 1 else x.contiguous() for x in inputs]
+    strides = [x.stride()[:-1] for x in (*inputs, out)]
     G, S, B, H, N, D = out.shape
     M = inputs[1].shape[3]
     width, columns = (max(16, triton.next_power_of_2(x)) for x in (D, S * D))  # tensor cores multiply at least 16
@@ -108,13 +87,30 @@ def tile_of(dtype, columns):
     return next(TILES[widest][dtype.itemsize == 4] for widest in TILES if columns <= widest)
 
 
+class SharedMaps:
+    """An `attend` around a `p2p.PairControl`: where all pairs borrow, one map serves both images of each (Sec. 3.1.2).
+
+    Batches as for PairControl: [null before, null after, text before, text after]. Everything else is the control's.
+    """
+
+    def __init__(self, control):
+        self.control = control
+
+    def __call__(self, q, k, v, layer):
+        """Attention as in attention.py; q [4B, H, N, D], k and v [4B, H, M, D]."""
+        if layer.cross or not (self.control.self_control and self.control.all_active):
+            return self.control(q, k, v, layer)
+        q, k, v = (x.unflatten(0, (2, 2, -1)) for x in (q, k, v))  # [2, 2, B, H, ., D]: halves, images, pairs
+        return attend_values(q[:, 0], k[:, 0], v).flatten(0, 2)
+
+
 # ---- on the device ----
 
 
 @triton.jit
 def attend_kernel(
-    q, k, v, second_q, second_k, second_v, out,  # pointers; second_*: None where there is no second map
-    q_strides, k_strides, v_strides, second_q_strides, second_k_strides, second_v_strides, out_strides,
+    q, k, v, out,  # pointers
+    q_strides, k_strides, v_strides, out_strides,
     B, H, N, M,
     scale,
     S: tl.constexpr, D: tl.constexpr,
@@ -140,15 +136,6 @@ def attend_kernel(
         v + g * v_strides[0] + b * v_strides[2] + h * v_strides[3] + s * v_strides[1] + d, v_strides[4], is_value,
         n, N, M, scale, D, TILE_N, TILE_M, WIDTH, COLUMNS,
     )  # fmt: skip
-    if second_q is not None:
-        # the last value's columns alone; the others add zeros
-        result += softmax_times_values(
-            second_q + head_offset(second_q_strides, g, b, h), second_q_strides[3],
-            second_k + head_offset(second_k_strides, g, b, h), second_k_strides[3],
-            second_v + head_offset(second_v_strides, g, b, h) + d, second_v_strides[3], is_value & (s == S - 1),
-            n, N, M, scale, D, TILE_N, TILE_M, WIDTH, COLUMNS,
-        )  # fmt: skip
-
     to = out + g * out_strides[0] + b * out_strides[2] + h * out_strides[3] + s * out_strides[1] + d  # [COLUMNS]
     to = to[None, :] + n[:, None] * out_strides[4]
     tl.store(to, result.to(out.dtype.element_ty), mask=(n < N)[:, None] & is_value[None, :])

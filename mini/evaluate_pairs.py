@@ -44,8 +44,8 @@ def one_sided_edits(count, seed=0):
 def measure_pairs(model, judge, edits, guidance, steps=None, batch=32):
     """Sample pairs for `edits` (see `one_sided_edits`) in the ways of NOISE, and measure them.
 
-    model: a `StableDiffusion`, guidance: a range to draw from. For each way: "change" is the mean L1, in [0, 1], between
-    the two pictures in the half that the edit does not name; "both_right" the share of pairs whose pictures both show
+    model: a `StableDiffusion`, guidance: a range to draw from. For each way: "change" is the mean L1, in [0, 1],
+    between the two pictures in the half that the edit does not name; "both_right" the share of pairs whose pictures both show
     all that their captions say. Returns ({way: measures}, {way: a few pairs [pairs, 2, 3, H, W]}).
     """
     measured, shown = {}, {}

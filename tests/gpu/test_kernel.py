@@ -16,34 +16,32 @@ pytest.importorskip("triton", reason="triton is not installed (requirements-trit
 from triton.runtime import interpreter
 
 import attention
-from align import Alignment
 from attention import Layer, fused, join_heads, split_heads
-from gpu import kernel
+from gpu import kernel, shared_maps
 from p2p import PairControl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.usefixtures("one_thread"), *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 
 LIMITS = {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-3}
-SHAPES = [  # groups, values, batch, heads, queries, keys, head width, a second map
-    (1, 1, 1, 1, 1, 1, 8, False),
-    (1, 1, 1, 1, 1, 1, 8, True),
-    (2, 1, 2, 3, 7, 7, 8, True),
-    (2, 2, 3, 2, 7, 64, 8, False),
-    (1, 3, 2, 1, 64, 7, 32, True),
-    (2, 2, 1, 2, 64, 64, 40, False),
-    (1, 2, 2, 2, 77, 77, 40, True),
-    (1, 2, 1, 1, 256, 256, 40, False),
-    (1, 2, 1, 1, 256, 77, 80, True),
-    (1, 2, 1, 1, 77, 256, 80, False),
-    (1, 1, 1, 1, 130, 77, 160, False),
-    (1, 2, 1, 2, 64, 77, 160, True),
+SHAPES = [  # groups, values, batch, heads, queries, keys, head width
+    (1, 1, 1, 1, 1, 1, 8),
+    (2, 1, 2, 3, 7, 7, 8),
+    (2, 2, 3, 2, 7, 64, 8),
+    (1, 3, 2, 1, 64, 7, 32),
+    (2, 2, 1, 2, 64, 64, 40),
+    (1, 2, 2, 2, 77, 77, 40),
+    (1, 2, 1, 1, 256, 256, 40),
+    (1, 2, 1, 1, 256, 77, 80),
+    (1, 2, 1, 1, 77, 256, 80),
+    (1, 1, 1, 1, 130, 77, 160),
+    (1, 2, 1, 2, 64, 77, 160),
 ]
 LARGE = [  # of Stable Diffusion at 512x512: every query of it, every key of it, and all of its smaller maps
-    (1, 2, 1, 1, 4096, 77, 40, True),
-    (1, 2, 1, 1, 128, 4096, 40, False),
-    (1, 2, 1, 1, 1024, 1024, 80, False),
-    (1, 2, 1, 1, 256, 256, 160, False),
+    (1, 2, 1, 1, 4096, 77, 40),
+    (1, 2, 1, 1, 128, 4096, 40),
+    (1, 2, 1, 1, 1024, 1024, 80),
+    (1, 2, 1, 1, 256, 256, 160),
 ]
 
 
@@ -73,20 +71,17 @@ def interpreter_with_bfloat16(monkeypatch):
 
 def draw(shape, dtype, seed=0):
     """Random inputs of `attend_values`."""
-    groups, values, batch, heads, n, m, width, second = shape
+    groups, values, batch, heads, n, m, width = shape
     generator = torch.Generator().manual_seed(seed)
     queries, keys = (groups, batch, heads, n, width), (groups, batch, heads, m, width)
-    shapes = [queries, keys, (groups, values, *keys[1:]), *([queries, keys, keys] if second else [])]
+    shapes = [queries, keys, (groups, values, *keys[1:])]
     return [torch.randn(size, generator=generator).to(DEVICE, dtype) for size in shapes]
 
 
-def exact(q, k, v, *second):
+def exact(q, k, v):
     """The same in float64, with maps in memory."""
-    q, k, v, *second = (x.double() for x in (q, k, v, *second))
-    out = attention.reference(q[:, None], k[:, None], v)
-    if second:
-        out[:, -1] += attention.reference(*second)
-    return out
+    q, k, v = (x.double() for x in (q, k, v))
+    return attention.reference(q[:, None], k[:, None], v)
 
 
 def poisoned(inputs, dtype):
@@ -99,7 +94,7 @@ def check(inputs):
     expected, dtype = exact(*inputs), inputs[0].dtype
     summed, out = poisoned(inputs, torch.float32), poisoned(inputs, dtype)
     for room in (summed, out):
-        kernel.launch(room, *inputs, *[None] * (6 - len(inputs)))
+        kernel.launch(room, *inputs)
     assert summed.isfinite().all()
     assert out.isfinite().all()
     errors = [relative_error(x, expected) for x in (summed, out)]
@@ -113,7 +108,6 @@ def check(inputs):
 
 
 def test_who_runs_the_kernel():
-    assert max(kernel.TILES) == attention.WIDEST
     assert isinstance(kernel.attend_kernel, interpreter.InterpretedFunction) == (DEVICE == "cpu")
 
 
@@ -132,7 +126,7 @@ def test_agrees_with_float64_at_the_size_of_stable_diffusion(shape, dtype):
 
 @pytest.mark.parametrize("dtype", LIMITS)
 def test_no_less_exact_than_torch(dtype):
-    inputs = draw((1, 1, 2, 2, 64, 200, 40, False), dtype)
+    inputs = draw((1, 1, 2, 2, 64, 200, 40), dtype)
     q, k, v = inputs
     theirs = relative_error(fused(q[0], k[0], v[0, 0]), exact(*inputs)[0, 0])
     assert relative_error(kernel.attend_values(*inputs), exact(*inputs)) <= 1.1 * theirs
@@ -166,15 +160,15 @@ def test_extreme_logits(dtype, logits):
 @pytest.mark.parametrize("dtype", LIMITS)
 def test_weights_add_up_to_one(dtype):
     """However they are rounded: values that all keys share come out as they are."""
-    q, k, v = draw((1, 2, 1, 1, 7, 150, 8, False), dtype)
+    q, k, v = draw((1, 2, 1, 1, 7, 150, 8), dtype)
     v[:] = torch.tensor([1.0, -0.375]).to(v)[None, :, None, None, None, None]
     out = poisoned((q, k, v), torch.float32)
-    kernel.launch(out, q, k, v, None, None, None)
+    kernel.launch(out, q, k, v)
     assert relative_error(out, v[..., :7, :]) <= 1e-6
 
 
 def test_nothing_else_is_written():
-    inputs = draw((1, 2, 1, 2, 70, 7, 40, True), torch.float32)
+    inputs = draw((1, 2, 1, 2, 70, 7, 40), torch.float32)
     room = torch.full((1, 2, 1, 2, 72, 48), torch.nan, device=DEVICE)
     kernel.launch(room[..., 1:71, :40], *inputs)
     assert relative_error(room[..., 1:71, :40], exact(*inputs)) <= 1e-6
@@ -198,44 +192,41 @@ def test_any_strides():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q, k, v, *second: (q, k[..., :7], v), "k should be"),
-        (lambda q, k, v, *second: (q, k, v[:, :, :, :, 1:]), "v should be"),
-        (lambda q, k, v, *second: (q, k, v[:, 0]), "q and k should have 5 axes, v 6"),
-        (lambda q, k, v, *second: (q, k, v, second[0]), "a second map needs"),
-        (lambda q, k, v, *second: (q, k, v, *second[:2], v), "second_v should be"),
-        (lambda q, k, v, *second: (q.half(), k, v), "k is torch.float32 on"),
-        (lambda q, k, v, *second: (q.double(), k.double(), v.double()), "not torch.float64"),
-        (lambda q, k, v, *second: (q, k[:, :, :, :0], v[:, :, :, :, :0]), "at least one key"),
-        (lambda q, k, v, *second: (q, k, v.repeat(1, 33, 1, 1, 1, 1)), "66 values of width 8"),
+        (lambda q, k, v: (q, k[..., :7], v), "k should be"),
+        (lambda q, k, v: (q, k, v[:, :, :, :, 1:]), "v should be"),
+        (lambda q, k, v: (q, k, v[:, 0]), "q and k should have 5 axes, v 6"),
+        (lambda q, k, v: (q.half(), k, v), "k is torch.float32 on"),
+        (lambda q, k, v: (q.double(), k.double(), v.double()), "not torch.float64"),
+        (lambda q, k, v: (q, k[:, :, :, :0], v[:, :, :, :, :0]), "at least one key"),
+        (lambda q, k, v: (q, k, v.repeat(1, 33, 1, 1, 1, 1)), "66 values of width 8"),
     ],
 )
 def test_wrong_inputs_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        kernel.attend_values(*change(*draw((1, 2, 1, 1, 4, 5, 8, True), torch.float32)))
+        kernel.attend_values(*change(*draw((1, 2, 1, 1, 4, 5, 8), torch.float32)))
 
 
 # ---- the operation ----
 
 
 def test_it_has_no_derivative():
-    q, k, v = draw((1, 2, 1, 1, 4, 5, 8, False), torch.float32)
+    q, k, v = draw((1, 2, 1, 1, 4, 5, 8), torch.float32)
     out = kernel.attend_values(q.requires_grad_(), k, v)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         out.sum().backward()
 
 
-@pytest.mark.parametrize("second", [False, True])
-def test_the_operation_is_what_it_says(second):
-    torch.library.opcheck(kernel.attend_values, tuple(draw((2, 2, 1, 2, 7, 9, 8, second), torch.float32)))
+def test_the_operation_is_what_it_says():
+    torch.library.opcheck(kernel.attend_values, tuple(draw((2, 2, 1, 2, 7, 9, 8), torch.float32)))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_torch_compile_sees_one_graph(backend, monkeypatch):
     monkeypatch.setattr(attention, "KERNEL_DEVICES", (DEVICE,))
-    inputs = draw((1, 2, 1, 2, 7, 9, 8, True), torch.float32)
+    inputs = draw((1, 2, 1, 2, 7, 9, 8), torch.float32)
 
-    def layer(q, k, v, *second):
-        return join_heads(attention.fused_values(2 * q, k, v, *second).flatten(0, 2)) + 1
+    def layer(q, k, v):
+        return join_heads(kernel.attend_values(2 * q, k, v).flatten(0, 2)) + 1
 
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     assert relative_error(compiled(*inputs), layer(*inputs)) <= 1e-6
@@ -244,39 +235,25 @@ def test_torch_compile_sees_one_graph(backend, monkeypatch):
 # ---- Prompt-to-Prompt ----
 
 
-def control(cross, step, share):
-    """A PairControl of three pairs at a step of 5."""
-    generator = torch.Generator().manual_seed(step)
-    share = torch.tensor(share, device=DEVICE)
-    mapper, shared = torch.rand(3, 7, 7, generator=generator), torch.rand(3, 7, generator=generator)
-    alignment = Alignment((mapper / mapper.sum(1, keepdim=True)).to(DEVICE), shared.to(DEVICE)) if cross else None
-    made = PairControl(5, None if cross else share, share if cross else None, alignment)
-    made.begin(step)
-    return made
-
-
 @pytest.mark.parametrize("cross", [False, True])
-@pytest.mark.parametrize(("step", "share"), [(0, [0.9] * 3), (2, [0.9, 0.4, 0.6]), (2, [0.9] * 3), (3, [0.2] * 3)])
-def test_pairs_are_controlled_as_without_the_kernel(cross, step, share, monkeypatch):
-    """All of them, some, and none; split_heads' views, as the UNet has them."""
+@pytest.mark.parametrize(("step", "p"), [(0, [0.9] * 3), (2, [0.9, 0.4, 0.6]), (2, [0.9] * 3), (3, [0.2] * 3)])
+def test_pairs_are_controlled_as_without_the_kernel(cross, step, p, monkeypatch):
+    """All of them, some, and none; views as split_heads makes them."""
     launches, launch = [], kernel.launch
-
-    def counted(out, *inputs):
-        launches.append(out.shape)
-        launch(out, *inputs)
-
-    monkeypatch.setattr(kernel, "launch", counted)
+    monkeypatch.setattr(kernel, "launch", lambda *tensors: launches.append(launch(*tensors)))
     generator = torch.Generator().manual_seed(step)
-    n, m = 16, 7 if cross else 16
-    q, k, v = (split_heads(torch.randn(12, x, 16, generator=generator).to(DEVICE), 2) for x in (n, m, m))
-    made = []
-    for devices in ((), (DEVICE,)):
-        monkeypatch.setattr(attention, "KERNEL_DEVICES", devices)
-        made.append(control(cross, step, share)(q, k, v, Layer(0, "down", cross, (4, 4))))
-        assert bool(launches) == (devices != () and (any if cross else all)(x > step / 4 for x in share))
-    theirs, ours = made
-    assert relative_error(ours, theirs) <= 1e-6
-    assert len(launches) <= 1
+    q, k, v = (split_heads(torch.randn(12, 16, 16, generator=generator).to(DEVICE), 2) for _ in range(3))
+    control = PairControl(5, torch.tensor(p))
+    control.next_step(step - 1)
+    layer = Layer(0, "down", cross, (4, 4))
+    assert relative_error(kernel.SharedMaps(control)(q, k, v, layer), control(q, k, v, layer)) <= 1e-6
+    assert len(launches) == (not cross and all(x > step / 4 for x in p))
+
+
+def test_programs_choose_the_kernel_on_cuda_alone():
+    assert shared_maps("cpu") is None
+    if torch.version.cuda:
+        assert shared_maps("cuda") is kernel.SharedMaps
 
 
 # ---- the compiler ----
@@ -288,9 +265,9 @@ def test_pairs_are_controlled_as_without_the_kernel(cross, step, share, monkeypa
 )
 def test_it_compiles_for_gpus_that_are_not_here(architecture, others, tmp_path):
     """Every row of TILES fits into the shared memory of each, and into its registers."""
-    cases = ["2,40,False,bfloat16", "2,80,True,bfloat16", "2,160,True,float32"]
+    cases = ["2,40,bfloat16", "2,80,bfloat16", "2,160,float32"]
     if others:
-        widths = ("1,8,True", "2,40,False", "2,40,True", "2,80,False", "2,80,True", "2,160,False", "2,160,True")
+        widths = ("1,8", "2,40", "2,80", "2,160")
         cases = [f"{width},{dtype}" for width in widths for dtype in ("bfloat16", "float16", "float32")]
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *sys.path])
