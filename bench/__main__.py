@@ -1,10 +1,10 @@
 """Speed and memory of our networks and loaders against those of diffusers and transformers, with equal weights.
 
 And of a Prompt-to-Prompt pair against the same with attention maps held in memory, as the papers' code has it; and of
-an edit's step from its textbook form to its fast form, trick by trick (bench_ladder.py).
+an edit's step from its textbook form to its fast form, trick by trick (ladder.py).
 
     python -m bench --runs 3 > bench/cpu.md
-    python -m bench --only ladder --plot bench/ladder.png > bench/ladder.md
+    python -m bench --only ladder > bench/ladder.md
 
 Machines are shared and their speed drifts, so the two sides take turns (ours, theirs, ours, theirs, ...) and the RATIO
 of each pair counts, not the seconds. Each side runs in a process of its own, so that its peak memory is its own. The
@@ -89,8 +89,6 @@ def parse(arguments=None):
     ladder = parser.add_argument_group(f"with --only {LADDER}")
     add = ladder.add_argument
     add("--rungs", metavar="LIST", help=f"some of {','.join(bench_ladder.LABELS)} (default: all that the device has)")
-    add("--no-compile", action="store_true", help="leave out what is compiled, which takes minutes a rung")
-    add("--plot", type=Path, metavar="FILE.png", help="draw the steps' times as bars")
     options = parser.parse_args(arguments)
     parts = options.only.split(",")
     if unknown := [part for part in parts if part not in names]:
@@ -99,12 +97,10 @@ def parse(arguments=None):
         raise UserError(f"--size should be a multiple of 64, not {options.size}")
     if options.runs < 1:
         raise UserError(f"--runs should be at least 1, not {options.runs}")
-    if LADDER not in parts and (options.rungs is not None or options.no_compile or options.plot):
-        raise UserError(f"--rungs, --no-compile and --plot are about the ladder: add --only {LADDER}")
+    if LADDER not in parts and options.rungs is not None:
+        raise UserError(f"--rungs is about the ladder: add --only {LADDER}")
     listed = None if options.rungs is None else options.rungs.split(",")
-    options.rungs = bench_ladder.chosen(listed, options.device, not options.no_compile)
-    if options.plot and not options.plot.parent.is_dir():
-        raise UserError(f"there is no folder {options.plot.parent} to write the plot to")
+    options.rungs = bench_ladder.chosen(listed, options.device)
     if lacking := [name for name in ("diffusers", "transformers") if not importlib.util.find_spec(name)]:
         raise UserError(f"{' and '.join(lacking)} must be installed: pip install -r requirements-dev.txt")
     return options, parts
@@ -138,11 +134,7 @@ def main(arguments=None):
         lines += [*LEGEND, "", *notes, ""]
     if ladder:
         lines += bench_ladder.report(ladder)
-    print("\n".join(lines).rstrip(), flush=True)  # the plot may fail
-    if options.plot:
-        from bench.plot import draw
-
-        draw(ladder, f"{measured(settings)}; {machine(settings)}", options.plot)
+    print("\n".join(lines).rstrip())
 
 
 # ---- in the main process ----

@@ -1,6 +1,6 @@
 """The ladder: a step of an edit from its textbook form to its fast form, one trick a rung, with diffusers beside it.
 
-    python -m bench --only ladder --plot ladder.png
+    python -m bench --only ladder
 
 A step is one call of the UNet with the three branches of Eq. 3 as one batch. `our_rungs` shows every trick as one line.
 In each round every rung has one turn, and ratios are taken within the round, since the speed of machines drifts. The
@@ -39,7 +39,6 @@ from cli import UserError
 LABELS = {  # the rungs from the bottom up; a "+" has all that is above it in the table
     "reference": "reference attention",
     "fused": "+ fused attention",
-    "once": "+ text and times once",
     "compiled": "+ compiled",
     "channels_last": "+ channels_last",
     "graphs": "+ CUDA graphs",
@@ -47,8 +46,8 @@ LABELS = {  # the rungs from the bottom up; a "+" has all that is above it in th
     "diffusers_compiled": "diffusers, compiled",
     "diffusers_graphs": "diffusers, CUDA graphs",
 }
-GRAPHS = ("graphs", "diffusers_graphs")  # on CUDA alone
-COMPILED = ("compiled", "channels_last", "diffusers_compiled", *GRAPHS)
+GRAPHS = ("graphs", "diffusers_graphs")
+COMPILED = ("compiled", "channels_last", "diffusers_compiled", *GRAPHS)  # on CUDA alone: on a CPU it does not pay
 STEPS = 100  # of an edit
 BESIDE = ("text", "encode", "decode")  # what an edit runs once, beside its steps
 LEGEND = f"""\
@@ -93,10 +92,9 @@ class Ladder(NamedTuple):
         return self.flops / self.ceiling
 
 
-def chosen(listed, device, compiling):
+def chosen(listed, device):
     """The rungs to measure, in the ladder's order. listed: names, or None for all. Raises UserError."""
-    possible = [name for name in LABELS if device == "cuda" or name not in GRAPHS]
-    possible = [name for name in possible if compiling or name not in COMPILED]
+    possible = [name for name in LABELS if device == "cuda" or name not in COMPILED]
     if listed is None:
         return possible
     if unknown := [name for name in listed if name not in possible]:
@@ -172,32 +170,32 @@ def our_rungs(unet, z, t, context):
     import torch
 
     from attention import fused, reference
-    from gpu.compiled import compiled
 
-    with torch.no_grad():
-        text, times = unet.read(context), unet.embed_time(t)
     nhwc, z_nhwc = in_channels_last(unet), z.to(memory_format=torch.channels_last)
-    fast, fast_nhwc = compiled(unet.predict, fullgraph=True), compiled(nhwc.predict, fullgraph=True)
-    graphs = compiled(nhwc.predict, fullgraph=True, mode="reduce-overhead")
+    fast, fast_nhwc, graphs = compiled_thrice(unet, nhwc)
     return {
         "reference": lambda: unet(z, t, context, reference),
         "fused": lambda: unet(z, t, context, fused),
-        "once": lambda: unet.predict(z, times, text),
-        "compiled": lambda: fast(z, times, text),
-        "channels_last": lambda: fast_nhwc(z_nhwc, times, text),
-        "graphs": lambda: graphs(z_nhwc, times, text),
+        "compiled": lambda: fast(z, t, context),
+        "channels_last": lambda: fast_nhwc(z_nhwc, t, context),
+        "graphs": lambda: graphs(z_nhwc, t, context),
     }
+
+
+def compiled_thrice(network, nhwc):
+    """A network compiled, the same in channels_last, and that as CUDA graphs."""
+    import torch
+
+    compiled = functools.partial(torch.compile, dynamic=False, fullgraph=True)
+    return compiled(network), compiled(nhwc), compiled(nhwc, mode="reduce-overhead")
 
 
 def their_rungs(unet, z, t, context):
     """The functions of diffusers' rungs: its UNet as it is, and as its documentation makes it fast."""
     import torch
 
-    from gpu.compiled import compiled
-
     network, latent = in_channels_last(unet), z.to(memory_format=torch.channels_last)
-    fast = compiled(network, fullgraph=True)
-    graphs = compiled(network, fullgraph=True, mode="reduce-overhead")
+    _, fast, graphs = compiled_thrice(unet, network)
     return {
         "diffusers": lambda: unet(z, t, context).sample,
         "diffusers_compiled": lambda: fast(latent, t, context).sample,
@@ -214,17 +212,11 @@ def in_channels_last(network):
 
 
 def first_call(name, settings, cache):
-    """(seconds of a rung's first call, its output as an array). cache: a folder for what the compiler makes.
-
-    Raises UserError if the rung cannot be compiled.
-    """
-    from gpu.compiled import compiling
-
+    """(seconds of a rung's first call, its output as an array). cache: a folder for what the compiler makes."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(cache, side_of(name))
     run = prepared_rungs(side_of(name), settings)[name]
     start = time.perf_counter()
-    with compiling("try --no-compile"):
-        output = run().float().cpu().numpy()
+    output = run().float().cpu().numpy()
     seconds = time.perf_counter() - start
     if name in GRAPHS:  # which are recorded at the second call
         run()

@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))  # random models, and the ways to diffusers
 
 OURS, THEIRS, MAPS = "ours", "diffusers", "with maps"
 NETWORKS = {  # what it is, our call, their call
@@ -163,7 +163,7 @@ def pair_prepared(part, side, unet, noise, latent, tokens):
         return maps @ v
 
     level, z = unet.config.levels[0], noise(4, unet.config.in_channels, latent, latent)
-    attend = PairControl(100, self_share=torch.tensor([0.9], device=z.device)) if side == OURS else with_maps
+    attend = PairControl(100, torch.tensor([0.9])) if side == OURS else with_maps
     if part == "p2p-layer":
         q, k, v = (noise(4, level.heads, latent**2, level.channels // level.heads) for _ in range(3))
         return torch.no_grad()(functools.partial(attend, q, k, v, Layer(0, "down", False, (latent, latent))))

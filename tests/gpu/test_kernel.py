@@ -221,8 +221,7 @@ def test_the_operation_is_what_it_says():
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_torch_compile_sees_one_graph(backend, monkeypatch):
-    monkeypatch.setattr(attention, "KERNEL_DEVICES", (DEVICE,))
+def test_torch_compile_sees_one_graph(backend):
     inputs = draw((1, 2, 1, 2, 7, 9, 8), torch.float32)
 
     def layer(q, k, v):
