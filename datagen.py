@@ -1,129 +1,214 @@
-"""Generate training data the paper's way: captions and instructions, then pairs of pictures, then a filter (Sec. 3.1).
+"""Generate training data the paper's way: captions and instructions, then pairs of images, then a filter (Sec. 3.1).
 
-    python datagen.py text   --writer rules --count 5000 --out runs/mini/edits.jsonl
-    python datagen.py text   --writer openai --captions captions.txt --out runs/edits.jsonl
+    python datagen.py text   --captions captions.txt --out runs/edits.jsonl       # by a language model
     python datagen.py finetune --out runs/chats.jsonl      # a language model that writes edits better: the paper's way
-    python datagen.py images --edits runs/mini/edits.jsonl --out runs/mini/pairs --samples 4
-    python datagen.py browse runs/mini/pairs               # a page to look at it with
-    python datagen.py calibrate --edits runs/mini/edits.jsonl --clip MY_CLIP     # once for a CLIP of one's own
+    python datagen.py images --edits runs/edits.jsonl --out runs/pairs --samples 4
+    python datagen.py browse runs/pairs                    # a page to look at it with
+    python datagen.py calibrate --edits runs/edits.jsonl --clip MY_CLIP           # once for a CLIP of one's own
 
-`text --writer openai` and `images` may be stopped at any time; the same command goes on where it was.
+`text` and `images` may be stopped at any time; the same command resumes. Under torchrun its processes divide the work.
+(The miniature's own edits are written by `python -m mini.datagen`.)
 """
 
-import json
-import math
+import hashlib
 import os
-from argparse import BooleanOptionalAction
-from dataclasses import fields
+import shutil
+from argparse import ArgumentTypeError, BooleanOptionalAction
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
-from cli import (
-    Parser,
-    UserError,
-    atomic_write,
-    check_device,
-    check_sampling,
-    check_seeds,
-    make_folder,
-    own_device,
-    run_program,
-)
-from dataset import Filter, Pair, write_edit, write_seeds
-from language.captions import FIELDS, Unique, read_captions
-from mini.world import caption, edit_scene, held_out, random_edit, read_caption, render
-from p2p import CONTROLS
+from cli import Parser, UserError, atomic_write, check_device, check_sampling, check_seeds, own_device, run_program
+from clip_image import CLIP
+from clip_text import CLIPTokenizer
+from dataset import Filter, Pair, begin_data_set, folder_name, write_edit, write_seeds
+from formats import checkpoint
+from formats.configs import Config
+from formats.weights import write_json
+from gpu.compiled import NOTICE, compiling
+from images import to_image, to_tensor
+from language.captions import FIELDS, read_edits
+from p2p import CONTROLS, PairNoise, sample_pairs
 from pages.browse import write_page
-from pairs import calibrate, make_images
+from stable_diffusion import StableDiffusion
 
 ROOT = Path(__file__).resolve().parent
 
 
-# ---- text: captions, instructions, captions after the edit ----
+@dataclass
+class Sampler:
+    """Samples candidates, a pair of images each, and their CLIP similarities (Sec. 3.1.2)."""
+
+    edits: list
+    model: StableDiffusion
+    clip: CLIP
+    tokenizer: CLIPTokenizer
+    guidance: tuple  # the range of guidance scales
+    steps: int
+    resolution: int
+    control: str
+
+    @classmethod
+    def load(cls, edits, options):
+        """With the models and settings that the command line names."""
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        parts = checkpoint.load(options.weights, options.device, getattr(torch, options.dtype), vae=options.vae)
+        model = StableDiffusion(parts)
+        if options.compile or (options.compile is None and torch.device(options.device).type == "cuda"):
+            print(NOTICE)
+            model.compile()
+        model.vae.float()  # a small part of the work, and bfloat16 has fewer levels than an image
+        resolution = options.resolution or model.sampling.resolution
+        if resolution % parts.side_multiple:
+            multiple = f"the resolution should be a multiple of {parts.side_multiple} for this model"
+            raise UserError(f"{multiple}, not {resolution}")
+        own = model.sampling.text_guidance
+        guidance = tuple(options.guidance or (own, 2 * own))
+        clip, tokenizer = checkpoint.load_clip(options.clip, options.device)
+        steps = options.steps or model.sampling.steps
+        return cls(edits, model, clip, tokenizer, guidance, steps, resolution, options.control)
+
+    def sample(self, jobs):
+        """The candidates of `jobs`, (an edit's number, a seed) each, sampled in one batch: a list of Pair."""
+        model, latent = self.model, self.model.vae.config
+        before, after = ([self.edits[number][field] for number, _ in jobs] for field in ("caption", "output"))
+        side = self.resolution // latent.factor
+        shape = (latent.latent_channels, side, side)
+        noise = PairNoise([seed for _, seed in jobs], shape, self.guidance, device=model.device)
+        settings = {"control": self.control}
+        if model.device.type == "cuda":
+            from gpu import shared_maps
+
+            settings["wrap"] = shared_maps(model.device)
+        with compiling("use --no-compile"):
+            x = sample_pairs(model, before, after, noise, self.steps, **settings)  # twice [B, 3, H, W]
+        if not all(half.isfinite().all() for half in x):
+            raise UserError("the networks gave NaN or Inf: damaged weights, or --dtype float16 is too narrow")
+        images = [[to_image(image) for image in half] for half in x]
+        # CLIP sees what will be on disk: whole numbers, in [0, 1]
+        seen = [torch.stack([to_tensor(image) for image in half]).add(1).div(2).to(model.device) for half in images]
+        ids = (self.tokenizer(texts).to(model.device) for texts in (before, after))
+        scores = {"p2p_threshold": noise.p, "cfg_scale": noise.guidance, **self.clip.edit_similarities(*seen, *ids)}
+        pairs = []
+        for index, (_, seed) in enumerate(jobs):
+            metadata = {"seed": seed, **{name: round(values[index].item(), 6) for name, values in scores.items()}}
+            pairs.append(Pair(images[0][index], images[1][index], metadata))
+        return pairs
+
+    def sample_all(self, jobs, batch_size):
+        """The same in batches."""
+        return [pair for i in range(0, len(jobs), batch_size) for pair in self.sample(jobs[i : i + batch_size])]
+
+
+# ---- the data set ----
+
+
+def make_images(options):
+    """Sample and filter pairs for every edit, in the authors' layout.
+
+    An edit is done when its folder is there, and folders appear whole. Numbers depend a little on what is computed in
+    one batch, so edits are sampled in fixed groups, as many as fill a batch, whichever of them are still missing:
+    stopped and restarted, or with another number of processes, a run ends in the same files.
+    """
+    sampler = Sampler.load(read_edits(options.edits), options)
+    wanted = thresholds(options)
+    names = {f"min_{name}": float(value) for name, value in asdict(wanted).items()}
+    settings = settings_of(options, sampler, ("samples", "keep", "batch_size"))
+    begin_data_set(options.out, {"program": "datagen.py images", **settings, **names})
+    (rank, world), count = options.shard, len(sampler.edits)
+    size = max(1, options.batch_size // options.samples)
+    groups = [range(first, min(first + size, count)) for first in range(0, count, size)][rank::world]
+    remove_unfinished(options.out, {number for group in groups for number in group})
+    with tqdm(total=sum(map(len, groups)), desc="pairs", unit="edit", mininterval=5) as bar:
+        for group in groups:
+            missing = [number for number in group if not (options.out / folder_name(number)).exists()]
+            if missing:
+                make_group(sampler, group, missing, wanted, options)
+            bar.update(len(group))
+    print(f"{options.out}: {write_seeds(options.out)} pairs so far, of {count} edits")
+
+
+def make_group(sampler, group, missing, wanted, options):
+    """Sample the candidates of a group of edits; write the folders that are missing."""
+    per_edit = range(options.samples)  # no two candidates of a data set have the same seed
+    jobs = [(number, options.seed + number * options.samples + i) for number in group for i in per_edit]
+    made = sampler.sample_all(jobs, options.batch_size)
+    for number in missing:
+        candidates = [pair for pair, (of, _) in zip(made, jobs, strict=True) if of == number]
+        passed = [pair for pair in candidates if wanted.keeps(pair.metadata)]
+        best = sorted(passed, key=lambda pair: -pair.metadata["clip_sim_dir"])[: options.keep]
+        edit = sampler.edits[number]
+        prompt = {**{field: edit[field] for field in FIELDS}, "url": edit.get("url")}
+        write_edit(options.out, number, prompt, best, [pair.metadata for pair in candidates])
+
+
+def thresholds(options):
+    """The CLIP's own filter, or what the command line says instead."""
+    given = {field.name: getattr(options, f"min_{field.name}") for field in fields(Filter)}
+    return Filter(**{**asdict(Filter.read(options.clip)), **{k: v for k, v in given.items() if v is not None}})
+
+
+def settings_of(options, sampler, more):
+    """What sampling depends on: the texts of the edits, the models by their paths, and numbers, `more` of them."""
+    return {
+        "edits": hashlib.sha256(options.edits.read_bytes()).hexdigest(),
+        "device": torch.device(options.device).type,  # random numbers are drawn there
+        **{name: getattr(sampler, name) for name in ("steps", "resolution", "control")},
+        "guidance": list(sampler.guidance),
+        **{name: getattr(options, name) for name in ("weights", "vae", "clip", "seed", "dtype", *more)},
+    }
+
+
+def remove_unfinished(root, numbers):
+    """Remove what a killed process left of edits with these numbers."""
+    for path in root.glob(".[0-9]*.tmp"):
+        if int(path.name.split(".")[1]) in numbers:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def calibrate(options):
+    """Write a CLIP's filter.json: each threshold is what a fraction of a sample of candidates does not reach.
+
+    Raises UserError where there is one that another command line made.
+    """
+    sampler = Sampler.load(read_edits(options.edits)[: options.count], options)
+    settings = settings_of(options, sampler, ("count", "fractions", "batch_size"))
+    path = Path(options.clip) / "filter.json"
+    if path.exists():
+        if Config.read(path).values.get("calibrated") != settings:
+            raise UserError(f"{path} is there already, made otherwise; remove it to calibrate anew")
+        print(f"{path} is there already")
+        return
+    jobs = [(number, options.seed + number) for number in range(len(sampler.edits))]
+    scores = [pair.metadata for pair in sampler.sample_all(jobs, options.batch_size)]
+    names = [("clip_sim_0", "clip_sim_1"), ("clip_sim_image",), ("clip_sim_dir",)]  # in the order of Filter's fields
+    worst = [[min(score[name] for name in group) for score in scores] for group in names]
+    chosen = Filter(*(round(float(np.quantile(*pair)), 3) for pair in zip(worst, options.fractions, strict=True)))
+    kept = sum(chosen.keeps(score) for score in scores) / len(scores)
+    with atomic_write(path) as beside:
+        write_json(beside, {**asdict(chosen), "calibrated": settings})
+    print(f"{path}: {asdict(chosen)} keep {100 * kept:.0f} % of {len(scores)} candidates")
+
+
+# ---- the other commands ----
 
 
 def write_text(options):
-    """Triplets by a language model, or by the miniature's own rules."""
-    if options.writer == "rules":
-        return write_rules(options)
-    if not options.captions:
-        raise UserError("--writer openai needs --captions, a .txt, .jsonl or .csv file")
+    """Triplets by a language model."""
     from language.writer import write_edits  # openai takes a second to import
 
-    return write_edits(options)
+    write_edits(options)
 
 
 def finetune_text(options):
-    """Fine-tune a language model on the hand-written triplets."""
+    """Fine-tune a language model on hand-written triplets."""
     from language.finetune import finetune
 
     finetune(options)
-
-
-def write_rules(options):
-    """Triplets of the miniature's world, by its own rules: {"caption", "edit", "output", "url"}, a line each."""
-    rng = np.random.default_rng(options.seed)
-    edits = edits_of_captions(options.captions, rng) if options.captions else random_edits(options.count, rng)
-    count = 0
-    with atomic_write(options.out) as beside, open(beside, "w", encoding="utf-8") as file:
-        for record in edits:
-            print(json.dumps(record), file=file)
-            count += 1
-        if not count:
-            raise UserError(f"{options.captions} holds no captions to edit")
-    print(f"{options.out}: {count} triplets")
-
-
-def random_edits(count, rng):
-    """As many triplets of random scenes."""
-    for _ in range(count):
-        yield triplet(random_edit(rng))
-
-
-def edits_of_captions(path, rng):
-    """A triplet for every caption of a file, but for repeated ones and for scenes that are kept to be measured on."""
-    captions, kept_out = Unique(read_captions(path)), 0
-    for text, url in captions:
-        try:
-            scene = read_caption(text)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}; --writer openai reads any caption") from error
-        kept_out += held_out(scene)
-        if not held_out(scene):
-            yield triplet(edit_scene(scene, rng), url)
-    if captions.skipped or kept_out:
-        again = f"{captions.skipped} captions that are empty or came before"
-        print(f"left out: {again}, {kept_out} of scenes kept to be measured on")
-
-
-def triplet(edit, url=None):
-    """An edit of the miniature's world as a record."""
-    texts = (caption(edit.before), edit.instruction, caption(edit.after))
-    return {**dict(zip(FIELDS, texts, strict=True)), "url": url}
-
-
-def write_true(options):
-    """Pairs of TRUE pictures, drawn by the miniature's world: never for an editor of ours, only for its upper bound."""
-    rng = np.random.default_rng(options.seed)
-    make_folder(options.out)
-    for number in tqdm(range(options.count), desc="drawing", unit="pair", mininterval=5, leave=False):
-        edit = random_edit(rng)
-        pair = Pair(render(edit.before), render(edit.after), {"seed": edit.before.layout})
-        write_edit(options.out, number, triplet(edit), [pair])
-    print(f"{options.out}: {write_seeds(options.out)} true pairs")
-
-
-# ---- the command line ----
-
-
-def shard(text):
-    """Read "1/4" as (1, 4): the second of four parts."""
-    part, parts = (int(number) for number in text.split("/"))
-    if not 0 <= part < parts:
-        raise ValueError
-    return part, parts
 
 
 def write_html(options):
@@ -131,61 +216,62 @@ def write_html(options):
     print(write_page(options.data, options.out or options.data / "index.html", options.count))
 
 
-def own_shard():
-    """The part of a process that torchrun started, of as many as there are; else everything."""
-    parts = int(os.environ.get("WORLD_SIZE") or 1)
-    return (int(os.environ["RANK"]), parts) if parts > 1 else (0, 1)
+# ---- the command line ----
+
+
+def at_least(least):
+    """The type of an option that is a whole number, no smaller than this."""
+
+    def number(text):
+        if int(text) < least:
+            raise ArgumentTypeError(f"should be at least {least}, not {text}")
+        return int(text)
+
+    return number
+
+
+def fraction(text):
+    """The type of an option from 0 to below 1."""
+    if not 0 <= float(text) < 1:
+        raise ArgumentTypeError(f"should be from 0 to below 1, not {text}")
+    return float(text)
 
 
 def parse(arguments=None):
     """The command line."""
-    parser = Parser(prog="datagen.py", description="Generate training data: instructions, then pairs of pictures.")
+    parser = Parser(prog="datagen.py", description="Generate training data: instructions, then pairs of images.")
     commands = parser.add_subparsers(dest="command", required=True)
+    whole = at_least(1)
 
-    text = commands.add_parser("text", help="captions, instructions and captions after the edit")
+    text = commands.add_parser("text", help="captions -> instructions and captions after the edit")
     text.set_defaults(run=write_text)
     add = text.add_argument
-    add("--writer", choices=["rules", "openai"], default="rules", help="the miniature's rules, or a language model")
+    add("--captions", type=Path, required=True, metavar="FILE", help="captions, in a .txt, .jsonl or .csv file")
     add("--out", type=Path, required=True, metavar="FILE.jsonl")
-    add("--count", type=int, default=5000, metavar="N", help="rules without --captions: how many (default: 5000)")
-    add("--seed", type=int, default=0, metavar="S", help="rules: of the edits (default: 0)")
-    add("--captions", type=Path, metavar="FILE", help="captions to edit, in a .txt, .jsonl or .csv file")
-    add("--model", default="gpt-4o-mini", metavar="NAME", help="openai: the language model (default: %(default)s)")
-    add("--few-shot", type=int, default=8, metavar="N", help="openai: examples to show; 0 if fine-tuned (default: 8)")
-    add("--concurrency", type=int, default=16, metavar="N", help="openai: requests at a time (default: 16)")
-    add("--moderate", action="store_true", help="openai: drop what the moderation endpoint flags")
-    add("--max-tokens-total", type=int, metavar="N", help="openai: stop before more tokens are used in this run")
-    add("--timeout", type=float, default=60, metavar="S", help="openai: seconds for an answer (default: 60)")
-    add("--shard", type=shard, default=own_shard(), metavar="I/N", help="openai: part I of N (default: torchrun's)")
+    add("--model", default="gpt-4o-mini", metavar="NAME", help="the language model (default: %(default)s)")
+    add("--few-shot", type=at_least(0), default=8, metavar="N", help="examples to show; 0 if fine-tuned (default: 8)")
+    add("--concurrency", type=whole, default=16, metavar="N", help="requests at a time (default: 16)")
+    add("--moderate", action="store_true", help="drop what the moderation endpoint flags")
+    add("--max-tokens-total", type=whole, metavar="N", help="stop before more tokens are used in this run")
 
     tune = commands.add_parser("finetune", help="fine-tune a language model on hand-written triplets")
     tune.set_defaults(run=finetune_text)
     add = tune.add_argument
     add("--out", type=Path, default=Path("runs/chats.jsonl"), metavar="FILE.jsonl", help="(default: %(default)s)")
     add("--model", default="gpt-4o-mini-2024-07-18", metavar="NAME", help="to start from (default: %(default)s)")
-    add("--epochs", type=int, default=1, metavar="N", help="(default: 1, as in the paper)")
+    add("--epochs", type=whole, default=1, metavar="N", help="(default: 1, as in the paper)")
     add("--dry-run", action="store_true", help="check and convert, and send nothing")
     add("--job", metavar="ID", help="only follow a job that was started before")
     for command in (text, tune):
-        add = command.add_argument
-        add("--examples", type=Path, default=ROOT / "data/edit_examples.jsonl", metavar="FILE", help="triplets to show")
-        add("--retries", type=int, default=8, metavar="N", help="of a request that fails (default: 8)")
+        triplets = ROOT / "data/edit_examples.jsonl"
+        command.add_argument("--examples", type=Path, default=triplets, metavar="FILE", help="triplets to show")
 
-    true = commands.add_parser("true", help="true pairs of the miniature's world, to compare with (upper bound)")
-    true.set_defaults(run=write_true)
-    add = true.add_argument
-    add("--count", type=int, default=5000, metavar="N", help="how many (default: 5000)")
-    add("--seed", type=int, default=0, metavar="S")
-    add("--out", type=Path, required=True, metavar="DIR", help="the data set, in the authors' layout")
-
-    images = commands.add_parser("images", help="pairs of pictures for such edits, filtered by CLIP")
+    images = commands.add_parser("images", help="pairs of images for such edits, filtered by CLIP")
     images.set_defaults(run=make_images)
     add = images.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="the data set, in the authors' layout")
-    add("--samples", type=int, default=100, metavar="N", help="candidates an edit (default: 100)")
-    add("--keep", type=int, default=4, metavar="N", help="pairs kept of an edit, at most (default: 4)")
-    add("--shard", type=shard, default=own_shard(), metavar="I/N", help="part I of N, from 0 (default: torchrun's)")
-    add("--dry-run", action="store_true", help="say how long it takes and how large it gets, and make nothing")
+    add("--samples", type=whole, default=100, metavar="N", help="candidates for each edit (default: 100)")
+    add("--keep", type=whole, default=4, metavar="N", help="pairs kept of an edit, at most (default: 4)")
     for field in fields(Filter):
         name = field.name.replace("_", "-")
         add(f"--min-{name}", type=float, metavar="X", help=f"threshold (default: the CLIP's own, else {field.default})")
@@ -193,61 +279,43 @@ def parse(arguments=None):
     thresholds = commands.add_parser("calibrate", help="the filter's thresholds for a CLIP of one's own: filter.json")
     thresholds.set_defaults(run=calibrate)
     add = thresholds.add_argument
-    add("--count", type=int, default=256, metavar="N", help="candidates to sample, one an edit (default: 256)")
-    add(
-        "--shares",
-        type=float,
-        nargs=3,
-        default=(0.2, 0.05, 0.2),
-        metavar=("TEXT", "IMAGE", "DIR"),
-        help="how many should fail each threshold (default: 0.2 0.05 0.2)",
-    )
+    add("--count", type=whole, default=256, metavar="N", help="candidates to sample, one an edit (default: 256)")
+    failing = "fractions of the candidates that fail each threshold (default: 0.2 0.05 0.2)"
+    names = {"nargs": 3, "metavar": ("TEXT", "IMAGE", "DIR")}
+    add("--fractions", type=fraction, default=[0.2, 0.05, 0.2], help=failing, **names)
 
     browse = commands.add_parser("browse", help="one page that shows a data set, to be opened in any browser")
     browse.set_defaults(run=write_html)
     add = browse.add_argument
     add("data", type=Path, metavar="DIR", help="the data set, in the authors' layout")
-    add("--count", type=int, default=2000, metavar="N", help="pairs on it, spread over all, at most (default: 2000)")
+    add("--count", type=whole, default=2000, metavar="N", help="pairs on it, spread over all, at most (default: 2000)")
     add("--out", type=Path, metavar="FILE.html", help="(default: DIR/index.html)")
 
     for command in (images, thresholds):
         add = command.add_argument
         add("--edits", type=Path, required=True, metavar="FILE.jsonl", help="from datagen.py text")
         add("--weights", default=str(ROOT / "models/mini/sd"), metavar="PATH", help="a text-to-image model")
+        add("--vae", metavar="PATH", help="an autoencoder to use instead of the model's, such as the fine-tuned one")
         add("--clip", default=str(ROOT / "models/mini/clip"), metavar="PATH", help="the CLIP that filters")
-        add("--control", choices=CONTROLS, default="self", help="what Prompt-to-Prompt borrows (default: self)")
+        add("--control", choices=CONTROLS, default="self", help="what Prompt-to-Prompt shares (default: self)")
         add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
         add("--guidance", type=float, nargs=2, metavar=("LOW", "HIGH"), help="(default: 1 to 2 times the model's)")
         add("--resolution", type=int, metavar="R", help="pixels a side (default: the model's)")
-        add("--batch", type=int, default=16, metavar="B", help="pairs sampled at once (default: 16)")
+        add("--batch-size", type=whole, default=16, metavar="B", help="pairs sampled at once (default: 16)")
         add("--seed", type=int, default=0, metavar="S", help="of the first candidate (default: 0)")
         add("--compile", action=BooleanOptionalAction, help="compile the networks first (default: on a GPU)")
         add("--device", default="cpu", metavar="D", help="cpu or cuda, under torchrun a GPU for each process")
         add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-        add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+        add("--threads", type=whole, metavar="N", help="CPU threads (default: all cores)")
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     """Check the settings and run one of the commands."""
     options = parse(arguments)
-    for name in ("count", "samples", "keep", "steps", "batch", "threads", "concurrency", "max_tokens_total", "epochs"):
-        value = getattr(options, name, None)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} should be at least 1, not {value}")
-    if not 0 < getattr(options, "timeout", 1) < 1e6:
-        raise UserError(f"--timeout should be a number of seconds above 0, not {options.timeout}")
-    for name in ("few_shot", "retries"):
-        if getattr(options, name, 0) < 0:
-            raise UserError(f"--{name.replace('_', '-')} should be at least 0, not {getattr(options, name)}")
-    if not all(0 <= share < 1 for share in getattr(options, "shares", ())):
-        raise UserError("--shares should be from 0 to below 1")
-    for name in vars(options):
-        if name.startswith("min_") and not math.isfinite(getattr(options, name) or 0):
-            raise UserError(f"--{name.replace('_', '-')} should be a number")
-    if hasattr(options, "seed"):
-        check_seeds([options.seed])
+    options.shard = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if hasattr(options, "device"):
+        check_seeds([options.seed])
         for scale in options.guidance or (None,):
             check_sampling(options.steps, scale, None, options.resolution)
         options.device = own_device(options.device)

@@ -3,32 +3,33 @@
     ROOT/0000012/prompt.json      {"caption", "edit", "output", "url"}
     ROOT/0000012/171_0.jpg        before, made with seed 171
     ROOT/0000012/171_1.jpg        after
-    ROOT/0000012/metadata.jsonl   a line a pair: its seed, how it was sampled, its CLIP similarities
-    ROOT/seeds.json               [["0000012", ["171", ...]], ...], sorted: what there is to train on
+    ROOT/0000012/metadata.jsonl   one line for each pair: its seed, how it was sampled, its CLIP similarities
+    ROOT/seeds.json               [["0000012", ["171", ...]], ...], sorted: the edits to train on
 
 Splits go by position in seeds.json: the first 90 % are for training, 5 % for validation, 5 % for tests.
 """
 
 import json
-import shutil
+import sys
 from dataclasses import dataclass, fields
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from cli import UserError, atomic_write
+from cli import UserError, atomic_write, keep_settings
 from formats.configs import Config
 from images import open_image, to_jpeg, to_tensor
 
-SPLITS = {"train": (0.0, 0.9), "val": (0.9, 0.95), "test": (0.95, 1.0), "all": (0.0, 1.0)}
-TOLERATED = 0.01  # of all pairs may be missing or damaged
+SPLITS = {"train": (0.0, 0.9), "val": (0.9, 0.9 + 0.05), "test": (0.9 + 0.05, 1.0), "all": (0.0, 1.0)}
+TOLERATED = 3, 0.01  # so many pairs, or this fraction of all, may be missing or damaged
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One pair: PIL images, and what metadata.jsonl says of it (seed, p2p_threshold, cfg_scale, clip_sim_*)."""
+    """One pair: PIL images, and its line of metadata.jsonl (seed, p2p_threshold, cfg_scale, clip_sim_*)."""
 
     before: object
     after: object
@@ -37,14 +38,14 @@ class Pair:
 
 @dataclass(frozen=True)
 class Filter:
-    """What a pair must reach to be kept; these are the paper's thresholds, for CLIP ViT-L/14 (Sec. 3.1.2).
+    """The least similarities of a pair that is kept; the defaults are the paper's, for CLIP ViT-L/14 (Sec. 3.1.2).
 
-    A CLIP of another kind has similarities of another size: a `filter.json` in its folder holds its own.
+    Another CLIP has similarities of another size: a `filter.json` in its folder holds its own thresholds.
     """
 
-    image_text: float = 0.2  # both pictures, each with its caption
-    image_image: float = 0.7  # the two pictures
-    direction: float = 0.2  # the change of the picture with the change of the caption
+    image_text: float = 0.2  # both images, each with its caption
+    image_image: float = 0.7  # the two images
+    direction: float = 0.2  # the change of the image with the change of the caption
 
     def keeps(self, scores):
         """Does a candidate with these similarities (see `CLIP.edit_similarities`) pass?"""
@@ -56,7 +57,7 @@ class Filter:
 
     @classmethod
     def read(cls, folder):
-        """The thresholds of the CLIP in a folder."""
+        """The thresholds of the CLIP in a folder. Raises UserError."""
         path = Path(folder) / "filter.json"
         if not path.exists():
             return cls()
@@ -66,18 +67,26 @@ class Filter:
         return cls(**values)
 
 
+def begin_data_set(root, settings):
+    """Keep the settings of a data set in ROOT/settings.json. Raises UserError where the folder holds anything else."""
+    names = {path.name for path in root.iterdir() if not path.name.startswith(".")} if root.is_dir() else set()
+    if names and "settings.json" not in names:
+        raise UserError(f"{root} holds other files, such as {min(names)}; use a new folder")
+    keep_settings(root / "settings.json", settings)
+
+
 def folder_name(number):
     """The folder of the edit with this number."""
     return f"{number:07d}"
 
 
-def write_edit(root, number, prompt, pairs):
-    """Write the pairs of one edit, whole or not at all; an older folder of that number is replaced.
+def write_edit(root, number, prompt, pairs, candidates=None):
+    """Write the folder of one edit, whole or not at all. Raises UserError where there is such a folder already.
 
-    prompt: {"caption", "edit", "output", "url"}, pairs: a list of Pair.
+    prompt: {"caption", "edit", "output", "url"}; pairs: the `Pair`s that are kept; candidates: the metadata of all
+    that were sampled, kept or not, for candidates.jsonl.
     """
-    folder = Path(root) / folder_name(number)
-    with atomic_write(folder) as beside:
+    with atomic_write(Path(root) / folder_name(number)) as beside:
         beside.mkdir()
         (beside / "prompt.json").write_text(json.dumps(prompt, ensure_ascii=False), encoding="utf-8")
         for pair in pairs:
@@ -85,36 +94,26 @@ def write_edit(root, number, prompt, pairs):
                 # without chroma subsampling, which at 64 pixels a side would smear the colours
                 data = to_jpeg(image, quality=100, subsampling=0)
                 (beside / f"{pair.metadata['seed']}_{side}.jpg").write_bytes(data)
-        lines = [json.dumps(pair.metadata) + "\n" for pair in pairs]
-        (beside / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-        remove_folder(folder)
+        write_lines(beside / "metadata.jsonl", [pair.metadata for pair in pairs])
+        if candidates is not None:
+            write_lines(beside / "candidates.jsonl", candidates)
 
 
-def remove_folder(folder):
-    """Remove an edit's folder if it is there. Raises UserError, and removes nothing, if it holds any other file."""
-    if folder.is_dir():
-        own = {*folder.glob("*_[01].jpg"), folder / "prompt.json", folder / "metadata.jsonl"}
-        for path in folder.iterdir():
-            if path not in own:
-                raise UserError(f"{folder} holds {path.name}, which is no part of a data set; move it away")
-        shutil.rmtree(folder)
+def write_lines(path, records):
+    """A JSON object a line."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
-def write_seeds(root, writer=None):
-    """Write seeds.json from the folders there are; returns the number of pairs. writer: as for `atomic_write`.
+def write_seeds(root):
+    """Write seeds.json from the folders there are; returns the number of pairs.
 
-    If another process adds to the folders meanwhile, it is written again: the last one to end leaves it whole.
+    If another process adds folders meanwhile, it is written again: the last process to end leaves it whole.
     """
     entries, found = [], None
     while found != (paths := sorted(Path(root).glob("[0-9]*/metadata.jsonl"))):
-        entries, found = [], paths
-        for path in paths:
-            try:
-                if seeds := [str(noted["seed"]) for noted in read_metadata(path)]:
-                    entries.append([path.parent.name, seeds])
-            except FileNotFoundError:
-                found = None  # another process is just writing that edit anew
-        with atomic_write(Path(root) / "seeds.json", writer) as beside:
+        seeds = {path.parent.name: [str(line["seed"]) for line in read_metadata(path)] for path in paths}
+        entries, found = [[folder, seeds[folder]] for folder in seeds if seeds[folder]], paths
+        with atomic_write(Path(root) / "seeds.json") as beside:
             beside.write_text(json.dumps(entries), encoding="utf-8")
     return sum(len(seeds) for _, seeds in entries)
 
@@ -135,7 +134,7 @@ def read_seeds(root):
     path = Path(root) / "seeds.json"
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
-        if not all(type(folder) is str and type(seeds) is list for folder, seeds in entries):
+        if not all(type(folder) is str and type(seeds) is list and seeds for folder, seeds in entries):
             raise ValueError("a list of folders with lists of seeds is expected")
         return entries
     except FileNotFoundError as error:
@@ -145,99 +144,100 @@ def read_seeds(root):
 
 
 class EditDataset(Dataset):
-    """The pairs of one split: (before [3, H, W], after [3, H, W], instruction), pictures in [-1, 1].
+    """The edits of one split, one item each, as in the released code: however many of an edit's pairs passed the
+    filter, it counts once, and one of them is drawn. (before [3, H, W], after [3, H, W], instruction), in [-1, 1].
 
-    A large data set that came over a network has gaps: a pair that is missing or damaged is left out, and the next
-    whole one takes its place, until more than 1 % of all are. `broken` marks them, for all processes of a DataLoader.
+    A large data set that came over a network has gaps: a pair that is missing or damaged is named and skipped, and
+    the edit's next whole one takes its place. `broken` marks them, for all processes of a DataLoader.
     """
 
-    def __init__(self, root, split="train", resolution=None, largest=None, flip=0.0):
-        """resolution: pixels a side of square crops; None for pictures as they are on disk.
+    def __init__(self, root, split="train", resolution=None, max_resize=None, flip=0.0, subset=None):
+        """resolution: pixels a side of square crops; None for images as they are on disk.
 
-        Pictures are made `resolution` pixels large on their shorter side and cropped in the middle. With a key (index,
-        seed) they are augmented as in Sec. A.1: the shorter side is by chance from `resolution` to `largest`, the crop
-        and, with probability `flip`, the mirroring are by chance as well, the same for both pictures.
+        `ds[index]` is an edit's first whole pair, made `resolution` pixels large on its shorter side and cropped in
+        the middle. `ds[index, example]` is augmented as in Sec. A.1: the number `example` seeds what is drawn, the
+        pair, the shorter side from `resolution` to `max_resize`, the place of the crop, and, with probability `flip`,
+        the mirroring; the same for both images.
 
-        Raises UserError where `root` is no data set.
+        subset: so many edits, or (a float) such a fraction of them, spread evenly over the split; None for all.
+
+        Raises UserError where `root` is no data set, or smaller than `subset`.
         """
         self.root, self.resolution, self.flip = Path(root), resolution, flip
-        self.largest = largest or resolution
+        self.max_resize = max_resize or resolution
         entries = read_seeds(root)
-        first, last = (int(round(share * len(entries))) for share in SPLITS[split])
-        self.pairs = [(folder, seed) for folder, seeds in entries[first:last] for seed in seeds]
-        if not self.pairs:
+        first, last = (int(fraction * len(entries)) for fraction in SPLITS[split])  # floors, as the released code
+        edits = entries[first:last]
+        if not edits:
             raise UserError(f"{root} holds no pairs for the split {split}")
-        self.broken = torch.zeros(len(self.pairs), dtype=torch.bool).share_memory_()
-
-    def thin_out(self, amount):
-        """Keep so many pairs, or such a share, spread evenly over all of them. Raises UserError for more than all."""
-        count = max(1, round(amount * len(self))) if isinstance(amount, float) else amount
-        if count > len(self):
-            raise UserError(f"{self.root} holds {len(self)} pairs for this split, not {count}")
-        self.pairs = [self.pairs[i * len(self.pairs) // count] for i in range(count)]
-        self.broken = torch.zeros(count, dtype=torch.bool).share_memory_()
+        if subset is not None:
+            count = max(1, round(subset * len(edits))) if isinstance(subset, float) else subset
+            if count > len(edits):
+                raise UserError(f"{root} holds {len(edits)} edits for this split, not {count}")
+            edits = [edits[i * len(edits) // count] for i in range(count)]
+        self.edits = [(folder, seeds) for folder, seeds in edits]
+        self.starts = [0, *accumulate(len(seeds) for _, seeds in self.edits)]  # of each edit's pairs in `broken`
+        self.broken = torch.zeros(self.starts[-1], dtype=torch.bool).share_memory_()
 
     def __len__(self):
-        """How many pairs there are, broken ones included."""
-        return len(self.pairs)
+        """How many edits there are, broken ones included."""
+        return len(self.edits)
 
     def __getitem__(self, key):
-        """The pair at a position, or (position, seed). Raises UserError where too many are missing or damaged."""
-        index, seed = key if isinstance(key, tuple) else (key, None)
+        """The item of an index, or of (index, example). Raises UserError where too many are missing or damaged."""
+        index, example = key if isinstance(key, tuple) else (key, None)
         if not -len(self) <= index < len(self):
             raise IndexError
-        while (pair := self.read(index)) is None:
-            index = (index + 1) % len(self)
-        before, after, instruction = pair
-        if self.resolution:
-            before, after = self.crop(before, after, seed)
-        return to_tensor(before), to_tensor(after), instruction
+        generator = None if example is None else torch.Generator().manual_seed(example)
+        for next_index in range(index, index + len(self)):
+            index = next_index % len(self)
+            count = len(self.edits[index][1])
+            first = 0 if generator is None else int(torch.randint(count, (), generator=generator))
+            for k in range(first, first + count):
+                if pair := self.load_pair(index, k % count, generator):
+                    return pair
+        raise UserError(f"{self.root} holds no whole pair")
 
-    def read(self, index):
-        """(before, after, instruction) with RGB images as on disk; None, and counted, where it is missing or damaged.
+    def load_pair(self, index, k, generator=None):
+        """The k-th pair of an edit; None where it is missing or damaged. generator: draws the augmentation, if any.
 
-        Raises UserError when these are more than 1 % of all.
+        Raises UserError when more than three and more than 1 % of all pairs are missing or damaged.
         """
-        if self.broken[index]:
-            self.check_gaps("see above")
+        folder, seeds = self.edits[index]
+        path, place = self.root / folder, self.starts[index] + k
+        if self.broken[place]:
             return None
-        folder, seed = self.pairs[index]
-        path = self.root / folder
         try:
             instruction = read_instruction(path / "prompt.json")
-            before, after = (open_image(path / f"{seed}_{side}.jpg") for side in (0, 1))
-            if before.size != after.size:
-                raise UserError(f"{path}: the pictures of seed {seed} differ in size")
-            return before, after, instruction
+            images = [open_image(path / f"{seeds[k]}_{side}.jpg") for side in (0, 1)]
+            if images[0].size != images[1].size:
+                raise UserError(f"{path}: the images of seed {seeds[k]} differ in size")
         except UserError as error:
-            self.broken[index] = True
-            self.check_gaps(error)
+            self.broken[place] = True
+            count, least, fraction = int(self.broken.sum()), *TOLERATED
+            if count > max(least, fraction * len(self.broken)):
+                reason = f"{count} of {len(self.broken)} pairs are missing or damaged, which is too many; the last one"
+                raise UserError(f"{reason}: {error}") from error
+            print(f"skipped: {error}", file=sys.stderr)
             return None
+        before, after = self.crop(images, generator) if self.resolution else images
+        return to_tensor(before), to_tensor(after), instruction
 
-    def check_gaps(self, last):
-        """Raise UserError if too many pairs are missing or damaged; `last` says what was wrong with one of them."""
-        count = int(self.broken.sum())
-        if count > TOLERATED * len(self):
-            reason = f"{count} of {len(self)} pairs are missing or damaged, which is too many; the last one"
-            raise UserError(f"{reason}: {last}")
-
-    def crop(self, before, after, seed):
-        """Two images of one size -> squares of `resolution`; in the middle, or with a seed augmented."""
-        width, height = before.size
-        if seed is None:
+    def crop(self, images, generator):
+        """Two images of one size -> squares of `resolution`; in the middle, or with a generator augmented."""
+        if generator is None:
             side, x, y, mirrored = self.resolution, 0.5, 0.5, False
         else:
-            generator = torch.Generator().manual_seed(seed)
-            side = int(torch.randint(self.resolution, self.largest + 1, (), generator=generator))
-            x, y, chance = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
-            mirrored = chance < self.flip
-        scale = side / min(width, height)
-        size = [max(side, round(length * scale)) for length in (width, height)]
-        # any of the places where the square fits, all of them alike
-        left, top = (int(share * (length - self.resolution + 1)) for share, length in zip((x, y), size, strict=True))
-        box = (left, top, left + self.resolution, top + self.resolution)
-        for image in (before, after):
-            cropped = image.resize(size, Image.Resampling.LANCZOS).crop(box)
+            side = int(torch.randint(self.resolution, self.max_resize + 1, (), generator=generator))
+            x, y, u = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+            mirrored = u < self.flip
+        scale = side / min(images[0].size)
+        size = [max(side, round(length * scale)) for length in images[0].size]
+        # each of the places where the square fits is equally likely
+        left, top = (int(u * (length - self.resolution + 1)) for u, length in zip((x, y), size, strict=True))
+        for image in images:
+            cropped = image.resize(size, Image.Resampling.LANCZOS)
+            cropped = cropped.crop((left, top, left + self.resolution, top + self.resolution))
             yield ImageOps.mirror(cropped) if mirrored else cropped
 
 

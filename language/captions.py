@@ -1,20 +1,23 @@
 """Captions in, triplets out: what a language model's work is read from and kept in (Sec. 3.1.1).
 
 Input files may be larger than memory, so they are read as they are needed. Output files only grow, a line a record, so
-that a run which was stopped at any moment can go on.
+that a run that was stopped at any moment can resume.
 """
 
 import csv
 import hashlib
 import json
-import os
-import time
 from pathlib import Path
 
-from cli import UserError
+from cli import UserError, append_whole, keep_settings, make_folder
 
 FIELDS = ("caption", "edit", "output")
-FSYNC_EVERY = 2.0  # seconds
+CAPTIONS, URLS = ("caption", "input", "TEXT"), ("url", "URL")  # ours, the authors' and LAION's names
+
+
+def first_of(record, names):
+    """The value of the first of these names that a record has; None where it has none of them."""
+    return next((record[name] for name in names if name in record), None)
 
 
 def read_captions(path):
@@ -41,10 +44,10 @@ def read_txt(file, path):
 def read_csv(file, path):
     """A row each; the first one names the columns."""
     rows = csv.DictReader(file)
-    if "caption" not in (rows.fieldnames or ()):
-        raise UserError(f"{path}: the first line should name the columns, one of them caption")
+    if not {*CAPTIONS} & {*(rows.fieldnames or ())}:
+        raise UserError(f"{path}: the first line should name the columns, one of them caption or TEXT")
     for row in rows:
-        yield (row["caption"] or "").strip(), row.get("url") or None
+        yield (first_of(row, CAPTIONS) or "").strip(), first_of(row, URLS) or None
 
 
 def read_jsonl(file, path):
@@ -52,10 +55,10 @@ def read_jsonl(file, path):
     for number, line in enumerate(file, 1):
         try:
             record = json.loads(line)
-            caption, url = record["caption"].strip(), record.get("url") or None
+            caption, url = first_of(record, CAPTIONS).strip(), first_of(record, URLS) or None
             if not isinstance(url, str | None):
                 raise TypeError
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, line {number}: a JSON object with a caption is needed") from error
         yield caption, url
 
@@ -73,6 +76,7 @@ def read_edits(path):
     for number, line in enumerate(lines, 1):
         try:
             edit = json.loads(line)
+            edit["caption"] = first_of(edit, CAPTIONS)
             complete = all(edit[field].strip().encode() for field in FIELDS)
         except (ValueError, KeyError, TypeError, AttributeError):
             complete = False
@@ -114,14 +118,24 @@ class Unique:
                 urls.add(place)
 
 
+def begin_file(out, settings):
+    """Keep the settings of a file in OUT.settings.json beside it. Raises UserError where `out` was made otherwise."""
+    if out.is_dir():
+        raise UserError(f"cannot write {out}: it is a folder")
+    beside = out.with_suffix(".settings.json")
+    if out.exists() and not beside.exists():
+        raise UserError(f"{out} is there already, made otherwise; use another --out")
+    keep_settings(beside, settings)
+
+
 class Records:
-    """A file of JSON lines that only grows: each goes to the system at once, and to the disk every few seconds."""
+    """A file of JSON lines that only grows; each line is written whole."""
 
     def __init__(self, path):
-        """Open for appending; a torn last line is cut off. `keys`: its captions' fingerprints. Raises UserError."""
+        """Read what is there; a torn last line is cut off. `keys`: its captions' fingerprints. Raises UserError."""
         self.path, self.keys = Path(path), set()
+        make_folder(self.path.parent)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a+b") as file:
                 file.seek(0)
                 whole = 0
@@ -130,10 +144,8 @@ class Records:
                         self.keys.add(self.key_of(line, number))
                         whole += len(line)
                 file.truncate(whole)
-            self.file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - until `close`
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
-        self.size, self.synced = whole, time.monotonic()
 
     def key_of(self, line, number):
         """The fingerprint of a line's caption."""
@@ -144,23 +156,5 @@ class Records:
 
     def append(self, record):
         """Write one record, whole or not at all. Raises UserError."""
-        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
-        try:
-            if self.file.write(line) < len(line):
-                raise OSError("the disk is full")
-            self.size += len(line)
-            if time.monotonic() - self.synced > FSYNC_EVERY:
-                self.sync()
-        except OSError as error:
-            os.truncate(self.path, self.size)
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
-
-    def sync(self):
-        """Bring everything to the disk."""
-        os.fsync(self.file.fileno())
-        self.synced = time.monotonic()
-
-    def close(self):
-        """The same, and let go of the file."""
-        self.sync()
-        self.file.close()
+        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        append_whole(self.path, line + b"\n")

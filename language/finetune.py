@@ -6,9 +6,9 @@ import time
 from openai import OpenAI, OpenAIError
 
 from cli import UserError, atomic_write
-from language.writer import chat, explain, need_key, read_examples
+from language.writer import RETRIES, chat, explain, need_key, read_examples
 
-POLL = 10.0  # seconds between two looks at the job
+POLL = 10.0  # seconds between two requests for the job's state
 ENDS = ("succeeded", "failed", "cancelled")
 LEAST = 10  # examples: fewer are refused by the API
 
@@ -24,7 +24,7 @@ def finetune(options):
         if options.dry_run:
             return
     need_key()
-    client = OpenAI(max_retries=options.retries)
+    client = OpenAI(max_retries=RETRIES)
     try:
         job = options.job or start(client, options.out, options.model, options.epochs)
         print(f"job {job} (to follow it again: --job {job})", flush=True)

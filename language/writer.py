@@ -1,35 +1,25 @@
 """A language model writes edits: captions to {"caption", "edit", "output", "url"}, a line each (Sec. 3.1.1).
 
-Any endpoint that speaks OpenAI's protocol will do: OPENAI_BASE_URL says where it is, OPENAI_API_KEY opens it. Retries,
-their backoff and rate limits are the library's own. What was answered is on disk before the next caption is taken, so a
-run may be stopped at any moment; the same command goes on where it was.
+Any endpoint that speaks OpenAI's protocol will do: OPENAI_BASE_URL says where it is, OPENAI_API_KEY opens it. Timeouts,
+retries, their backoff and rate limits are the client's. What was answered is written before the next caption is taken,
+so a run may be stopped at any moment; the same command resumes.
 """
 
 import asyncio
 import json
 import os
 import random
-from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from openai import (
-    APIConnectionError,
-    APIStatusError,
-    AsyncOpenAI,
-    BadRequestError,
-    InternalServerError,
-    OpenAIError,
-    RateLimitError,
-)
+from openai import APIConnectionError, AsyncOpenAI, BadRequestError, InternalServerError, OpenAIError, RateLimitError
 from tqdm import tqdm
 
 from cli import UserError
-from language.captions import FIELDS, Records, Unique, fingerprint, normal, read_captions
+from language.captions import Records, Unique, begin_file, fingerprint, normal, read_captions, read_edits
 
 SYSTEM = """\
-You write training data for a program that edits pictures by instruction. You are given the caption of a picture. Think
-of a change to this picture that a person might ask for, and that can be seen in it. Answer with a JSON object of two
+You write training data for a program that edits images by instruction. You are given the caption of an image. Think
+of a change to this image that a person might ask for, and that can be seen in it. Answer with a JSON object of two
 texts: "edit", the instruction, as short as people write; and "output", the caption of the picture after the edit, which
 repeats of the given caption whatever the edit leaves alone."""
 SCHEMA = {
@@ -38,10 +28,12 @@ SCHEMA = {
     "required": ["edit", "output"],
     "additionalProperties": False,
 }
-LONGEST = 400  # letters of an edit or a caption; a language model that goes on and on has not understood
+MAX_LETTERS = 400  # of an edit or a caption
 ANSWER_TOKENS = 256  # the paper's limit, and the sampling below is the paper's as well
 SAMPLING = {"temperature": 0.7, "top_p": 1.0, "frequency_penalty": 0.1, "presence_penalty": 0.0}
-ASKED = 3  # times, at most, while the answers are malformed
+ATTEMPTS = 3  # requests for one caption, at most, while the answers are malformed
+TIMEOUT, RETRIES = 60, 8  # seconds for an answer; of one request by the client, which waits ever longer
+FAILURES = 10  # in a row, after the client's own retries, end the run
 
 
 class DroppedError(Exception):
@@ -63,23 +55,23 @@ class Usage:
     read: int = 0
     written: int = 0
     reserved: int = 0
-    largest: int = 0  # of one request so far
+    longest: int = 0  # of one request so far
 
     def reserve(self, letters):
         """Set tokens aside for a request of so many letters; None if that could pass the limit."""
-        share = max(self.largest, letters // 2) + ANSWER_TOKENS
-        if self.limit and self.read + self.written + self.reserved + share > self.limit:
+        tokens = max(self.longest, letters // 2) + ANSWER_TOKENS
+        if self.limit and self.read + self.written + self.reserved + tokens > self.limit:
             return None
-        self.reserved += share
-        return share
+        self.reserved += tokens
+        return tokens
 
-    def book(self, share, usage):
+    def book(self, tokens, usage):
         """Count what a request took instead of what was set aside."""
-        self.reserved -= share
+        self.reserved -= tokens
         if usage:
             self.read += usage.prompt_tokens
             self.written += usage.completion_tokens
-            self.largest = max(self.largest, usage.prompt_tokens)
+            self.longest = max(self.longest, usage.prompt_tokens)
 
 
 @dataclass
@@ -102,7 +94,7 @@ class Writer:
     async def write(self, caption):
         """(edit, output) for a caption. Raises DroppedError, or BudgetError before what might cost too much."""
         messages = self.messages(caption)
-        for left in reversed(range(ASKED)):
+        for left in reversed(range(ATTEMPTS)):
             try:
                 edit, output = read_answer(await self.ask(messages))
                 break
@@ -119,8 +111,8 @@ class Writer:
 
     async def ask(self, messages):
         """One request: the answer as the library gives it."""
-        share = self.usage.reserve(sum(len(message["content"]) for message in messages))
-        if share is None:
+        tokens = self.usage.reserve(sum(len(message["content"]) for message in messages))
+        if tokens is None:
             raise BudgetError
         usage = None
         try:
@@ -143,7 +135,7 @@ class Writer:
                 raise DroppedError("the endpoint refused the caption") from error
             raise
         finally:
-            self.usage.book(share, usage)
+            self.usage.book(tokens, usage)
 
 
 class BudgetError(Exception):
@@ -176,78 +168,65 @@ def read_answer(answer):
             text.encode()
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MalformedError("the answer is not the JSON object that was asked for") from error
-    if not all(0 < len(text) <= LONGEST for text in texts):
-        raise MalformedError(f"a text of the answer is empty, or longer than {LONGEST} letters")
+    if not all(0 < len(text) <= MAX_LETTERS for text in texts):
+        raise MalformedError(f"a text of the answer is empty, or longer than {MAX_LETTERS} letters")
     return texts
 
 
 # ---- all captions ----
 
 
-async def write_all(writer, captions, out, concurrency, progress=None):
+async def write_all(writer, captions, out, concurrency, progress):
     """Ask for all captions, (caption, url) each, that neither of two files holds; returns how many went where.
 
     out: a path; triplets go there, what was dropped and why to the same name with `_dropped`. Captions whose requests
-    failed for good are in neither, so the next run takes them up. Raises UserError when going on makes no sense.
+    failed are in neither, so the next run asks for them again. Raises UserError when going on makes no sense.
     """
-    out, counts = Path(out), {"written": 0, "dropped": 0, "failed": 0, "done before": 0}
+    counts = {"written": 0, "dropped": 0, "failed": 0, "done before": 0}
+    triplets, dropped = Records(out), Records(dropped_path(out))
+    done, source = triplets.keys | dropped.keys, iter(captions)
     stopped, failed_in_row, last = False, 0, ""
-    with closing(Records(out)) as triplets, closing(Records(dropped_path(out))) as dropped:
-        done = triplets.keys | dropped.keys
-        source = iter(captions)
 
-        async def work():
-            nonlocal stopped, failed_in_row, last
-            for caption, url in source:
-                if fingerprint(normal(caption)) in done:
-                    counts["done before"] += 1
-                    continue
-                try:
-                    edit, output = await writer.write(caption)
-                    triplets.append({"caption": caption, "edit": edit, "output": output, "url": url})
-                    counts["written"] += 1
-                except DroppedError as error:
-                    dropped.append({"caption": caption, "url": url, "reason": str(error)})
-                    counts["dropped"] += 1
-                    failed_in_row = 0
-                except BudgetError:
-                    stopped = True
-                except OpenAIError as error:
-                    last = explain(error)
-                    if not passes(error):
-                        raise UserError(last) from error
-                    counts["failed"] += 1
-                    failed_in_row += 1
-                    if failed_in_row >= max(10, 2 * concurrency):
-                        raise UserError(f"{failed_in_row} requests in a row failed, the last one: {last}") from error
-                else:
-                    failed_in_row = 0
-                if progress:
-                    progress(counts)
-                if stopped:
-                    return
+    async def work():
+        nonlocal stopped, failed_in_row, last
+        for caption, url in source:
+            if fingerprint(normal(caption)) in done:
+                counts["done before"] += 1
+                continue
+            try:
+                edit, output = await writer.write(caption)
+                triplets.append({"caption": caption, "edit": edit, "output": output, "url": url})
+                counts["written"] += 1
+                failed_in_row = 0
+            except DroppedError as error:
+                dropped.append({"caption": caption, "url": url, "reason": str(error)})
+                counts["dropped"] += 1
+                failed_in_row = 0
+            except BudgetError:
+                stopped = True
+            except (APIConnectionError, InternalServerError, RateLimitError) as error:
+                counts["failed"] += 1
+                failed_in_row, last = failed_in_row + 1, explain(error)
+                if failed_in_row >= FAILURES or error.code == "insufficient_quota":
+                    raise UserError(f"{failed_in_row} requests in a row failed, the last one: {last}") from error
+            except OpenAIError as error:
+                raise UserError(explain(error)) from error
+            progress(counts)
+            if stopped:
+                return
 
-        try:
-            async with writer.client, asyncio.TaskGroup() as group:
-                for _ in range(concurrency):
-                    group.create_task(work())
-        except* UserError as errors:
-            raise errors.exceptions[0] from None
+    try:
+        async with writer.client, asyncio.TaskGroup() as group:
+            for _ in range(concurrency):
+                group.create_task(work())
+    except* UserError as errors:
+        raise errors.exceptions[0] from None
     return counts | {"stopped": stopped, "last failure": last}
 
 
 def dropped_path(out):
     """Where what gave no triplet is noted."""
     return out.with_name(f"{out.stem}_dropped{out.suffix}")
-
-
-def passes(error):
-    """May the same request succeed later?"""
-    if isinstance(error, RateLimitError):
-        return error.code != "insufficient_quota"
-    return isinstance(error, (APIConnectionError, InternalServerError)) or (
-        isinstance(error, APIStatusError) and error.status_code in (408, 409)
-    )
 
 
 def explain(error):
@@ -265,30 +244,25 @@ def need_key():
 
 def read_examples(path):
     """Hand-written triplets from a .jsonl file: {"caption", "edit", "output"} each. Raises UserError."""
-    examples = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                example = json.loads(line)
-                texts = [example[name].strip() for name in FIELDS]
-                if not all(texts) or normal(texts[0]) == normal(texts[2]):
-                    raise ValueError(f"line {number}: a text is empty, or the caption stays as it is")
-                examples.append(dict(zip(FIELDS, texts, strict=True)))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} holds no triplets of caption, edit and output: {error}") from error
+    examples = read_edits(path)
+    for number, example in enumerate(examples, 1):
+        if normal(example["caption"]) == normal(example["output"]):
+            raise UserError(f"{path}, line {number}: the caption stays as it is")
     return examples
 
 
 def write_edits(options):
-    """datagen.py text --writer openai."""
+    """The program `datagen.py text`."""
     part, parts = options.shard
     out = options.out if parts == 1 else options.out.with_stem(f"{options.out.stem}_{part}of{parts}")
     usage = Usage(options.max_tokens_total)
     examples = read_examples(options.examples) if options.few_shot else []
     need_key()
-    client = AsyncOpenAI(timeout=options.timeout, max_retries=options.retries)
+    client = AsyncOpenAI(timeout=TIMEOUT, max_retries=RETRIES)
     writer = Writer(client, options.model, examples, options.few_shot, options.moderate, usage)
     next(read_captions(options.captions), None)  # a mistake in the file's name ends here, before anything is written
+    names = ("captions", "model", "few_shot", "examples", "moderate")
+    begin_file(out, {"program": "datagen.py text", **{name: getattr(options, name) for name in names}})
     unique = Unique(read_captions(options.captions))
     captions = (pair for number, pair in enumerate(unique) if number % parts == part)
 
@@ -296,15 +270,13 @@ def write_edits(options):
 
         def progress(counts):
             bar.update(sum(counts.values()) - bar.n)
-            bar.set_postfix(
-                dropped=counts["dropped"], failed=counts["failed"], tokens=usage.read + usage.written, refresh=False
-            )
+            bar.set_postfix(tokens=usage.read + usage.written, **counts, refresh=False)
 
         counts = asyncio.run(write_all(writer, captions, out, options.concurrency, progress))
     numbers = ", ".join(f"{counts[name]} {name}" for name in ("written", "dropped", "failed", "done before"))
     print(f"{out}: {numbers}, {unique.skipped} duplicates; tokens: {usage.read} read, {usage.written} written")
     if counts["stopped"]:
-        print(f"stopped before --max-tokens-total {options.max_tokens_total} was passed; the same command goes on")
+        print(f"stopped before --max-tokens-total {options.max_tokens_total} was passed; the same command resumes")
     if counts["failed"]:
         failed = f"{counts['failed']} captions failed, and the same command tries them again"
         raise UserError(f"{failed} (the last one: {counts['last failure']})")

@@ -1,10 +1,15 @@
-"""datagen.py: triplets by rule, pairs end to end with tiny models, and that it may be stopped and split at will."""
+"""datagen.py images and calibrate with tiny models: what they write, and that they may be stopped at will."""
 
 import json
+import multiprocessing
+import os
+import random
 import re
+import resource
 import shutil
+import signal
 import sys
-import zlib
+import time
 
 import numpy as np
 import pytest
@@ -14,7 +19,7 @@ from PIL import Image
 from random_model import randomise, small_tokenizer
 
 import datagen
-import pairs as pairs_module
+import mini.datagen
 from cli import run_program
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIPTextConfig
@@ -23,20 +28,6 @@ from formats.checkpoint import load, load_clip, save_clip, save_folder
 from gpu.compiled import NOTICE
 from images import to_image, to_tensor
 from language.captions import read_edits
-from mini.phrasings import PHRASINGS
-from mini.world import (
-    BACKGROUNDS,
-    COLOURS,
-    MEDIA,
-    SHAPES,
-    SIZES,
-    caption,
-    held_out,
-    random_edit,
-    random_scene,
-    read_caption,
-    render,
-)
 from p2p import P_RANGE, PairNoise, sample_pairs
 from stable_diffusion import StableDiffusion
 
@@ -70,7 +61,7 @@ def models(tmp_path_factory):
 def command(models, out, *more, **changed):
     """The command line for a data set, with some values changed."""
     values = {"edits": models / "edits.jsonl", "out": out, "weights": models / "sd", "clip": models / "clip"}
-    values |= {"samples": SAMPLES, "keep": KEEP, "batch": BATCH} | changed
+    values |= {"samples": SAMPLES, "keep": KEEP, "batch-size": BATCH} | changed
     own = [f"--{name}={value}" for name, value in values.items() if value is not None]
     return ["images", *own, "--guidance", "2", "4", *map(str, more)]
 
@@ -106,9 +97,15 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def candidates_of(folder, name="candidates.jsonl"):
-    """{edit: its line}."""
-    return {entry["edit"]: entry for entry in read_lines(folder / name)}
+def candidates_of(folder):
+    """{edit: the seeds that were kept, every candidate}."""
+    return {
+        int(path.name): (
+            [line["seed"] for line in read_lines(path / "metadata.jsonl")],
+            read_lines(path / "candidates.jsonl"),
+        )
+        for path in sorted(folder.glob("0*"))
+    }
 
 
 def contents(folder):
@@ -119,111 +116,16 @@ def equal_but_for_rounding(folder, other):
     """The same files; similarities and pixels that differ no more than batches of other sizes make them differ."""
     assert contents(folder).keys() == contents(other).keys()
     assert (folder / "seeds.json").read_bytes() == (other / "seeds.json").read_bytes()
-    ours, theirs = candidates_of(folder), candidates_of(other)
-    assert ours.keys() == theirs.keys()
-    for number, entry in ours.items():
-        assert entry["kept"] == theirs[number]["kept"]
-        for one, two in zip(entry["candidates"], theirs[number]["candidates"], strict=True):
+    for (kept, every), (kept_there, every_there) in zip(
+        candidates_of(folder).values(), candidates_of(other).values(), strict=True
+    ):
+        assert kept == kept_there
+        for one, two in zip(every, every_there, strict=True):
             assert one == pytest.approx(two, abs=2e-3)
     for path in folder.rglob("*.jpg"):
         one, two = (np.asarray(Image.open(p), dtype=int) for p in (path, other / path.relative_to(folder)))
         assert np.abs(one - two).max() <= 4
         assert np.abs(one - two).mean() < 0.05
-
-
-# ---- text ----
-
-
-def test_triplets_by_rule(program, tmp_path):
-    """Their words are the world's, in the phrasings of training, and no composition is a held-out one."""
-    out = tmp_path / "edits.jsonl"
-    code, lines, errors = program("text", "--count=300", f"--out={out}")
-    assert (code, lines, errors) == (0, [f"{out}: 300 triplets"], [])
-    edits = read_lines(out)
-    assert len(edits) == 300
-    assert all(list(edit) == ["caption", "edit", "output", "url"] for edit in edits)
-    assert read_edits(out) == edits
-    options = {"size": SIZES, "colour": COLOURS, "shape": SHAPES, "other": SHAPES}
-    words = {name: f"({'|'.join(values)})" for name, values in options.items()}
-    thing = "a {size} {colour} {shape}".format(**words)
-    things = f"({thing} and {thing}|{thing} on the (left|right))"
-    text = re.compile(f"a ({'|'.join(MEDIA)}) of {things} ({'|'.join(BACKGROUNDS.values())})")
-    wording = re.compile("|".join(p.format(**words) for phrasings in PHRASINGS.values() for p in phrasings))
-    for edit in edits:
-        assert text.fullmatch(edit["caption"]), edit
-        assert text.fullmatch(edit["output"]), edit
-        assert wording.fullmatch(edit["edit"]), edit
-        assert edit["caption"] != edit["output"]
-        assert edit["url"] is None
-        compositions = (re.sub(" on the (left|right)", "", edit[name]) for name in ("caption", "output"))
-        assert all(zlib.crc32(composition.encode()) % 10 for composition in compositions)
-    assert len({edit["caption"] for edit in edits}) > 280
-    assert len({edit["edit"] for edit in edits}) > 100
-
-
-def test_triplets_of_given_captions(program, tmp_path):
-    """One for each caption of the world's, with its url; repeated ones and those of held-out scenes are left out."""
-    rng = np.random.default_rng(5)
-    captions = [caption(random_scene(rng)) for _ in range(200)]
-    given = [{"caption": text, "url": f"u{i}"} for i, text in enumerate(captions)]
-    given += [{"caption": captions[0]}, {"caption": caption(random_scene(rng, test=True))}]
-    (tmp_path / "captions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in given))
-    out = tmp_path / "edits.jsonl"
-    arguments = "text", f"--captions={tmp_path / 'captions.jsonl'}", f"--out={out}"
-    code, lines, errors = program(*arguments)
-    unique = dict.fromkeys(captions)
-    again = len(captions) + 1 - len(unique)
-    left_out = f"left out: {again} captions that are empty or came before, 1 of scenes kept to be measured on"
-    assert (code, lines, errors) == (0, [left_out, f"{out}: {len(unique)} triplets"], [])
-    edits = read_lines(out)
-    assert [edit["caption"] for edit in edits] == list(unique)
-    assert [edit["url"] for edit in edits] == [f"u{captions.index(text)}" for text in unique]
-    for edit in edits:
-        before, after = read_caption(edit["caption"]), read_caption(edit["output"])
-        assert not held_out(after)
-        parts = ("medium", "background", "left", "right")
-        assert sum(getattr(before, part) != getattr(after, part) for part in parts) == 1
-    kinds = [len(read_caption(edit["output"]).things) - len(read_caption(edit["caption"]).things) for edit in edits]
-    assert set(kinds) == {-1, 0, 1}
-    first = out.read_bytes()
-    assert program(*arguments)[0] == 0
-    assert out.read_bytes() == first
-    assert program(*arguments, "--seed=1")[0] == 0
-    assert out.read_bytes() != first
-
-
-def test_captions_of_another_world(program, tmp_path):
-    (tmp_path / "captions.txt").write_text("a cat on a mat\n")
-    files = f"--captions={tmp_path / 'captions.txt'}", f"--out={tmp_path / 'edits.jsonl'}"
-    code, lines, errors = program("text", *files)
-    assert (code, lines) == (2, [])
-    assert "\"a cat on a mat\" is not a caption of the miniature's world; --writer openai reads any" in errors[0]
-    assert list(tmp_path.iterdir()) == [tmp_path / "captions.txt"]
-
-
-def test_triplets_can_be_repeated(program, tmp_path):
-    for name, arguments in {"a": ["--seed=3"], "b": ["--seed=3"], "c": ["--seed=4"], "d": []}.items():
-        assert program("text", "--count=20", f"--out={tmp_path / name}", *arguments)[0] == 0
-    texts = [(tmp_path / name).read_text() for name in "abcd"]
-    assert texts[0] == texts[1]
-    assert len(set(texts)) == 3
-    program("text", "--count=5", "--seed=3", f"--out={tmp_path / 'c'}")  # replaces the file
-    assert (tmp_path / "c").read_text() == "".join(texts[0].splitlines(keepends=True)[:5])
-
-
-def test_true_pairs(program, tmp_path):
-    """The upper bound's: the same triplets, with the world's own pictures."""
-    assert program("text", "--count=6", "--seed=3", f"--out={tmp_path / 'edits.jsonl'}")[0] == 0
-    assert program("true", "--count=6", "--seed=3", f"--out={tmp_path / 'data'}")[0] == 0
-    edits, rng = read_lines(tmp_path / "edits.jsonl"), np.random.default_rng(3)
-    data = EditDataset(tmp_path / "data", "all")
-    assert len(data) == 6
-    for number, (before, after, instruction) in enumerate(data):
-        assert json.loads((tmp_path / f"data/{number:07d}/prompt.json").read_text()) == edits[number]
-        assert instruction == edits[number]["edit"]
-        edit = random_edit(rng)
-        for x, scene in ((before, edit.before), (after, edit.after)):
-            assert (x - to_tensor(render(scene))).abs().mean() < 0.01
 
 
 # ---- images ----
@@ -235,24 +137,27 @@ def test_pairs_in_the_authors_layout(models, pairs):
     for number, (name, kept) in enumerate(seeds):
         assert len(kept) == len(set(kept)) == KEEP
         pictures = {f"{seed}_{side}.jpg" for seed in kept for side in (0, 1)}
-        assert {path.name for path in (pairs / name).iterdir()} == {"metadata.jsonl", "prompt.json", *pictures}
+        assert {path.name for path in (pairs / name).iterdir()} == {
+            "candidates.jsonl",
+            "metadata.jsonl",
+            "prompt.json",
+            *pictures,
+        }
         edit = EDITS[number]
         expected = {**{field: edit[field] for field in ("caption", "edit", "output")}, "url": edit.get("url")}
         assert json.loads((pairs / name / "prompt.json").read_text(encoding="utf-8")) == expected
         assert [str(entry["seed"]) for entry in read_lines(pairs / name / "metadata.jsonl")] == kept
     data = EditDataset(pairs, "all")
-    assert len(data) == len(EDITS) * KEEP
-    assert [item[2] for item in data][::KEEP] == [edit["edit"] for edit in EDITS]
+    assert [item[2] for item in data] == [edit["edit"] for edit in EDITS]
     for before, after, _ in data:
         assert before.shape == after.shape == (3, 64, 64)
         assert before.std() > 0.05
         assert (before - after).abs().mean() > 0.01
 
 
-def test_candidates_hold_every_score(pairs):
-    entries = read_lines(pairs / "candidates.jsonl")
-    assert [entry["edit"] for entry in entries] == [0, 1, 2, 3]
-    every = [candidate for entry in entries for candidate in entry["candidates"]]
+def test_candidates_hold_every_score_and_the_best_by_direction_are_kept(pairs):
+    entries = candidates_of(pairs)
+    every = [candidate for _, candidates in entries.values() for candidate in candidates]
     assert [candidate["seed"] for candidate in every] == list(range(len(EDITS) * SAMPLES))
     for candidate in every:
         assert list(candidate) == NAMES
@@ -261,26 +166,18 @@ def test_candidates_hold_every_score(pairs):
         assert all(-1 <= candidate[name] <= 1 for name in NAMES[3:])
     for name in NAMES[1:]:
         assert len({candidate[name] for candidate in every}) > len(every) // 2
-    for entry in entries:
-        by_seed = {candidate["seed"]: candidate for candidate in entry["candidates"]}
-        noted = read_lines(pairs / f"{entry['edit']:07d}" / "metadata.jsonl")
-        assert noted == [by_seed[seed] for seed in entry["kept"]]
-
-
-def test_the_best_by_direction_are_kept(pairs):
-    for entry in read_lines(pairs / "candidates.jsonl"):
-        falling = sorted(entry["candidates"], key=lambda candidate: candidate["clip_sim_dir"], reverse=True)
-        assert entry["kept"] == [candidate["seed"] for candidate in falling[:KEEP]]
+    for number, (kept, candidates) in entries.items():
+        falling = sorted(candidates, key=lambda candidate: candidate["clip_sim_dir"], reverse=True)
+        assert read_lines(pairs / f"{number:07d}" / "metadata.jsonl") == falling[:KEEP]
+        assert kept == [candidate["seed"] for candidate in falling[:KEEP]]
 
 
 def test_scores_are_those_of_the_files(models, pairs):
     """As far as JPEG leaves them: each picture with its own caption, the change with the change."""
     clip, tokenizer = load_clip(models / "clip")
-    for number, entry in candidates_of(pairs).items():
+    for number, (kept, candidates) in candidates_of(pairs).items():
         ids = [tokenizer([EDITS[number][name]]) for name in ("caption", "output")]
-        for noted in entry["candidates"]:
-            if noted["seed"] not in entry["kept"]:
-                continue
+        for noted in (candidate for candidate in candidates if candidate["seed"] in kept):
             paths = (pairs / f"{number:07d}" / f"{noted['seed']}_{side}.jpg" for side in (0, 1))
             images = ((to_tensor(Image.open(path))[None] + 1) / 2 for path in paths)
             for name, value in clip.edit_similarities(*images, *ids).items():
@@ -314,21 +211,12 @@ def test_the_batch_changes_nothing(models, pairs, program, tmp_path, monkeypatch
         sizes.append(len(before))
         return sample_pairs(model, before, *rest, **settings)
 
-    monkeypatch.setattr(pairs_module, "sample_pairs", counted)
-    assert program(*command(models, tmp_path / "data", *OPEN, batch=batch))[0] == 0
+    monkeypatch.setattr(datagen, "sample_pairs", counted)
+    assert program(*command(models, tmp_path / "data", *OPEN, **{"batch-size": batch}))[0] == 0
     equal_but_for_rounding(tmp_path / "data", pairs)
     assert max(sizes) <= batch
     assert sum(sizes) == len(EDITS) * SAMPLES
     assert len(sizes) == {2: 8, 3: 4, 100: 1}[batch]
-
-
-def test_the_first_seed_can_be_chosen(models, pairs, program, tmp_path):
-    assert program(*command(models, tmp_path / "data", *OPEN, seed=3))[0] == 0
-    ours, theirs = candidates_of(tmp_path / "data"), candidates_of(pairs)
-    assert [candidate["seed"] for candidate in ours[0]["candidates"]] == [3, 4, 5]
-    for one, two in zip(ours[0]["candidates"], theirs[1]["candidates"], strict=True):
-        assert [one[name] for name in NAMES[:3]] == [two[name] for name in NAMES[:3]]  # what a seed draws
-        assert one["clip_sim_0"] != pytest.approx(two["clip_sim_0"], abs=1e-3)  # but of another caption
 
 
 def test_compiled_it_makes_the_same_pairs(models, pairs, program, tmp_path, monkeypatch):
@@ -355,7 +243,7 @@ def test_settings_reach_the_sampler(models, program, tmp_path, monkeypatch):
         calls.append((steps or model.sampling.steps, tuple(noise.first.shape[1:]), noise.guidance, settings["control"]))
         return sample_pairs(model, before, after, noise, steps, **settings)
 
-    monkeypatch.setattr(pairs_module, "sample_pairs", watched)
+    monkeypatch.setattr(datagen, "sample_pairs", watched)
     arguments = command(models, tmp_path / "a", *OPEN, steps=1, resolution=80, samples=2, control="both")
     assert program(*arguments)[0] == 0
     own = [word for word in command(models, tmp_path / "b", *OPEN) if word not in ("--guidance", "2", "4")]
@@ -374,7 +262,7 @@ def test_settings_reach_the_sampler(models, program, tmp_path, monkeypatch):
 
 def middle(pairs, name):
     """A threshold that half of the candidates reach."""
-    every = [candidate[name] for entry in candidates_of(pairs).values() for candidate in entry["candidates"]]
+    every = [candidate[name] for _, candidates in candidates_of(pairs).values() for candidate in candidates]
     return float(np.median(every))
 
 
@@ -391,11 +279,11 @@ def test_only_what_passes_is_kept(models, pairs, program, tmp_path, flag, names)
     code, out, _ = program(*command(models, tmp_path / "data", *OPEN, f"{flag}={threshold}"))
     assert code == 0
     ours, kept = candidates_of(tmp_path / "data"), 0
-    for number, entry in candidates_of(pairs).items():
-        assert ours[number]["candidates"] == entry["candidates"]
-        good = [c for c in entry["candidates"] if all(c[name] >= threshold for name in names)]
+    for number, (_, candidates) in candidates_of(pairs).items():
+        assert ours[number][1] == candidates
+        good = [c for c in candidates if all(c[name] >= threshold for name in names)]
         best = sorted(good, key=lambda candidate: -candidate["clip_sim_dir"])[:KEEP]
-        assert ours[number]["kept"] == [candidate["seed"] for candidate in best]
+        assert ours[number][0] == [candidate["seed"] for candidate in best]
         kept += len(best)
     seeds = json.loads((tmp_path / "data" / "seeds.json").read_text())
     assert sum(len(numbers) for _, numbers in seeds) == kept
@@ -425,10 +313,10 @@ def test_a_clip_is_calibrated(models, program, tmp_path):
     clip = tmp_path / "clip"
     shutil.copytree(models / "clip", clip)
     assert program(*command(models, tmp_path / "data", *OPEN, samples=1))[0] == 0
-    scores = [entry["candidates"][0] for entry in read_lines(tmp_path / "data" / "candidates.jsonl")]
-    own = [f"--edits={models / 'edits.jsonl'}", f"--weights={models / 'sd'}", f"--clip={clip}", "--batch=3"]
+    scores = [candidates[0] for _, candidates in candidates_of(tmp_path / "data").values()]
+    own = [f"--edits={models / 'edits.jsonl'}", f"--weights={models / 'sd'}", f"--clip={clip}", "--batch-size=3"]
     own += ["--guidance", "2", "4"]
-    code, out, errors = program("calibrate", *own, "--shares", "0.5", "0.25", "0.75")
+    code, out, errors = program("calibrate", *own, "--fractions", "0.5", "0.25", "0.75")
     assert (code, errors) == (0, [])
     assert str(clip / "filter.json") in out[-1]
     chosen = Filter.read(clip)
@@ -436,72 +324,209 @@ def test_a_clip_is_calibrated(models, program, tmp_path):
     assert chosen.image_text == pytest.approx(np.quantile(image_text, 0.5), abs=2e-3)
     assert chosen.image_image == pytest.approx(np.quantile([s["clip_sim_image"] for s in scores], 0.25), abs=2e-3)
     assert chosen.direction == pytest.approx(np.quantile([s["clip_sim_dir"] for s in scores], 0.75), abs=2e-3)
-    assert program("calibrate", *own, "--count=1", "--shares", "0", "0", "0")[0] == 0
+    first = (clip / "filter.json").read_bytes()
+    assert program("calibrate", *own, "--fractions", "0.5", "0.25", "0.75")[0] == 0  # as a restart of `make mini` does
+    code, _, (line,) = program("calibrate", *own, "--count=1")
+    assert code == 2
+    assert line.endswith("filter.json is there already, made otherwise; remove it to calibrate anew")
+    assert (clip / "filter.json").read_bytes() == first
+    (clip / "filter.json").unlink()
+    assert program("calibrate", *own, "--count=1", "--fractions", "0", "0", "0")[0] == 0
     assert Filter.read(clip).image_text == pytest.approx(image_text[0], abs=2e-3)
 
 
-# ---- stopped, and split ----
+# ---- another autoencoder ----
 
 
-def test_a_run_that_was_killed_goes_on(models, pairs, program, tmp_path):
-    """In the middle of a line of candidates.jsonl, with one edit's folder half there and no seeds.json."""
-    folder = tmp_path / "data"
-    shutil.copytree(pairs, folder)
-    lines = (folder / "candidates.jsonl").read_text().splitlines(keepends=True)
-    (folder / "candidates.jsonl").write_text("".join(lines[:2]) + lines[2][:100])
+def test_another_autoencoder(models, program, tmp_path):
+    other = tiny_model(in_channels=4)
+    other.vae.decoder.conv_out.bias.data += 0.5
+    save_folder(other, tmp_path / "other")
+    assert program(*command(models, tmp_path / "a", *OPEN, samples=1, vae=tmp_path / "other/vae"))[0] == 0
+    assert program(*command(models, tmp_path / "b", *OPEN, samples=1))[0] == 0
+    first, second = (EditDataset(tmp_path / name, "all")[0][0] for name in "ab")
+    assert first.mean() > second.mean() + 0.1
+
+
+# ---- stopped, and shared by processes ----
+
+MANY = 30
+
+
+@pytest.fixture(scope="module")
+def many(models):
+    """Thirty edits."""
+    edits = [{"input": f"ball {i}", "edit": "make it red", "output": f"red ball {i}"} for i in range(MANY)]
+    (models / "many.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in edits))
+    return models / "many.jsonl"
+
+
+def long_run(models, many, out, *more):
+    """The command line for thirty edits, two in a batch; about half of all candidates pass the filter."""
+    own = command(models, out, "--min-image-text=-1", "--min-image-image=-1", "--min-direction=0", edits=many)
+    return [*own, "--samples=2", "--keep=1", "--batch-size=4", "--steps=2", *more]
+
+
+@pytest.fixture(scope="module")
+def data(models, many, tmp_path_factory):
+    """The data set of these edits, made in one go. Shared: copy it before changing it."""
+    folder = tmp_path_factory.mktemp("long") / "data"
+    datagen.main(long_run(models, many, folder))
+    seeds = [seeds for _, seeds in json.loads((folder / "seeds.json").read_text())]
+    assert {len(numbers) for numbers in seeds} == {1}
+    assert MANY // 4 < len(seeds) < MANY  # some pass and some do not
+    return folder
+
+
+def test_killed_at_fifty_moments_it_ends_in_the_same_files(models, many, data, tmp_path, capfd):
+    """SIGKILL, which no program can answer. The moments are random, and such that about 50 of them fill a run."""
+    folder, rng, context = tmp_path / "data", random.Random(0), multiprocessing.get_context("fork")
+    arguments, longest, done, moments = long_run(models, many, folder), 0.2, 0, set()
+    for _ in range(50):
+        process = context.Process(target=datagen.main, args=(arguments,))
+        process.start()
+        time.sleep(rng.uniform(0, longest))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        before, done = done, len(list(folder.glob("0*")))
+        moments.add(done)
+        if done < MANY:
+            longest *= 1.2 if done == before else 0.8
+        else:  # the next one begins anew
+            datagen.main(arguments)
+            assert contents(folder) == contents(data)
+            shutil.rmtree(folder)
+            done = 0
+    datagen.main(arguments)
+    assert contents(folder) == contents(data)
+    assert not list(folder.glob(".[0-9]*"))
+    assert len(moments) > 5
+
+
+def test_a_group_with_a_missing_edit_is_sampled_again_and_only_that_one_is_written(
+    models, many, data, tmp_path, monkeypatch
+):
+    folder, batches, sample = tmp_path / "data", [], datagen.Sampler.sample
+    shutil.copytree(data, folder)
+    shutil.rmtree(folder / "0000007")
     (folder / "seeds.json").unlink()
-    shutil.rmtree(folder / "0000003")
-    (folder / "0000002" / "prompt.json").unlink()
-    done = {path: path.stat().st_mtime_ns for path in folder.glob("000000[01]/*")}
-    assert program(*command(models, folder, *OPEN))[0] == 0
-    assert contents(folder) == contents(pairs)
-    assert {path: path.stat().st_mtime_ns for path in folder.glob("000000[01]/*")} == done
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("0*/*")}
+    monkeypatch.setattr(datagen.Sampler, "sample", lambda self, jobs: batches.append(jobs) or sample(self, jobs))
+    datagen.main(long_run(models, many, folder))
+    assert batches == [[(6, 12), (6, 13), (7, 14), (7, 15)]]
+    assert contents(folder) == contents(data)
+    assert before.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("0*/*")}.items()
+    datagen.main(long_run(models, many, folder))  # nothing is left to sample
+    assert len(batches) == 1
 
 
-@pytest.mark.parametrize("stop_at", [1, 3])
-def test_a_run_that_was_stopped_goes_on(models, pairs, program, tmp_path, monkeypatch, stop_at):
-    """By Ctrl-C, before an edit is written."""
-    folder, written = tmp_path / "data", []
-
-    def interrupted(root, number, *rest):
-        if len(written) == stop_at:
-            raise KeyboardInterrupt
-        written.append(number)
-        return write_edit(root, number, *rest)
-
-    write_edit = pairs_module.write_edit
-    monkeypatch.setattr(pairs_module, "write_edit", interrupted)
-    code, _, errors = program(*command(models, folder, *OPEN))
-    assert (code, errors) == (130, ["datagen.py: stopped; nothing half-written is left behind"])
-    assert sorted(path.name for path in folder.glob("0*")) == [f"{number:07d}" for number in range(stop_at)]
-    monkeypatch.setattr(pairs_module, "write_edit", write_edit)
-    assert program(*command(models, folder, *OPEN))[0] == 0
-    equal_but_for_rounding(folder, pairs)
-
-
-def test_a_finished_run_samples_nothing(models, pairs, program, tmp_path, monkeypatch):
+@pytest.mark.parametrize("processes", [2, 20])
+def test_processes_share_the_work_and_end_in_the_same_files(models, many, data, tmp_path, monkeypatch, processes):
+    """In any order; of twenty, five have nothing to do."""
     folder = tmp_path / "data"
-    shutil.copytree(pairs, folder)
-    monkeypatch.setattr(pairs_module, "sample_pairs", None)
-    code, out, _ = program(*command(models, folder, *OPEN))
-    assert code == 0
-    assert f"{len(EDITS) * KEEP} pairs" in out[-1]
-    assert contents(folder) == contents(pairs)
+    for rank in random.Random(0).sample(range(processes), processes):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        datagen.main(long_run(models, many, folder))
+    assert contents(folder) == contents(data)
 
 
-def test_processes_may_share_the_work(models, pairs, program, tmp_path):
-    """Three of them, one without any edit left; all files but the candidates' list are those of one process."""
+def test_two_processes_at_once(models, many, data, tmp_path):
+    """The first half of a run by one process, then two at a time."""
+    folder, context = tmp_path / "data", multiprocessing.get_context("fork")
+    shutil.copytree(data, folder)
+    for number in range(11, MANY):
+        shutil.rmtree(folder / f"{number:07d}")
+
+    def run(rank):
+        os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+        datagen.main(long_run(models, many, folder))
+
+    processes = [context.Process(target=run, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert contents(folder) == contents(data)
+
+
+def test_what_a_killed_process_leaves_is_removed(models, many, tmp_path, monkeypatch):
+    """But not that of groups that are other processes'."""
     folder = tmp_path / "data"
-    for part in (2, 0, 4, 1, 3):
-        assert program(*command(models, folder, *OPEN, shard=f"{part}/5"))[0] == 0
-    logs = sorted(path.name for path in folder.glob("candidates*"))
-    whole = [entry for name in logs for entry in read_lines(folder / name)]
-    assert sorted(entry["edit"] for entry in whole) == [0, 1, 2, 3]
-    for name in logs:
-        (folder / name).unlink()
-    text = "".join(json.dumps(entry) + "\n" for entry in sorted(whole, key=lambda entry: entry["edit"]))
-    (folder / "candidates.jsonl").write_text(text)
-    equal_but_for_rounding(folder, pairs)
+    folder.mkdir()
+    for number in (4, 6):
+        (folder / f".000000{number}.77.tmp").mkdir()
+        (folder / f".000000{number}.77.tmp" / "1_0.jpg").write_bytes(b"half")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, left in (("0", [".0000006.77.tmp"]), ("1", [])):
+        monkeypatch.setenv("RANK", rank)
+        datagen.main(long_run(models, many, folder))
+        assert [path.name for path in folder.glob(".*")] == left
+
+
+@pytest.mark.parametrize("size", [1000, 14_000])
+def test_a_full_disk(models, many, data, tmp_path, capfd, size):
+    """Full at the start of an image or at its end: a line, nothing torn; and with space again it resumes."""
+    folder = tmp_path / "data"
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        sys.argv = ["datagen.py", *map(str, long_run(models, many, folder))]
+        run_program(datagen.main)
+
+    process = multiprocessing.get_context("fork").Process(target=limited)
+    process.start()
+    process.join()
+    assert process.exitcode == 2
+    (line,) = (line for line in capfd.readouterr().err.splitlines() if line.startswith("datagen.py"))
+    assert line.startswith(f"datagen.py: cannot write {folder}")
+    assert not list(folder.glob(".*"))
+    assert contents(folder).items() <= contents(data).items()
+    datagen.main(long_run(models, many, folder))
+    assert contents(folder) == contents(data)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("--samples=3", "samples 2, not 3"),
+        ("--steps=3", "steps 2, not 3"),
+        ("--min-direction=0.5", "min_direction 0.0, not 0.5"),
+        ("--edits=OTHER", "edits "),
+    ],
+)
+def test_what_was_begun_otherwise_is_refused(models, many, data, program, tmp_path, change, words):
+    """Half a data set of one kind and half of another would be hard to find out later."""
+    other = tmp_path / "other.jsonl"
+    other.write_text(many.read_text().replace("ball 29", "bell 29"))
+    before = contents(data)
+    code, _, (line,) = program(*long_run(models, many, data, change.replace("OTHER", str(other))))
+    assert code == 2
+    assert f"was begun with {words}" in line
+    assert contents(data) == before
+
+
+def test_folders_with_other_data_are_refused(models, program, tmp_path):
+    (tmp_path / "photo.jpg").write_text("mine")
+    code, _, (line,) = program(*command(models, tmp_path, *OPEN))
+    assert code == 2
+    assert line.endswith(f"{tmp_path} holds other files, such as photo.jpg; use a new folder")
+    mini.datagen.main(["true", "--count=2", f"--out={tmp_path / 'true'}"])
+    code, _, (line,) = program(*command(models, tmp_path / "true", *OPEN))
+    assert code == 2
+    assert "was begun with program mini.datagen true, not datagen.py images" in line
+
+
+@pytest.mark.parametrize(("rank", "device"), [("1", "cuda:1"), (None, "cuda")])
+def test_each_process_of_torchrun_has_its_gpu(models, program, tmp_path, monkeypatch, rank, device):
+    """As the only GPU here is none, the message says which one was asked for."""
+    if rank:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr("torch.zeros", lambda *size, device: (_ for _ in ()).throw(RuntimeError(device)))
+    _, _, (line,) = program(*command(models, tmp_path / "data"), "--device=cuda")
+    assert f"no device {device};" in line
 
 
 # ---- a user's mistakes ----
@@ -512,21 +537,13 @@ def test_processes_may_share_the_work(models, pairs, program, tmp_path):
     [
         ([], "command"),
         (["nothing"], "invalid choice: 'nothing'"),
-        (["text"], "--out"),
-        (["text", "--out=x", "--count=0"], "--count should be at least 1, not 0"),
-        (["text", "--out=x", "--count=few"], "--count"),
-        (["text", "--out=x", "--writer=nobody"], "invalid choice: 'nobody'"),
-        (["text", "--out=x", "--seed=-1"], "seed"),
-        (["text", "--out=nowhere/x"], "cannot write nowhere/x: No such file"),
-        (["text", "--out=."], "cannot write ."),
-        (["text", "--out=/"], "cannot write /"),
-        (["true"], "--out"),
-        (["true", "--out=x", "--count=0"], "--count should be at least 1, not 0"),
-        (["true", "--out=x", "--seed=-1"], "seed"),
+        (["text"], "--captions, --out"),
+        (["text", "--captions=x", "--out=y", "--concurrency=few"], "--concurrency: invalid number value: 'few'"),
+        (["text", "--captions=x", "--out=y", "--few-shot=-1"], "--few-shot: should be at least 0, not -1"),
         (["calibrate"], "--edits"),
-        (["calibrate", "--edits=x", "--shares", "0", "0.5", "1"], "--shares should be from 0 to below 1"),
-        (["calibrate", "--edits=x", "--shares", "-0.1", "0", "0"], "--shares should be from 0 to below 1"),
-        (["calibrate", "--edits=x", "--shares", "0", "nan", "0"], "--shares should be from 0 to below 1"),
+        (["calibrate", "--edits=x", "--fractions", "0", "0.5", "1"], "--fractions: should be from 0 to below 1, not 1"),
+        (["calibrate", "--edits=x", "--fractions", "-0.1", "0", "0"], "--shares should be from 0 to below 1"),
+        (["calibrate", "--edits=x", "--fractions", "0", "nan", "0"], "from 0 to below 1, not nan"),
         (["calibrate", "--edits=x"], "there is no file x"),
         (["images", "--out=x"], "--edits"),
     ],
@@ -550,21 +567,18 @@ def test_mistakes(program, tmp_path, monkeypatch, arguments, words):
         ({"weights": "EDITOR"}, "no text-to-image model (its UNet takes 8 channels, not 4)"),
         ({"clip": "nowhere"}, "there are no weights at nowhere"),
         ({"clip": "SD"}, "config.json is missing"),
-        ({"samples": 0}, "--samples should be at least 1, not 0"),
-        ({"keep": 0}, "--keep should be at least 1, not 0"),
-        ({"batch": -2}, "--batch should be at least 1, not -2"),
-        ({"steps": 0}, "--steps should be at least 1, not 0"),
+        ({"samples": 0}, "--samples: should be at least 1, not 0"),
+        ({"keep": 0}, "--keep: should be at least 1, not 0"),
+        ({"batch-size": -2}, "--batch-size: should be at least 1, not -2"),
+        ({"steps": 0}, "steps should be between 1 and 1000, not 0"),
         ({"steps": 2000}, "steps should be between 1 and 1000, not 2000"),
-        ({"threads": 0}, "--threads should be at least 1, not 0"),
+        ({"threads": 0}, "--threads: should be at least 1, not 0"),
         ({"resolution": 8}, "resolution should be between 64 and 4096 pixels, not 8"),
-        ({"resolution": -64}, "resolution should be"),
         ({"resolution": 100}, "the resolution should be a multiple of 8 for this model, not 100"),
         ({"seed": -1}, "seed should be a whole number"),
         ({"seed": 2**70}, "seed should be a whole number"),
         ({"device": "abacus"}, "no device abacus"),
         ({"dtype": "int8"}, "invalid choice: 'int8'"),
-        ({"shard": "2/2"}, "--shard"),
-        ({"shard": "one"}, "--shard"),
         ({"out": "FILE"}, "FILE"),
         ({"out": "FILE/data"}, "FILE/data"),
     ],
@@ -635,19 +649,6 @@ def test_odd_characters_in_edits_are_no_line_breaks(tmp_path):
     assert read_edits(tmp_path / "edits.jsonl") == [edit]
 
 
-@pytest.mark.parametrize("line", ["hello", "{}", "[]", '{"edit": '])
-def test_a_damaged_list_of_candidates(models, pairs, program, tmp_path, line):
-    """Not at its end, where a run was killed, but inside."""
-    folder = tmp_path / "data"
-    shutil.copytree(pairs, folder)
-    text = (folder / "candidates.jsonl").read_text()
-    (folder / "candidates.jsonl").write_text(f"{line}\n{text}")
-    code, _, errors = program(*command(models, folder, *OPEN))
-    assert code == 2
-    assert len(errors) == 1
-    assert "candidates.jsonl" in errors[0]
-
-
 def test_damaged_thresholds(models, program, tmp_path):
     clip = tmp_path / "clip"
     shutil.copytree(models / "clip", clip)
@@ -659,11 +660,11 @@ def test_damaged_thresholds(models, program, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-def test_weights_that_are_not_numbers(models, program, tmp_path):
+def test_weights_that_are_nan(models, program, tmp_path):
     model = tiny_model(in_channels=4)
     model.unet.conv_out.bias.data[0] = float("nan")
     save_folder(model, tmp_path / "sd")
     code, _, errors = program(*command(models, tmp_path / "data", *OPEN, weights=tmp_path / "sd"))
     assert code == 2
     assert len(errors) == 1
-    assert "not numbers" in errors[0]
+    assert "NaN or Inf" in errors[0]

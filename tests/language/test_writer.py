@@ -24,6 +24,7 @@ KEY = "sk-secret-0123456789"
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr("language.writer.TIMEOUT", 1)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
@@ -36,8 +37,8 @@ def write(tmp_path, monkeypatch, capsys):
         monkeypatch.setenv("OPENAI_BASE_URL", model.url)
         (tmp_path / "captions.txt").write_text("\n".join(captions), encoding="utf-8")
         out = out or tmp_path / "edits.jsonl"
-        common = ["--captions", str(tmp_path / "captions.txt"), "--out", str(out), "--timeout", "1"]
-        datagen.main(["text", "--writer", "openai", *common, *arguments])
+        common = ["--captions", str(tmp_path / "captions.txt"), "--out", str(out)]
+        datagen.main(["text", *common, *arguments])
         return *results(out), capsys.readouterr().out
 
     return run
@@ -184,7 +185,7 @@ def test_what_cannot_pass_ends_the_run_in_one_line(write, tmp_path, fault):
 def test_the_key_is_in_no_output_and_no_file(tmp_path):
     (tmp_path / "captions.txt").write_text("a cat\na dog\n")
     with LanguageModel(lambda caption, time: "401") as model:
-        command = [sys.executable, ROOT / "datagen.py", "text", "--writer", "openai", "--captions", "captions.txt"]
+        command = [sys.executable, ROOT / "datagen.py", "text", "--captions", "captions.txt"]
         environment = os.environ | {"OPENAI_BASE_URL": model.url, "OPENAI_LOG": "debug"}
         done = subprocess.run(
             [*command, "--out", "out.jsonl"], cwd=tmp_path, capture_output=True, text=True, env=environment
@@ -195,23 +196,25 @@ def test_the_key_is_in_no_output_and_no_file(tmp_path):
     assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.iterdir())
 
 
-def test_a_server_that_is_gone(write):
+def test_a_server_that_is_gone(write, monkeypatch):
+    monkeypatch.setattr("language.writer.RETRIES", 0)
     with LanguageModel() as model:
         pass
     with pytest.raises(
-        UserError, match="requests in a row failed, the last one: the endpoint answered: Connection error"
+        UserError, match="10 requests in a row failed, the last one: the endpoint answered: Connection error"
     ):
-        write(model, [f"caption {number}" for number in range(30)], "--retries", "0", "--concurrency", "4")
+        write(model, [f"caption {number}" for number in range(30)], "--concurrency", "4")
 
 
-def test_a_few_failures_are_left_for_the_next_run(write, tmp_path):
+def test_a_few_failures_are_left_for_the_next_run(write, tmp_path, monkeypatch):
+    monkeypatch.setattr("language.writer.RETRIES", 1)
     captions = [f"caption {number}" for number in range(12)]
     with LanguageModel(lambda caption, time: "500" if caption.endswith("7") else "good") as model:
         with pytest.raises(UserError, match="1 captions failed, and the same command tries them again"):
-            write(model, captions, "--retries", "1")
+            write(model, captions)
         assert len(lines(tmp_path / "edits.jsonl")) == 11
         model.behave = lambda caption, time: "good"
-        triplets, dropped, printed = write(model, captions, "--retries", "1")
+        triplets, dropped, printed = write(model, captions)
     assert sorted(triplet["caption"] for triplet in triplets) == sorted(captions)
     assert "1 written, 0 dropped, 0 failed, 11 done before" in printed
     assert model.answered.total() == 12
@@ -231,38 +234,19 @@ def test_a_wrong_file_of_captions_leaves_nothing_behind(tmp_path, name, text):
         (tmp_path / name).write_text(text)
     out = tmp_path / "out.jsonl"
     with pytest.raises(UserError, match=name):
-        datagen.main(["text", "--writer", "openai", "--captions", str(tmp_path / name), "--out", str(out)])
+        datagen.main(["text", "--captions", str(tmp_path / name), "--out", str(out)])
     assert not out.exists()
-
-
-def test_failures_between_which_others_are_dropped_are_not_in_a_row(write):
-    def behave(caption, time):
-        return "500" if int(caption) % 2 else "refusal"
-
-    with LanguageModel(behave) as model, pytest.raises(UserError, match="15 captions failed"):
-        write(model, [str(number) for number in range(30)], "--retries", "0", "--concurrency", "1")
-
-
-@pytest.mark.parametrize("seconds", ["0", "-1", "nan"])
-def test_a_timeout_that_is_none(tmp_path, seconds):
-    with pytest.raises(UserError, match="--timeout should be a number of seconds"):
-        datagen.main(["text", "--out", str(tmp_path / "out.jsonl"), "--timeout", seconds])
-
-
-def test_without_captions(tmp_path):
-    with pytest.raises(UserError, match="--writer openai needs --captions"):
-        datagen.main(["text", "--writer", "openai", "--out", str(tmp_path / "out.jsonl")])
 
 
 @pytest.mark.parametrize("limit", [1, 2000, 6000])
 def test_the_tokens_that_may_be_used(write, limit):
-    """Never passed; the next run goes on."""
+    """Never passed; the next run resumes."""
     captions = [f"caption {number}" for number in range(60)]
     with LanguageModel() as model:
         first, _, printed = write(model, captions, "--max-tokens-total", str(limit), "--few-shot", "0")
         assert 120 * len(first) <= limit
         assert (len(first) > 0) == (limit > 1)
-        assert "the same command goes on" in printed
+        assert "the same command resumes" in printed
         everything, _, printed = write(model, captions, "--few-shot", "0")
     assert len(everything) == 60
     assert model.answered.total() == 60
@@ -293,26 +277,32 @@ def test_ten_thousand_captions_with_faults(write):
     assert memory[1] - memory[0] < 60 * 2**20
 
 
-@pytest.mark.parametrize("way", ["flag", "torchrun"])
-def test_shards_share_the_captions(write, tmp_path, monkeypatch, way):
+def test_processes_share_the_captions(write, tmp_path, monkeypatch):
     captions = [f"caption {number}" for number in range(20)] + ["caption 3"]
     with LanguageModel() as model:
-        for part in range(3):
-            flags = ["--shard", f"{part}/3"] if way == "flag" else []
-            if way == "torchrun":
-                monkeypatch.setenv("RANK", str(part))
-                monkeypatch.setenv("WORLD_SIZE", "3")
-            run_shard(model, captions, flags, tmp_path, monkeypatch)
-    found = [line["caption"] for part in range(3) for line in lines(tmp_path / f"edits_{part}of3.jsonl")]
+        for rank in range(3):
+            monkeypatch.setenv("RANK", str(rank))
+            monkeypatch.setenv("WORLD_SIZE", "3")
+            with pytest.raises(FileNotFoundError):  # there is no file without a number
+                write(model, captions)
+    found = [line["caption"] for rank in range(3) for line in lines(tmp_path / f"edits_{rank}of3.jsonl")]
     assert sorted(found) == sorted(captions[:20])
     assert model.answered.total() == 20
 
 
-def run_shard(model, captions, flags, folder, monkeypatch):
-    monkeypatch.setenv("OPENAI_BASE_URL", model.url)
-    (folder / "captions.txt").write_text("\n".join(captions))
-    common = ["--captions", str(folder / "captions.txt"), "--out", str(folder / "edits.jsonl")]
-    datagen.main(["text", "--writer", "openai", *common, *flags])
+def test_what_was_made_otherwise_is_never_replaced(write, tmp_path):
+    """A file of the user's, and one that another command line began."""
+    out = tmp_path / "mine.jsonl"
+    out.write_text("mine\n")
+    with LanguageModel() as model:
+        with pytest.raises(UserError, match="mine.jsonl is there already, made otherwise; use another --out"):
+            write(model, ["a cat"], out=out)
+        write(model, ["a cat"], out=tmp_path / "new/folder/edits.jsonl")
+        before = (tmp_path / "new/folder/edits.jsonl").read_bytes()
+        with pytest.raises(UserError, match="was begun with model gpt-4o-mini, not small; use the same settings"):
+            write(model, ["a cat"], "--model", "small", out=tmp_path / "new/folder/edits.jsonl")
+    assert out.read_text() == "mine\n"
+    assert (tmp_path / "new/folder/edits.jsonl").read_bytes() == before
 
 
 def test_killed_again_and_again(tmp_path):
@@ -325,7 +315,7 @@ def test_killed_again_and_again(tmp_path):
         return "good"
 
     with LanguageModel(behave) as model:
-        command = [sys.executable, ROOT / "datagen.py", "text", "--writer", "openai", "--concurrency", "4"]
+        command = [sys.executable, ROOT / "datagen.py", "text", "--concurrency", "4"]
         command += ["--captions", tmp_path / "captions.txt", "--out", tmp_path / "out.jsonl"]
         environment = os.environ | {"OPENAI_BASE_URL": model.url}
         while True:
@@ -350,7 +340,7 @@ def test_killed_again_and_again(tmp_path):
 
 
 def test_the_training_file(tmp_path, capsys):
-    out = tmp_path / "chats.jsonl"
+    out = tmp_path / "new/chats.jsonl"
     datagen.main(["finetune", "--out", str(out), "--dry-run"])
     examples = read_examples(ROOT / "data" / "edit_examples.jsonl")
     chats = lines(out)
@@ -389,10 +379,10 @@ def test_a_job_that_fails(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "at least 10 are needed"),
-        ("nonsense\n", "holds no triplets"),
-        ('{"caption": "a"}\n', "holds no triplets"),
-        ('{"caption": "a", "edit": "x", "output": "A."}\n', "line 1: a text is empty, or the caption stays as it is"),
+        ("", "holds no edits"),
+        ("nonsense\n", "line 1: the texts caption, edit, output are needed"),
+        ('{"input": "a", "edit": "x", "output": "b"}\n', "1 triplets; at least 10 are needed"),  # the authors' name
+        ('{"caption": "a", "edit": "x", "output": "A."}\n', "line 1: the caption stays as it is"),
     ],
 )
 def test_examples_that_will_not_do(tmp_path, text, message):
