@@ -124,7 +124,7 @@ def test_the_whole_chain_at_toy_scale(tmp_path, capsys):
     from mini import datagen as mini_datagen
 
     mini, pairs = tmp_path / "mini", tmp_path / "pairs"
-    toy = ["--scenes", "64", "--test-scenes", "8", "--max-steps", "2", "--batch-size", "4", "--threads", "1"]
+    toy = ["--scenes", "64", "--test-scenes", "8", "--max-steps", "2", "--total-batch-size", "4", "--threads", "1"]
     pretrain.main(["all", "--out", str(mini), *toy])
     mini_datagen.main(["text", "--count", "40", "--out", str(mini / "edits.jsonl")])
     sd, clip = str(mini / "sd_model"), str(mini / "clip_model")
