@@ -5,15 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
-from random_model import randomise, small_tokenizer
 
-import evaluate
 from cli import UserError
-from clip_image import CLIP, CLIPImageConfig
-from clip_text import CLIPTextConfig
 from dataset import Filter
-from formats.checkpoint import save_clip, save_folder
 from images import to_tensor
 from mini import evaluate_pairs
 from mini.evaluate_pairs import NOISE, measure_filter, measure_pairs, measure_right, one_sided_edits
@@ -246,50 +240,3 @@ def test_damaged_candidates(tmp_path, text):
     path.write_text(text)
     with pytest.raises(UserError, match=r"0000001.candidates.jsonl is damaged"):
         measure_filter(tmp_path)
-
-
-# ---- the program ----
-
-
-def test_the_program(tmp_path, capsys):
-    save_folder(tiny_model(in_channels=4), tmp_path / "sd")
-    torch.manual_seed(0)
-    Judge().save(tmp_path / "judge.safetensors")
-    tokenizer = small_tokenizer()
-    size = len(tokenizer.vocabulary)
-    text = CLIPTextConfig(size, tokenizer.tokens, width=16, layers=1, heads=2, end_token=tokenizer.end, projection=8)
-    image = CLIPImageConfig(size=64, patch=16, width=16, layers=1, heads=2, projection=8)
-    save_clip(randomise(CLIP(text, image), 0).eval(), tokenizer, tmp_path / "clip")
-    (tmp_path / "clip" / "filter.json").write_text('{"image_text": -1, "image_image": 0.5, "direction": -1}')
-    write_candidates(tmp_path / "data", kept=[2, 3, 10])
-    paths = {"sd": "sd", "judge": "judge.safetensors", "clip": "clip", "data": "data", "out": "out"}
-    own = [f"--{name}={tmp_path / path}" for name, path in paths.items()]
-    evaluate.main(["pairs", *own, "--count=3", "--batch-size=2", "--steps=1", "--guidance", "2", "3"])
-    results = json.loads((tmp_path / "out" / "pairs.json").read_text())
-    assert list(results["ways"]) == list(NOISE)
-    assert results["filter"]["yield"] == 1
-    assert results["filter"]["right_all"] == results["filter"]["right_kept"]
-    assert results["candidates"]["yield"] == 0.25
-    assert results["settings"]["count"] == 3
-    report = (tmp_path / "out" / "pairs.md").read_text()
-    for words in (*NOISE, "100.0 %", "25.0 %", "kept, clip_sim_dir", "image_image 0.5"):
-        assert words in report
-    assert (tmp_path / "out" / "pairs.png").stat().st_size > 0
-    assert report.strip().splitlines()[-1] in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--guidance", "3", "nan"], "the text guidance should be between 0 and 100, not nan"),
-        (["--guidance", "-1", "3"], "the text guidance should be between 0 and 100, not -1.0"),
-        (["--seed=-1"], "a seed should be a whole number from 0 to"),
-        (["--data=nowhere"], "nowhere holds no candidates.jsonl"),  # before anything is sampled
-        (["--sd=nowhere"], "there are no weights at nowhere"),
-    ],
-)
-def test_mistakes(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=message):
-        evaluate.main(["pairs", *arguments])
-    assert list(tmp_path.iterdir()) == []

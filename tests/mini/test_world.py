@@ -170,15 +170,6 @@ def test_a_seed_repeats_its_edits(how):
 # ---- words ----
 
 
-def test_captions_say_what_is_there():
-    scene = Scene("sketch", "paper", Thing("ball", "red", "small"), Thing("house", "blue", "large"), 0)
-    assert caption(scene) == "a sketch of a small red ball and a large blue house on white paper"
-    assert caption(replace(scene, left=None)) == "a sketch of a large blue house on the right on white paper"
-    assert caption(replace(scene, right=None)) == "a sketch of a small red ball on the left on white paper"
-    sides = [(scene, replace(scene, left=None, right=scene.left)) for scene in captions_of_one_thing()]
-    assert len({caption(scene) for both in sides for scene in both}) == 3 * 8 * 6 * 6 * 2 * 2
-
-
 def test_captions_are_read_back():
     """All of training's and of the held-out ones; the layout is no part of a caption."""
     rng = np.random.default_rng(0)
