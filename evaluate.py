@@ -1,7 +1,7 @@
-"""Measure editors, and the generated pairs that they learn from.
+"""Measure an editor, and the generated pairs that editors are trained on.
 
-python evaluate.py world --model models/mini/editor      # on edits whose right answer is known
-python evaluate.py pairs --sd models/mini/sd             # what Prompt-to-Prompt keeps, what the filter is worth
+python evaluate.py world --model models/mini/editor      # on edits whose true result is known
+python evaluate.py pairs --sd models/mini/sd             # what Prompt-to-Prompt keeps, what the CLIP filter is worth
 """
 
 import shlex
@@ -17,32 +17,30 @@ from mini.evaluate_world import evaluate_world
 
 def parse(arguments=None):
     """The command line. Raises UserError for values out of range."""
-    parser = Parser(prog="evaluate.py", description="Measure editors, and the generated pairs that they learn from.")
-    programs = parser.add_subparsers(dest="program", required=True, metavar="world|pairs")
+    parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="world|pairs")
     mini = Path("models/mini")
 
-    world = programs.add_parser("world", help="success on held-out edits of the miniature's world")
-    world.set_defaults(run=evaluate_world)
+    world = commands.add_parser("world", help="success on held-out edits of the miniature's world")
     add = world.add_argument
     add("--model", default=mini / "editor", metavar="M", help="the editor: a folder or a file (default: %(default)s)")
     add("--bound", metavar="M", help="an editor trained on true pairs, to compare with")
     add("--count", type=int, default=504, metavar="N", help="edits, a multiple of 14 (default: 504)")
-    add("--batch", type=int, default=63, metavar="B", help="edits at a time (default: 63)")
+    add("--batch-size", type=int, default=63, metavar="B", help="edits at a time (default: 63)")
     add("--cfg-text", type=float, metavar="S", help="text guidance s_T (default: each model's own)")
     add("--cfg-image", type=float, metavar="S", help="image guidance s_I (default: each model's own)")
     add("--validation", action="store_true", help="use other edits, to choose the guidance scales by")
 
-    pairs = programs.add_parser("pairs", help="what Prompt-to-Prompt keeps, and what the CLIP filter is worth")
-    pairs.set_defaults(run=evaluate_pairs, cfg_text=None, cfg_image=None)
+    pairs = commands.add_parser("pairs", help="what Prompt-to-Prompt keeps, and what the CLIP filter is worth")
     add = pairs.add_argument
     add("--sd", default=mini / "sd", metavar="M", help="the text-to-image model (default: %(default)s)")
-    add("--count", type=int, default=256, metavar="N", help="pairs of each sort (default: 256)")
-    add("--batch", type=int, default=32, metavar="B", help="pairs at a time (default: 32)")
-    add("--guidance", type=float, nargs=2, default=(2.0, 4.0), metavar=("LOW", "HIGH"), help="range (default: 2 4)")
-    add("--candidates", nargs="+", metavar="FILE", help="a data set's candidates*.jsonl, for the filter's quantiles")
+    add("--count", type=int, default=256, metavar="N", help="pairs for each measurement (default: 256)")
+    add("--batch-size", type=int, default=32, metavar="B", help="pairs at a time (default: 32)")
+    add("--guidance", type=float, nargs=2, default=(2.0, 4.0), metavar=("LOW", "HIGH"), help="(default: 2 4)")
+    add("--data", type=Path, metavar="DIR", help="a data set of datagen.py images, for the quantiles of its candidates")
 
-    for program in (world, pairs):
-        add = program.add_argument
+    for command in (world, pairs):
+        add = command.add_argument
         add("--judge", default=mini / "judge.safetensors", metavar="FILE", help="(default: %(default)s)")
         add("--clip", default=mini / "clip", metavar="DIR", help="CLIP, for its similarities (default: %(default)s)")
         add("--seed", type=int, default=0, metavar="S", help="of the edits (default: 0)")
@@ -52,24 +50,25 @@ def parse(arguments=None):
         out = Path("runs/evaluate")
         add("--out", type=Path, default=out, metavar="DIR", help="for the results (default: %(default)s)")
     options = parser.parse_args(arguments)
-    for name in ("count", "batch", "threads"):
+    for name in ("count", "batch_size", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name} should be at least 1, not {value}")
-    for scale in getattr(options, "guidance", (options.cfg_text,)):
-        check_sampling(options.steps, scale, options.cfg_image, None)
+            raise UserError(f"--{name.replace('_', '-')} should be at least 1, not {value}")
+    for scale in options.guidance if options.command == "pairs" else [options.cfg_text]:
+        check_sampling(options.steps, scale, getattr(options, "cfg_image", None), None)
     check_seeds([options.seed])
     return options
 
 
 def main(arguments=None):
-    """Do what the command line asks for."""
+    """Run one of the commands."""
     options = parse(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
     check_device(options.device)
-    command = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if arguments is None else arguments)])
-    options.run(options, command)
+    line = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if arguments is None else arguments)])
+    run = {"world": evaluate_world, "pairs": evaluate_pairs}[options.command]
+    run(options, vars(options) | {"command": line})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Edit the bundled scene by several instructions, and lay the results out: the sheet that opens the README.
+"""Edit the bundled scene by several instructions, and write a sheet of the results: the first figure of the README.
 
     python examples/demo.py runs/demo.png
 """
@@ -26,15 +26,14 @@ SEED = 3
 
 
 def main():
-    """Write the sheet to the file that the command line names."""
+    """Write the sheet to the file named on the command line."""
     if len(sys.argv) != 2:
-        raise UserError("say where to: python examples/demo.py FILE.png")
+        raise UserError("an output file is needed: python examples/demo.py FILE.png")
     out = Path(sys.argv[1])
-    out.parent.mkdir(parents=True, exist_ok=True)
     model = InstructPix2Pix.load(ROOT / "models" / "mini" / "editor")
     scene = open_image(ROOT / "examples" / "scene.png")
-    pictures = [scene, *(model.edit(scene, instruction, seed=SEED) for instruction in INSTRUCTIONS)]
-    save_png(grid([enlarge(picture, 192) for picture in pictures], 4, ["before", *INSTRUCTIONS]), out)
+    images = [scene, *(model.edit(scene, instruction, seed=SEED) for instruction in INSTRUCTIONS)]
+    save_png(grid([enlarge(image, 192) for image in images], 4, ["before", *INSTRUCTIONS]), out)
     print(out)
 
 

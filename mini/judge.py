@@ -1,8 +1,7 @@
-"""A judge of the miniature's pictures: it reads a scene's attributes off its pixels, to measure generated ones by.
+"""The judge: a small convolutional classifier that reads a scene's attributes from an image, for evaluation only.
 
-It is a small convolutional network with one head for the medium, one for the background, and one each for the left
-and the right place. It shares nothing with the CLIP that filters the training data, neither weights nor kind of
-network, and its own error is measured and reported (`mini.pretrain judge`).
+It has one head for the medium and the background, and one for a place (left, right). It shares neither weights nor
+architecture with the CLIP that filters the training data; its own error is reported (`python -m mini.pretrain judge`).
 """
 
 from dataclasses import dataclass
@@ -17,20 +16,14 @@ from formats.weights import read_tensors, write_tensors
 from mini.world import BACKGROUNDS, COLOURS, MEDIA, SHAPES, SIZES
 
 NOTHING = "nothing"
-ATTRIBUTES = {  # what is read, and the answers there are
-    "medium": MEDIA,
-    "background": tuple(BACKGROUNDS),
-    **{
-        f"{side} {name}": options
-        for side in ("left", "right")
-        for name, options in [("shape", (NOTHING, *SHAPES)), ("colour", tuple(COLOURS)), ("size", tuple(SIZES))]
-    },
-}
+PLACE = {"shape": (NOTHING, *SHAPES), "colour": tuple(COLOURS), "size": tuple(SIZES)}
+ATTRIBUTES = {"medium": MEDIA, "background": tuple(BACKGROUNDS)}  # attribute: its classes
+ATTRIBUTES |= {f"{side} {name}": classes for side in ("left", "right") for name, classes in PLACE.items()}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What the judge sees in a picture; a place is (shape, colour, size), or None where nothing stands."""
+    """What the judge reads from an image; a place is (shape, colour, size), or None where nothing stands."""
 
     medium: str
     background: str
@@ -45,33 +38,24 @@ def truth(scene):
 
 
 def labels(scenes):
-    """Scenes -> the numbers of the right answers [B, attributes]; -1 for the colour and the size of nothing."""
+    """Scenes -> the true classes [B, attributes]; -1 for the colour and the size of nothing."""
     rows = []
-    for scene in scenes:
-        row = [MEDIA.index(scene.medium), list(BACKGROUNDS).index(scene.background)]
-        for thing in (scene.left, scene.right):
-            if thing is None:
-                row += [0, -1, -1]
-            else:
-                row += [
-                    1 + SHAPES.index(thing.shape),
-                    list(COLOURS).index(thing.colour),
-                    list(SIZES).index(thing.size),
-                ]
-        rows.append(row)
+    for reading in map(truth, scenes):
+        places = [value for place in (reading.left, reading.right) for value in place or (NOTHING, None, None)]
+        values = zip((reading.medium, reading.background, *places), ATTRIBUTES.values(), strict=True)
+        rows.append([-1 if value is None else classes.index(value) for value, classes in values])
     return torch.tensor(rows)
 
 
 class Judge(nn.Module):
-    """Pictures to the attributes' logits."""
+    """Images to the attributes' logits."""
 
     def __init__(self, width=24):
         super().__init__()
 
         def layer(width_in, width_out, stride):
-            return nn.Sequential(
-                nn.Conv2d(width_in, width_out, 3, stride, padding=1), nn.GroupNorm(8, width_out), nn.SiLU()
-            )
+            convolution = nn.Conv2d(width_in, width_out, 3, stride, padding=1)
+            return nn.Sequential(convolution, nn.GroupNorm(8, width_out), nn.SiLU())
 
         self.features = nn.Sequential(
             layer(3, width, 1),
@@ -83,15 +67,15 @@ class Judge(nn.Module):
         )
         self.squeeze = nn.Conv2d(4 * width, 32, 1)
         self.whole = nn.Linear(4 * width, len(MEDIA) + len(BACKGROUNDS))
-        answers = 1 + len(SHAPES) + len(COLOURS) + len(SIZES)
-        self.place = nn.Sequential(nn.Linear(32 * 8 * 4, 128), nn.SiLU(), nn.Linear(128, answers))
+        classes = sum(map(len, PLACE.values()))
+        self.place = nn.Sequential(nn.Linear(32 * 8 * 4, 128), nn.SiLU(), nn.Linear(128, classes))
 
     def forward(self, x):
-        """Pictures x [B, 3, 64, 64] in [-1, 1] -> logits {attribute: [B, answers]}."""
+        """Images x [B, 3, 64, 64] in [-1, 1] -> logits {attribute: [B, classes]}."""
         h = self.features(x)  # [B, C, 8, 8]
         parts = [self.whole(h.mean((2, 3)))]
         parts += [self.place(half.flatten(1)) for half in self.squeeze(h).chunk(2, dim=3)]
-        logits = torch.cat(parts, dim=1).split([len(options) for options in ATTRIBUTES.values()], dim=1)
+        logits = torch.cat(parts, dim=1).split([len(classes) for classes in ATTRIBUTES.values()], dim=1)
         return dict(zip(ATTRIBUTES, logits, strict=True))
 
     def loss(self, x, answers):
@@ -104,18 +88,12 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def read(self, x):
-        """Pictures x [B, 3, 64, 64] in [-1, 1] -> B Readings."""
-        best = {name: logits.argmax(1).tolist() for name, logits in self(x).items()}
+        """Images x [B, 3, 64, 64] in [-1, 1] -> B Readings."""
+        answers = [[ATTRIBUTES[name][i] for i in logits.argmax(1).tolist()] for name, logits in self(x).items()]
         readings = []
-        for number in range(len(x)):
-            answer = {name: options[best[name][number]] for name, options in ATTRIBUTES.items()}
-            places = [
-                None
-                if answer[f"{side} shape"] == NOTHING
-                else (answer[f"{side} shape"], answer[f"{side} colour"], answer[f"{side} size"])
-                for side in ("left", "right")
-            ]
-            readings.append(Reading(answer["medium"], answer["background"], *places))
+        for medium, background, *places in zip(*answers, strict=True):
+            left, right = (None if place[0] == NOTHING else tuple(place) for place in (places[:3], places[3:]))
+            readings.append(Reading(medium, background, left, right))
         return readings
 
     def save(self, path, dtype=torch.float16):
@@ -124,7 +102,7 @@ class Judge(nn.Module):
 
     @classmethod
     def load(cls, path):
-        """Read a judge from `save`'s file. Raises UserError."""
+        """Load the file of `save`. Raises UserError."""
         if not Path(path).exists():
             raise UserError(f"there is no judge at {path}; python -m mini.pretrain judge trains one")
         judge, tensors = cls(), read_tensors(path)[0]

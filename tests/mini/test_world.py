@@ -55,10 +55,6 @@ def every_text(phrasings):
     return {text for templates in phrasings.values() for text in filled(templates)}
 
 
-def words_of(texts):
-    return {word for text in texts for word in re.findall(r"[a-z]+", re.sub(r"{\w+}", "", text))}
-
-
 def captions_of_one_thing():
     """All of them, as scenes."""
     return [
@@ -67,7 +63,7 @@ def captions_of_one_thing():
     ]
 
 
-# ---- pictures ----
+# ---- images ----
 
 
 def test_equal_scenes_give_equal_pixels():
@@ -82,30 +78,23 @@ def test_equal_scenes_give_equal_pixels():
 
 @pytest.mark.parametrize("medium", MEDIA)
 def test_every_attribute_shows(medium):
-    """All pictures of one thing in one place differ, by more than a few pixels."""
+    """All images of one thing in one place differ, by more than a few pixels."""
     scenes = [replace(scene, layout=5) for scene in captions_of_one_thing() if scene.medium == medium]
     scenes = [scene for scene in scenes if scene.background in ("night", "paper")]
     flat = np.stack([pixels(scene) for scene in scenes]).reshape(len(scenes), -1).astype(np.float32)
-    for number, picture in enumerate(flat[:-1]):
-        assert np.abs(flat[number + 1 :] - picture).mean(1).min() > 0.3, scenes[number]
+    for number, image in enumerate(flat[:-1]):
+        assert np.abs(flat[number + 1 :] - image).mean(1).min() > 0.3, scenes[number]
 
 
 def test_a_background_changes_behind_the_things():
     """What is not background is equal to the last bit on all eight."""
     scene = Scene("painting", "sea", Thing("heart", "pink", "large"), Thing("tree", "blue", "small"), 3)
-    pictures = np.stack([pixels(replace(scene, background=name)) for name in BACKGROUNDS])
-    same = (pictures == pictures[0]).all((0, 3))
+    images = np.stack([pixels(replace(scene, background=name)) for name in BACKGROUNDS])
+    same = (images == images[0]).all((0, 3))
     assert same[BOX["left"]].sum() > 250
     assert 40 < same[:, 40:].sum() < 200
     same[BOX["left"]] = same[BOX["right"]] = False
     assert not same.any()
-
-
-def test_a_sketch_is_pale_and_a_mosaic_has_joints():
-    for scene in captions_of_one_thing()[::37]:
-        painting, sketch, mosaic = (pixels(replace(scene, medium=medium)).astype(float) for medium in MEDIA)
-        assert np.ptp(sketch, axis=2).mean() < np.ptp(painting, axis=2).mean() or scene.background == "paper"
-        assert mosaic[::4].mean() < 0.9 * mosaic[2::4].mean()
 
 
 # ---- edits ----
@@ -172,31 +161,6 @@ def test_the_instruction_says_what_changes(kind, new_phrasing):
     assert used == {template for key in keys for template in phrasings[key]}
 
 
-def test_things_of_a_scene_differ_in_shape():
-    rng = np.random.default_rng(1)
-    scenes = [random_scene(rng) for _ in range(500)]
-    scenes += [scene for edit in edits(count=500) for scene in (edit.before, edit.after)]
-    for scene in scenes:
-        assert 1 <= len(scene.things) <= 2
-        assert len({thing.shape for thing in scene.things}) == len(scene.things)
-
-
-def test_everything_is_drawn():
-    drawn = edits(count=1000)
-    assert {edit.kind for edit in drawn} == set(KINDS)
-    scenes = [edit.before for edit in drawn]
-    things = [thing for scene in scenes for thing in scene.things]
-    for values, options in [
-        ([scene.medium for scene in scenes], MEDIA),
-        ([scene.background for scene in scenes], tuple(BACKGROUNDS)),
-        ([thing.shape for thing in things], SHAPES),
-        ([thing.colour for thing in things], tuple(COLOURS)),
-        ([thing.size for thing in things], tuple(SIZES)),
-    ]:
-        assert min(values.count(option) for option in options) > 0.5 * len(values) / len(options)
-    assert {(scene.left is None, scene.right is None) for scene in scenes} == {(0, 0), (0, 1), (1, 0)}
-
-
 @pytest.mark.parametrize("how", [{}, {"test": True}, {"new_phrasing": True}])
 def test_a_seed_repeats_its_edits(how):
     assert edits(count=20, seed=3, **how) == edits(count=20, seed=3, **how)
@@ -204,25 +168,6 @@ def test_a_seed_repeats_its_edits(how):
 
 
 # ---- words ----
-
-
-def test_captions_say_what_is_there():
-    scene = Scene("sketch", "paper", Thing("ball", "red", "small"), Thing("house", "blue", "large"), 0)
-    assert caption(scene) == "a sketch of a small red ball and a large blue house on white paper"
-    assert caption(replace(scene, left=None)) == "a sketch of a large blue house on the right on white paper"
-    assert caption(replace(scene, right=None)) == "a sketch of a small red ball on the left on white paper"
-    sides = [(scene, replace(scene, left=None, right=scene.left)) for scene in captions_of_one_thing()]
-    assert len({caption(scene) for both in sides for scene in both}) == 3 * 8 * 6 * 6 * 2 * 2
-
-
-def test_texts_are_grammatical():
-    rng = np.random.default_rng(0)
-    captions = [caption(random_scene(rng, test)) for test in (False, True) for _ in range(300)]
-    assert all(re.fullmatch(CAPTION, text) for text in captions)
-    for text in [*captions, *every_text(PHRASINGS), *every_text(HELD_OUT)]:
-        assert re.fullmatch(r"[a-z]+(,? [a-z]+)*", text), text
-        assert not re.search(r"\ban? (a|an|the|it|[aeiou]\w*)\b", text), text
-        assert not re.search(r"\b(\w+) \1\b", text), text
 
 
 def test_captions_are_read_back():
@@ -305,10 +250,3 @@ def test_held_out_phrasings_are_new():
         slots |= {"large": {"shape"}, "small": {"shape"}, "add": {"size", "colour", "shape", "other"}}
         assert all(set(re.findall(r"{(\w+)}", template)) <= slots.get(key, set()) for template in templates)
     assert not every_text(HELD_OUT) & every_text(PHRASINGS)
-
-
-@pytest.mark.parametrize("key", HELD_OUT)
-def test_held_out_phrasings_use_known_words(key):
-    """Only what training texts say, else the text tower could not know what is asked."""
-    known = words_of(every_text(PHRASINGS)) | words_of(map(caption, captions_of_one_thing())) | {"and"}
-    assert words_of(HELD_OUT[key]) <= known
