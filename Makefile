@@ -1,6 +1,6 @@
 # make demo   edit a bundled scene with the bundled model
 # make test   lint and the tests on small networks (minutes)
-# make test-slow   the same proofs on full-size networks (tens of minutes, 16 GB of memory)
+# make test-slow   the same proofs on full-size networks (minutes, 16 GB of memory)
 # make bench  times and memory against diffusers
 # make mini   train the bundled models again, from nothing, into runs/mini (hours on a CPU)
 
@@ -26,22 +26,22 @@ test-slow: .venv/installed-dev
 bench: .venv/installed-dev
 	$(RUN) -m bench
 
-# Every step goes on where it was stopped. models/mini/README.md says what each of them took and reached.
+# Every step resumes where it was stopped. models/mini/README.md says what each of them took and reached.
 DEVICE ?= cpu
 PROCESSES ?= $(if $(filter cpu,$(DEVICE)),2,1)
+TORCHRUN = $(RUN) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES)
 HERE = runs/mini
 PAIRS = --edits $(HERE)/edits.jsonl --weights $(HERE)/sd_model --clip $(HERE)/clip_model --steps 12 --guidance 2 4 \
 	--dtype bfloat16 --device $(DEVICE)
 mini: .venv/installed
-	$(RUN) -m mini.pretrain all --out $(HERE) --device $(DEVICE)
-	$(RUN) datagen.py text --count 7000 --out $(HERE)/edits.jsonl
-	$(RUN) datagen.py calibrate $(PAIRS) --count 128 --shares 0.1 0.05 0.1
-	$(RUN) datagen.py images $(PAIRS) --samples 2 --keep 2 --batch 16 --out $(HERE)/pairs
-	$(RUN) -m torch.distributed.run --standalone --nproc-per-node $(PROCESSES) train.py --preset mini --resume \
-		--data $(HERE)/pairs --init $(HERE)/sd_model --out $(HERE)/editor --device $(DEVICE) --total 32 --batch 16 \
-		--sampling-steps 20 --cfg-text 2 --cfg-image 1.5
+	$(TORCHRUN) -m mini.pretrain all --out $(HERE) --device $(DEVICE)
+	$(RUN) -m mini.datagen text --count 7000 --out $(HERE)/edits.jsonl
+	$(RUN) datagen.py calibrate $(PAIRS) --count 128 --fractions 0.1 0.05 0.1
+	$(RUN) datagen.py images $(PAIRS) --samples 2 --keep 2 --batch-size 16 --out $(HERE)/pairs
+	$(TORCHRUN) train.py --preset mini --resume --data $(HERE)/pairs --init $(HERE)/sd_model --out $(HERE)/editor \
+		--device $(DEVICE) --total-batch-size 32 --batch-size 16 --sampling-steps 20 --cfg-text 2 --cfg-image 1.5
 	$(RUN) evaluate.py pairs --sd $(HERE)/sd_model --judge $(HERE)/judge.safetensors --clip $(HERE)/clip_model --steps 12 \
-		--candidates $(HERE)/pairs/candidates*.jsonl --device $(DEVICE) --out $(HERE)/evaluate
+		--data $(HERE)/pairs --device $(DEVICE) --out $(HERE)/evaluate
 	$(RUN) evaluate.py world --model $(HERE)/editor/model --judge $(HERE)/judge.safetensors --clip $(HERE)/clip_model \
 		--device $(DEVICE) --out $(HERE)/evaluate
 
