@@ -28,7 +28,8 @@ from dataset import Filter, Pair, begin_data_set, folder_name, write_edit, write
 from formats import checkpoint
 from formats.configs import Config
 from formats.weights import write_json
-from gpu.compiled import NOTICE, compiling
+from gpu import shared_maps
+from gpu.compiled import NOTICE, compile_model
 from images import to_image, to_tensor
 from language.captions import FIELDS, read_edits
 from p2p import CONTROLS, PairNoise, sample_pairs
@@ -60,7 +61,7 @@ class Sampler:
         model = StableDiffusion(parts)
         if options.compile or (options.compile is None and torch.device(options.device).type == "cuda"):
             print(NOTICE)
-            model.compile()
+            compile_model(model)
         model.vae.float()  # a small part of the work, and bfloat16 has fewer levels than an image
         resolution = options.resolution or model.sampling.resolution
         if resolution % parts.side_multiple:
@@ -79,13 +80,9 @@ class Sampler:
         side = self.resolution // latent.factor
         shape = (latent.latent_channels, side, side)
         noise = PairNoise([seed for _, seed in jobs], shape, self.guidance, device=model.device)
-        settings = {"control": self.control}
-        if model.device.type == "cuda":
-            from gpu import shared_maps
-
-            settings["wrap"] = shared_maps(model.device)
-        with compiling("use --no-compile"):
-            x = sample_pairs(model, before, after, noise, self.steps, **settings)  # twice [B, 3, H, W]
+        wrap = shared_maps(model.device)
+        # x: twice [B, 3, H, W]
+        x = sample_pairs(model, before, after, noise, self.steps, control=self.control, wrap=wrap)
         if not all(half.isfinite().all() for half in x):
             raise UserError("the networks gave NaN or Inf: damaged weights, or --dtype float16 is too narrow")
         images = [[to_image(image) for image in half] for half in x]
