@@ -3,6 +3,7 @@
     python sample.py --image x.png --instr "make it night" --weights timbrooks/instruct-pix2pix
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -56,15 +57,18 @@ def make_parser():
 def parse(arguments=None):
     """The settings of an edit, with --again those of another one as defaults. Raises UserError for what is missing."""
     parser = make_parser()
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     if options.again:
         from images import read_settings
 
-        settings = read_settings(options.again)
-        if not isinstance(settings, dict) or not settings.keys() <= vars(options).keys():
-            raise UserError(f"{options.again} carries settings of another program; it cannot be repeated")
-        parser.set_defaults(out=options.again.with_name(f"{options.again.stem}_again.png"), **settings)
-        options = parser.parse_args(arguments)
+        again, settings = options.again, read_settings(options.again)
+        if not isinstance(settings, dict):
+            raise UserError(f"{again} carries settings of another program; it cannot be repeated")
+        flags = {f"--{name.replace('_', '-')}": value for name, value in settings.items() if value is not None}
+        then = [flag if value is True else f"{flag}={value}" for flag, value in flags.items() if value is not False]
+        options = parser.parse_args([*then, *arguments])  # what is said now comes last and wins
+        options.out = options.out or again.with_name(f"{again.stem}_again.png")
     options.out = options.out or Path("out.png")
     check(options)
     return options
@@ -85,10 +89,20 @@ def check(options):
     check_seeds([options.seed, options.seed + options.num - 1])
     if options.out.suffix.lower() != ".png":
         raise UserError(f"the output {options.out} should end in .png, which keeps the settings along with the image")
-    if options.out.is_dir():
-        raise UserError(f"the output {options.out} is a folder; name a file")
-    if options.out.exists() and options.out.resolve() == Path(options.image).resolve():
-        raise UserError(f"the output would overwrite the input {options.image}; choose another --out")
+    variants = range(options.seed, options.seed + options.num) if options.num > 1 else ()
+    try:
+        if options.out.is_dir():
+            raise UserError(f"the output {options.out} is a folder; name a file")
+        written = [path for path in (options.out, *(variant(options.out, seed) for seed in variants)) if path.exists()]
+        if os.path.exists(options.image) and any(path.samefile(options.image) for path in written):
+            raise UserError(f"the output would overwrite the input {options.image}; choose another --out")
+    except OSError as error:
+        raise UserError(f"cannot write {options.out}: {error.strerror}") from error
+
+
+def variant(out, seed):
+    """Where the variant with a seed is written: out.png -> out_seed7.png."""
+    return out.with_name(f"{out.stem}_seed{seed}.png")
 
 
 def load_model(options):
@@ -108,8 +122,8 @@ def load_model(options):
     say(f"loading {weights}")
     model = InstructPix2Pix.load(weights, options.device, dtype, options.tokenizer, options.vae)
     if options.compile:
-        say(NOTICE)
         compile_model(model)
+        say(NOTICE)
     own = {"steps": "steps", "cfg_text": "text_guidance", "cfg_image": "image_guidance", "resolution": "resolution"}
     for option, name in own.items():
         if getattr(options, option) is None:
@@ -148,9 +162,8 @@ def write_variants(model, image, before, options):
     if options.num == 1:
         write(edited[0], options.out, options)
         return
-    for seed, variant in zip(seeds, edited, strict=True):
-        path = options.out.with_name(f"{options.out.stem}_seed{seed}.png")
-        write(variant, path, options, seed=seed, num=1)
+    for seed, one in zip(seeds, edited, strict=True):
+        write(one, variant(options.out, seed), options, seed=seed, num=1)
     labels = ["input", *(f"seed {seed}" for seed in seeds)]
     sheet = [enlarge(x) for x in (before, *edited)]
     write(grid(sheet, min(4, len(sheet)), labels, title=options.instr), options.out, options)

@@ -11,7 +11,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 
 import numpy as np
@@ -25,7 +24,6 @@ from safetensors.torch import load_file, save_file
 import images
 import sample
 from formats.checkpoint import save_folder, save_single_file
-from gpu.compiled import NOTICE
 from images import edit_size, open_image, read_settings, save_png
 from ip2p import InstructPix2Pix
 
@@ -150,7 +148,7 @@ def test_an_edit_in_a_true_process(tmp_path, model_folder):
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
     assert all(line.startswith(BEGINNING) for line in lines_of(done.stderr))
-    assert read_settings(tmp_path / "밤.png")["settings"]["image"] == "사진 1.png"
+    assert read_settings(tmp_path / "밤.png")["image"] == "사진 1.png"
     assert {path.name for path in tmp_path.iterdir()} == {"사진 1.png", "밤.png"}
 
 
@@ -162,7 +160,7 @@ from cli import run_program
 import sample
 edit = ["--image", "x.png", "--weights", "w", "--instr"]
 for arguments in (["--help"], [], ["--nonsense"], ["--image"], [*edit, ""], [*edit, "x", "--steps", "0"],
-                  [*edit, "x", "--seed", "x"], [*edit, "x", "--out", "missing/x.png"],
+                  [*edit, "x", "--seed", "x"], [*edit, "x", "--out", "missing/x.jpg"],
                   [*edit, "x", "--num", "2", "--sweep"]):
     sys.argv = ["sample.py", *arguments]
     try:
@@ -257,7 +255,6 @@ def test_names_longer_than_any_file_s(refused, edit, run_sample, tmp_path):
 def test_a_message_is_one_line_whatever_the_names(refused, tmp_path):
     refused("missing", image=tmp_path / "two\nlines missing.png")
     refused("missing", weights=tmp_path / "two\nlines missing.safetensors")
-    refused("missing", out=tmp_path / "missing\nfolder" / "x.png")
 
 
 # ---- the instruction ----
@@ -278,7 +275,7 @@ def test_a_too_long_instruction_is_cut_off_with_a_warning(edit, tmp_path):
     assert quoted
     assert " ".join(text.split()).endswith(quoted)
     assert all(line.startswith(BEGINNING) for line in result.err)
-    assert read_settings(tmp_path / "out" / "x.png")["settings"]["instr"] == text
+    assert read_settings(tmp_path / "out" / "x.png")["instr"] == text
     seen = text[: len(text) - len(quoted)]
     assert not any("too long" in line for line in edit(instr=seen).err)
 
@@ -286,7 +283,7 @@ def test_a_too_long_instruction_is_cut_off_with_a_warning(edit, tmp_path):
 @pytest.mark.parametrize("text", ["밤으로 바꿔 줘", "🌙", "«été»", "a\u0301 \u2019s", "\u0130", "x\u0000y", "\ufeffa"])
 def test_instructions_in_any_script(edit, text, tmp_path):
     assert edit(instr=text, steps=1).code == 0
-    assert read_settings(tmp_path / "out" / "x.png")["settings"]["instr"] == text
+    assert read_settings(tmp_path / "out" / "x.png")["instr"] == text
 
 
 def test_an_instruction_that_is_no_text(refused):
@@ -297,24 +294,17 @@ def test_an_instruction_that_is_no_text(refused):
 
 
 def test_outputs_that_cannot_be_written(refused, edit, photo, tmp_path, monkeypatch):
-    refused(["no folder", "missing"], out=tmp_path / "missing" / "x.png")
-    refused(["no folder", "photo.png"], out=photo / "x.png")  # below a regular file
+    refused(["cannot make the folder", "photo.png"], out=photo / "x.png")  # below a regular file
     refused(".png", out=tmp_path / "out" / "x.jpg")
     refused(".png", out=tmp_path / "out" / "x")
     (tmp_path / "folder.png").mkdir()
     refused("is a folder", out=tmp_path / "folder.png")
     refused(["cannot write", "xxx"], out=tmp_path / ("x" * 300 + ".png"))
 
-    def forbidden(**options):
-        raise PermissionError(errno.EACCES, "Permission denied")
-
     def full(image, target, **options):
         target.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(tempfile, "TemporaryFile", forbidden)
-        refused(["cannot write", "denied", tmp_path / "out"])
     monkeypatch.setattr(Image.Image, "save", full)
     refused(["cannot write", "x.png", "No space left"])
 
@@ -398,13 +388,11 @@ def test_cuda_where_there_is_none(refused):
 # ---- the weights ----
 
 
-def test_weights_that_are_not_there(refused, tmp_path, monkeypatch):
+def test_weights_that_are_not_there(refused, tmp_path):
     refused(["no weights", "missing.safetensors"], weights=tmp_path / "missing.safetensors")
     refused("no weights", weights=tmp_path / "missing")
     refused(["nobody/nothing", "cannot be fetched"], weights="nobody/nothing")
     refused(["unet/", "out"], weights=tmp_path / "out")
-    monkeypatch.setattr(sample, "BUNDLED", tmp_path / "missing")
-    refused("--weights", weights=None)
 
 
 def changed(folder, name, change, to):
@@ -653,7 +641,7 @@ def test_damaged_numbers_are_noticed(refused, model_folder, tmp_path):
     def spoil(tensors):
         tensors["conv_out.bias"][0] = float("nan")
 
-    refused("not numbers", weights=changed(model_folder, UNET_FILE, spoil, tmp_path / "model"))
+    refused("NaN or Inf", weights=changed(model_folder, UNET_FILE, spoil, tmp_path / "model"))
 
 
 # ---- edits that succeed ----
@@ -664,13 +652,12 @@ def test_one_edit(edit, photo, model_folder, tmp_path):
     out = tmp_path / "out" / "x.png"
     assert result.code == 0
     assert result.out == [str(out)]
-    assert [line.split()[1] for line in result.err] == ["loading", "editing", "1"]
+    assert [line.split()[1] for line in result.err] == ["loading", "editing", "done"]
     note = read_settings(out)
-    assert note["edit"] == 0
-    assert note["settings"] == {
-        "image": os.path.join("..", "in", "photo.png"),
+    assert note == {
+        "image": str(photo),
         "instr": "make it night",
-        "weights": os.path.relpath(model_folder, out.parent),
+        "weights": str(model_folder),
         "tokenizer": None,
         "vae": None,
         "steps": 3,
@@ -680,13 +667,11 @@ def test_one_edit(edit, photo, model_folder, tmp_path):
         "seed": 3,
         "num": 1,
         "sweep": False,
-        "device": note["settings"]["device"],
-        "dtype": note["settings"]["dtype"],
+        "device": note["device"],
+        "dtype": note["dtype"],
         "compile": False,
         "low_memory": False,
     }
-    assert note["fingerprints"]["image"] == hashlib.sha256(np.array(open_image(photo)).tobytes()).hexdigest()
-    assert set(note["fingerprints"]) == {"image", "weights", "vae"}
     model = InstructPix2Pix.load(model_folder)
     made = model.edit(open_image(photo), "make it night", 5.0, 1.25, 3, seed=3)
     assert np.array_equal(pixels(out), made)
@@ -695,7 +680,7 @@ def test_one_edit(edit, photo, model_folder, tmp_path):
 
 def test_the_model_s_own_defaults(edit, tmp_path):
     assert edit(steps=None).code == 0
-    settings = read_settings(tmp_path / "out" / "x.png")["settings"]
+    settings = read_settings(tmp_path / "out" / "x.png")
     assert [settings[key] for key in ("steps", "cfg_text", "cfg_image", "resolution")] == [2, 4.0, 1.5, 64]
 
 
@@ -732,40 +717,11 @@ def test_another_autoencoder_is_used(edit, tmp_path):
     save_folder(tiny_model(seed=50), tmp_path / "other")
     assert edit(vae=tmp_path / "other").code == 0
     assert not np.array_equal(pixels(tmp_path / "out" / "x.png"), before)
-    assert read_settings(tmp_path / "out" / "x.png")["settings"]["vae"] == os.path.join("..", "other")
+    assert read_settings(tmp_path / "out" / "x.png")["vae"] == str(tmp_path / "other")
 
 
-def test_compiled_it_is_the_same_edit(edit, run_sample, tmp_path, monkeypatch):
-    """With a compiler that traces and does not translate; and --again compiles again."""
-    compiled, compile_with = [], InstructPix2Pix.compile
-
-    def traced(model):
-        compiled.append(model)
-        compile_with(model, backend="eager")
-
-    monkeypatch.setattr(InstructPix2Pix, "compile", traced)
-    assert edit().code == 0
-    usual = pixels(tmp_path / "out" / "x.png").astype(int)
-    done = edit("--compile")
-    assert (done.code, len(compiled)) == (0, 1)
-    assert f"{BEGINNING}{NOTICE}" in done.err
-    assert abs(pixels(tmp_path / "out" / "x.png") - usual).max() <= 1
-    again = run_sample("--again", tmp_path / "out" / "x.png", "--out", tmp_path / "out" / "y.png")
-    assert (again.code, len(compiled)) == (0, 2)
-    assert np.array_equal(pixels(tmp_path / "out" / "x.png"), pixels(tmp_path / "out" / "y.png"))
-
-
-def test_what_cannot_be_compiled_is_one_line(edit, tmp_path, monkeypatch):
-    def failing(graph, inputs):
-        raise RuntimeError("no compiler here\nat all")
-
-    compile_with = InstructPix2Pix.compile
-    monkeypatch.setattr(InstructPix2Pix, "compile", lambda model: compile_with(model, backend=failing))
-    done = edit("--compile")
-    assert done.code == 2
-    words = BEGINNING + r"the networks could not be compiled here \(.*\); leave out --compile"
-    assert re.fullmatch(words, done.err[-1])
-    assert not list((tmp_path / "out").iterdir())
+def test_compiling_on_a_cpu_is_refused(refused):
+    refused("--compile does not pay on a CPU", "--compile")
 
 
 def test_low_memory_is_close(edit, tmp_path):
@@ -773,7 +729,7 @@ def test_low_memory_is_close(edit, tmp_path):
     normal = pixels(tmp_path / "out" / "x.png").astype(int)
     assert edit("--low-memory", resolution=192).code == 0
     low = pixels(tmp_path / "out" / "x.png").astype(int)
-    assert read_settings(tmp_path / "out" / "x.png")["settings"]["low_memory"] is True
+    assert read_settings(tmp_path / "out" / "x.png")["low_memory"] is True
     assert normal.shape == (192, 192, 3)
     assert abs(normal - low).mean() < 4  # tiles of the autoencoder see less of the picture
     assert edit("--low-memory").code == 0
@@ -786,7 +742,7 @@ def test_low_memory_is_close(edit, tmp_path):
 def test_half_precision(edit, dtype, tmp_path):
     result = edit(dtype=dtype)
     assert result.code == 0, result.err
-    assert read_settings(tmp_path / "out" / "x.png")["settings"]["dtype"] == dtype
+    assert read_settings(tmp_path / "out" / "x.png")["dtype"] == dtype
 
 
 def test_variants(edit, tmp_path):
@@ -797,9 +753,7 @@ def test_variants(edit, tmp_path):
     assert result.out == [str(out / name) for name in [*names, "x.png"]]
     assert sorted(path.name for path in out.iterdir()) == sorted([*names, "x.png"])
     notes = [read_settings(out / name) for name in names]
-    assert [note["edit"] for note in notes] == list(range(6))
-    assert all(note["settings"]["num"] == 6 for note in notes)
-    assert read_settings(out / "x.png")["edit"] is None
+    assert [(note["seed"], note["num"]) for note in notes] == [(seed, 1) for seed in range(5, 11)]
     pictures = [pixels(out / name) for name in names]
     assert len({picture.tobytes() for picture in pictures}) == 6
     sheet = pixels(out / "x.png")
@@ -809,12 +763,6 @@ def test_variants(edit, tmp_path):
 
     assert edit(seed=7).code == 0  # alone, or in a batch with others: the same noise
     assert abs(pixels(out / "x.png").astype(int) - pictures[2]).max() <= 2
-
-
-def test_a_repeated_variant_is_made_in_the_batch_it_was_made_in():
-    """Sums in a batch of another size may be rounded otherwise."""
-    assert [list(sample.batch_of(number, 6, False)) for number in range(6)] == 4 * [[0, 1, 2, 3]] + 2 * [[4, 5]]
-    assert [list(sample.batch_of(number, 3, True)) for number in range(3)] == [[0], [1], [2]]
 
 
 def contains(sheet, picture):
@@ -839,9 +787,8 @@ def test_sweep(edit, photo, tmp_path):
     assert sheet.shape[0] > len(sample.SWEEP_IMAGE) * height
     assert contains(sheet, np.array(images.fit(open_image(photo), 64)))
     note = read_settings(out)
-    assert note["edit"] is None
-    assert note["settings"]["sweep"] is True
-    assert note["settings"]["seed"] == 4
+    assert note["sweep"] is True
+    assert note["seed"] == 4
 
 
 def test_a_sweep_stays_within_the_ranges(edit):
@@ -886,29 +833,11 @@ def test_again_of_a_sweep(edit, run_sample, tmp_path):
     assert np.array_equal(pixels(out / "x.png"), pixels(out / "x_again.png"))
 
 
-def test_again_after_everything_has_moved(edit, run_sample, photo, model_folder, single_file, tmp_path, monkeypatch):
-    home = tmp_path / "here"
-    home.mkdir()
-    shutil.copy(photo, home / "사진.png")
-    shutil.copytree(model_folder, home / "model")
-    shutil.copytree(single_file.parent / "tokenizer", home / "words")
-    monkeypatch.chdir(tmp_path)
-    options = {"image": "here/사진.png", "weights": "here/model", "tokenizer": "here/words", "vae": "here/model"}
-    assert edit(**options, out="here/x.png").code == 0
-    home.rename(tmp_path / "there")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    result = run_sample("--again", "../there/x.png", "--out", "y.png")
-    assert result.code == 0, result.err
-    assert np.array_equal(pixels("../there/x.png"), pixels("y.png"))
-    assert str(tmp_path) not in json.dumps(read_settings("y.png"))
-
-
 def test_again_with_changes(edit, run_sample, model_folder, tmp_path):
     out = tmp_path / "out"
     assert edit(seed=3).code == 0
     assert run_sample("--again", out / "x.png", "--instr", "the thing", "--out", out / "y.png").code == 0
-    then, now = read_settings(out / "x.png")["settings"], read_settings(out / "y.png")["settings"]
+    then, now = read_settings(out / "x.png"), read_settings(out / "y.png")
     assert now == {**then, "instr": "the thing"}
     assert not np.array_equal(pixels(out / "x.png"), pixels(out / "y.png"))
     assert edit(seed=3, instr="the thing").code == 0
@@ -935,77 +864,36 @@ def test_again_of_what_carries_no_settings(run_sample, photo, tmp_path):
 
 
 DAMAGE = [
-    ("image", [5, [], {}, True, "", None, "missing\x00.png"]),
-    ("instr", [5, [], None, "", True]),
-    ("weights", [5, [], {}, True, "x\x00y"]),
-    ("tokenizer", [5, [], True]),
-    ("vae", [5, {}, True]),
-    ("steps", ["2", [], -1, 1.5, 1e99, True, float("nan"), 10**30]),
-    ("cfg_text", ["2", [], -1, float("nan"), float("inf"), True, 10**400]),
-    ("cfg_image", ["2", {}, 101, True]),
-    ("resolution", ["512", 1.5, 0, 10**30, [64], True]),
-    ("seed", ["1", -1, 1.5, None, 2**70, True]),
-    ("num", ["1", 0, 1.5, None, 10**9, True]),
-    ("sweep", [5, "yes", None, []]),
-    ("device", [5, None, [], "nonsense"]),
-    ("dtype", ["nonsense", "int8", "Tensor", 5, None, []]),
-    ("compile", [5, "yes", None]),
-    ("low_memory", [5, "yes", None]),
+    ("image", [5, [], "", "missing\x00.png"]),
+    ("instr", ["", " "]),
+    ("weights", [5, [], "x\x00y"]),
+    ("steps", ["x", [], -1, 1.5, 10**30]),
+    ("cfg_text", ["x", [], -1, float("nan"), float("inf")]),
+    ("resolution", ["x", 1.5, 0, [64]]),
+    ("seed", ["x", -1, 1.5, 2**70]),
+    ("num", ["x", 0, 1.5, 10**9]),
+    ("sweep", [5, "yes"]),
+    ("device", [5, "nonsense"]),
+    ("dtype", ["nonsense", "int8", 5]),
 ]
 
 
 @pytest.mark.parametrize(("key", "values"), DAMAGE, ids=[key for key, _ in DAMAGE])
-def test_again_with_settings_of_another_kind(key, values, edit, run_sample, tmp_path):
+def test_again_with_damaged_settings(key, values, edit, run_sample, tmp_path):
     out = tmp_path / "out" / "x.png"
     assert edit(steps=1).code == 0
     note, image = read_settings(out), Image.open(out).convert("RGB")
     for value in values:
-        save_png(image, out, {**note, "settings": {**note["settings"], key: value}})
+        save_png(image, out, {**note, key: value})
         result = run_sample("--again", out, "--out", tmp_path / "y.png")
         check_refusal(result, [])
-        assert len(result.err[-1]) < 1000
         assert not (tmp_path / "y.png").exists(), value
-    save_png(image, out, {**note, "settings": {k: v for k, v in note["settings"].items() if k != key}})
-    check_refusal(run_sample("--again", out), str(out))
 
 
-def test_again_with_a_damaged_note(edit, run_sample, tmp_path):
+def test_again_with_no_settings_of_ours(edit, run_sample, tmp_path):
     out = tmp_path / "out" / "x.png"
     assert edit(steps=1).code == 0
-    note, image = read_settings(out), Image.open(out).convert("RGB")
-    damaged = [None, 5, [], "x", {}, {"settings": note["settings"]}]
-    damaged += [{**note, "edit": value} for value in (-1, 1, 99, "0", 0.5, [], True)]
-    damaged += [{**note, "settings": value} for value in (None, [], "x", 5)]
-    damaged += [{**note, "fingerprints": value} for value in (None, 5, "x", [5])]
-    damaged += [{**note, "fingerprints": {"image": 5}}]
-    for value in damaged:
+    image = Image.open(out).convert("RGB")
+    for value in (None, 5, [], "x", {}, {"settings": {}}):
         save_png(image, out, value)
-        result = run_sample("--again", out, "--out", tmp_path / "y.png")
-        assert not (tmp_path / "y.png").exists(), value
-        check_refusal(result, ".png")
-
-
-def test_again_with_another_picture_or_other_weights(edit, run_sample, photo, model_folder, tmp_path):
-    model = tmp_path / "model"
-    shutil.copytree(model_folder, model)
-    out = tmp_path / "out" / "x.png"
-    assert edit(weights=model).code == 0
-    colourful(60, 50, seed=9).save(photo)
-    check_refusal(run_sample("--again", out), ["photo.png", "has changed", "--image"])
-    assert run_sample("--again", out, "--image", photo).code == 0
-    assert edit(weights=model).code == 0
-
-    for file in (UNET_FILE, VAE_FILE, TEXT_FILE):
-        tensors = load_file(model / file)
-        save_file({name: tensor + 0.01 for name, tensor in tensors.items()}, model / file)
-        check_refusal(run_sample("--again", out), ["model", "changed", "--vae" if file == VAE_FILE else "--weights"])
-        assert run_sample("--again", out, "--weights", model, "--out", tmp_path / "y.png").code == 0
-        save_file(tensors, model / file)
-    shutil.rmtree(model)
-    shutil.copytree(model_folder, model)
-    assert run_sample("--again", out).code == 0
-    photo.unlink()
-    check_refusal(run_sample("--again", out), "there is no picture")
-    colourful(60, 50, seed=9).save(photo)
-    shutil.rmtree(model)
-    check_refusal(run_sample("--again", out), "no weights")
+        check_refusal(run_sample("--again", out), [])
