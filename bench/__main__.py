@@ -199,7 +199,7 @@ def heading(settings, arguments):
     return [
         "# Speed and memory against diffusers",
         "",
-        f"- command: `{shlex.join(['python', 'bench.py', *arguments])}`",
+        f"- command: `{shlex.join(['python', '-m', 'bench', *arguments])}`",
         f"- device: {machine(settings)}",
         f"- versions: {', '.join(f'{name} {version(name)}' for name in names)}{lacking}",
         f"- measured: {measured(settings)}, random weights",
