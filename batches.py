@@ -1,198 +1,167 @@
-"""What a training step is computed from: which pairs, and which random numbers.
+"""What a training step is computed from: its random numbers, and batches of encoded pairs."""
 
-All examples that a run computes stand in one order, and what chance says of an example follows from the seed and its
-position there. So it does not matter who computes it: a run that was stopped, or goes on with another number of
-processes, sees what it would have seen, and no pair comes twice or is left out.
-"""
-
-import hashlib
 import os
-from functools import lru_cache
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cli import UserError
+from runs import PROCESSES, RANK
 
-PIXELS_AT_ONCE = 64 * 64 * 64  # of pictures to encode before a training, which should not take its memory
-PIXELS_IN_STEP = 16 * 256 * 256  # the same within a step: the encoder should take less than the training's own way back
-TEXTS_AT_ONCE = 64
-REMEMBERED = 1e9  # bytes of embedded instructions at most; CLIP ViT-L/14 makes 0.24 MB of each
+ENCODED_AT_ONCE = 16 * 256 * 256  # pixels; the encoder should take less memory than the backward pass
+REMEMBERED = 256e6  # bytes of embedded instructions; CLIP ViT-L/14 makes 0.24 MB of each
 
 
 class Draws:
-    """The random numbers of some examples; those of an example depend on nothing but the seed and its position."""
+    """All randomness of a step: drawn for the total batch from (seed, step); each process keeps its own rows."""
 
-    def __init__(self, seed, positions):
-        """positions: whole numbers, the examples' places in the order of all that a run computes."""
-        self.seed, self.positions = seed, torch.as_tensor(positions)
-        self.generators = [torch.Generator().manual_seed(chance(seed, at)) for at in self.positions.tolist()]
-
-    def __len__(self):
-        """How many examples."""
-        return len(self.generators)
+    def __init__(self, seed, step, total, rows):
+        """rows: a slice of range(total)."""
+        self.step, self.total, self.rows = step, total, rows
+        self.generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
 
     def normal(self, *shape):
         """Standard normal numbers [B, *shape]."""
-        return torch.stack([torch.randn(shape, generator=generator) for generator in self.generators])
+        return torch.randn(self.total, *shape, generator=self.generator)[self.rows]
 
     def uniform(self):
         """Uniform numbers in [0, 1), [B]."""
-        return torch.cat([torch.rand(1, generator=generator) for generator in self.generators])
+        return torch.rand(self.total, generator=self.generator)[self.rows]
 
-    def whole(self, high):
+    def integers(self, high):
         """Whole numbers from 0 to `high` - 1, [B]."""
-        return torch.cat([torch.randint(high, (1,), generator=generator) for generator in self.generators])
-
-    def order(self, count):
-        """Which of `count` examples of a data set, [B]: in every epoch each of them once, in an order of its own."""
-        epochs, places = self.positions // count, self.positions % count
-        chosen = torch.empty_like(places)
-        for epoch in epochs.unique().tolist():
-            chosen[epochs == epoch] = permutation(self.seed, epoch, count)[places[epochs == epoch]]
-        return chosen
-
-    def keys(self, count):
-        """The same for an `EditDataset` that augments: a list of (place in the data set, seed of the augmentation)."""
-        seeds = [chance(self.seed, at, "crop") for at in self.positions.tolist()]
-        return list(zip(self.order(count).tolist(), seeds, strict=True))
+        return torch.randint(high, (self.total,), generator=self.generator)[self.rows]
 
 
-def chance(*what):
-    """A seed for something, unlike the seed for anything else."""
-    return int.from_bytes(hashlib.blake2b(repr(what).encode(), digest_size=7).digest())
+def draws_of(settings, step, micro):
+    """The Draws of this process's rows in a micro-batch of a step."""
+    total = settings.batch_size * settings.grad_accum * PROCESSES
+    first = (micro * PROCESSES + RANK) * settings.batch_size
+    return Draws(settings.seed, step, total, slice(first, first + settings.batch_size))
 
 
-@lru_cache(maxsize=2)
-def permutation(seed, epoch, count):
-    """The order of `count` examples in an epoch."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(chance(seed, epoch, "epoch")))
+class Instructions:
+    """Instructions embedded by the frozen text encoder; up to `REMEMBERED` bytes are not computed twice."""
 
-
-class Contexts:
-    """Instructions embedded by a text encoder, none of them twice as long as it is remembered."""
-
-    def __init__(self, model, device, precision):
-        """model: a `checkpoint.Model`; precision: as for `LatentPairs`."""
-        self.model, self.device, self.precision, self.known = model, device, precision, {}
+    def __init__(self, model, device, autocast):
+        self.model, self.device, self.autocast, self.known = model, device, autocast, {}
         self.null_text = self([""])  # [1, L, E]
 
     @torch.no_grad()
     def __call__(self, texts):
-        """A list of B texts -> context [B, L, E]."""
+        """B texts -> context [B, L, E]."""
         new = [text for text in dict.fromkeys(texts) if text not in self.known]
-        found = {text: self.known[text] for text in texts if text not in new}
-        for first in range(0, len(new), TEXTS_AT_ONCE):
-            part = new[first : first + TEXTS_AT_ONCE]
-            with self.precision():
-                contexts = self.model.text_encoder(self.model.tokenizer(part).to(self.device))
-            found.update(zip(part, contexts.float(), strict=True))
-        self.known.update(found)
-        most = REMEMBERED / self.null_text.nbytes if len(self.known) > 1 else 1
-        while len(self.known) > most:  # those that were met first go first
+        if new:
+            with self.autocast():
+                contexts = self.model.text_encoder(self.model.tokenizer(new).to(self.device)).float()
+            self.known |= dict(zip(new, contexts.unbind(), strict=True))
+        found = torch.stack([self.known[text] for text in texts])
+        while len(self.known) * found[0].nbytes > REMEMBERED:
             del self.known[next(iter(self.known))]
-        return torch.stack([found[text] for text in texts])
-
-
-class LatentPairs:
-    """A data set as latents, encoded once and kept in memory: for pictures of one size, without random crops.
-
-    With `flip`, every pair is there twice, as it is and mirrored.
-    """
-
-    def __init__(self, model, pairs, device, precision, flip=True):
-        """model: a `checkpoint.Model`, pairs: an `EditDataset` of pictures of one size, or UserError is raised.
-
-        precision: makes the context in which the autoencoder, which is frozen, computes; half precision is enough.
-        """
-        self.device, self.contexts, self.texts = device, Contexts(model, device, precision), []
-        self.scaling, shape = model.vae.config.scaling, pairs[0][0].shape
-        before, after, spread = [], [], []
-        at_once = max(1, PIXELS_AT_ONCE // (shape[1] * shape[2]))
-        for first in tqdm(range(0, len(pairs), at_once), desc="encoding", leave=False):
-            part = [pairs[i] for i in range(first, min(first + at_once, len(pairs)))]
-            x_before, x_after, texts = stack(part, shape)
-            self.texts += texts
-            for mirrored in (False, True)[: 1 + flip]:
-                x = torch.cat([x_before, x_after]).to(device)
-                with torch.no_grad(), precision():
-                    latent = model.vae.encode(x.flip(3) if mirrored else x)
-                condition, target = latent.mode().chunk(2)
-                before.append(condition.half().cpu())
-                after.append(target.half().cpu())
-                spread.append((0.5 * latent.logvar.chunk(2)[1]).exp().half().cpu())
-        # [pairs, 1 or 2, C, h, w]: as it is, mirrored
-        self.before, self.after, self.spread = (
-            torch.cat([torch.stack(parts[i : i + 1 + flip], dim=1) for i in range(0, len(parts), 1 + flip)])
-            for parts in (before, after, spread)
-        )
-
-    def batch(self, draws):
-        """(latent, image_latent, text) of a step's rows, as `ip2p.loss` takes them."""
-        chosen, noise = draws.order(len(self.texts)), draws.normal(*self.after.shape[2:])
-        mirrored = draws.whole(self.before.shape[1])  # Sec. A.1: horizontal flips, p 0.5
-        after, spread, image_latent = (x[chosen, mirrored].float() for x in (self.after, self.spread, self.before))
-        latent = (after + spread * noise) * self.scaling  # a sample, scaled
-        text = self.contexts([self.texts[i] for i in chosen.tolist()])
-        return latent.to(self.device), image_latent.to(self.device), text  # the picture's: the mode, unscaled
-
-
-class PicturePairs:
-    """A data set as pictures, augmented, and encoded when their turn comes; processes read them ahead of time."""
-
-    def __init__(self, model, pairs, device, precision, all_draws, workers):
-        """pairs: an `EditDataset` with a resolution; all_draws: the `Draws` of every batch that will be asked for."""
-        self.model, self.device, self.precision = model, device, precision
-        self.contexts = Contexts(model, device, precision)
-        keys = (draws.keys(len(pairs)) for draws in all_draws)
-        settings = {"batch_size": None, "num_workers": workers, "worker_init_fn": leave_group}
-        self.batches = iter(DataLoader(Batches(pairs), sampler=keys, pin_memory=device != "cpu", **settings))
-
-    def batch(self, draws):
-        """(latent, image_latent, text) of a step's rows, as `ip2p.loss` takes them."""
-        read = next(self.batches)
-        if isinstance(read, UserError):
-            raise read
-        before, after, texts = read
-        with self.precision():
-            mean, logvar = encode(self.model.vae, torch.cat([before, after]).to(self.device))
-        image_latent, mean = mean.float().chunk(2)
-        deviation = (0.5 * logvar.float().chunk(2)[1]).exp()
-        sample = mean + deviation * draws.normal(*mean.shape[1:]).to(self.device)
-        return sample * self.model.vae.config.scaling, image_latent, self.contexts(texts)
+        return found
 
 
 @torch.no_grad()
-def encode(vae, x):
-    """Pictures [B, 3, H, W] -> mean and logvar of their latents, each [B, C, h, w], a few pictures at a time."""
-    parts = [vae.encode(part) for part in x.split(max(1, PIXELS_IN_STEP // (x.shape[2] * x.shape[3])))]
-    both = torch.cat([latent.mode() for latent in parts]), torch.cat([latent.logvar for latent in parts])
-    return tuple(values.contiguous() for values in both)  # whatever memory layout the encoder's last layer left
+def encode(vae, x, autocast):
+    """Images [B, 3, H, W] -> mean and standard deviation of their latents, [B, C, h, w], a few images at a time."""
+    latents = []
+    for part in x.split(max(1, ENCODED_AT_ONCE // (x.shape[2] * x.shape[3]))):
+        with autocast():
+            latents.append(vae.encode(part))
+    mean = torch.cat([latent.mode().float() for latent in latents])
+    return mean.contiguous(), torch.cat([(0.5 * latent.logvar.float()).exp() for latent in latents]).contiguous()
+
+
+class ImageBatches:
+    """Batches from images on disk, read and cropped by worker processes and encoded at every step."""
+
+    def __init__(self, dataset, model, device, autocast, settings, steps, workers):
+        self.vae, self.device, self.autocast = model.vae, device, autocast
+        self.instructions = Instructions(model, device, autocast)
+        keys = batch_keys(len(dataset), settings, steps)
+        self.batches = iter(
+            DataLoader(Batches(dataset), None, sampler=keys, num_workers=workers, worker_init_fn=leave_group)
+        )
+
+    def __call__(self, draws):
+        """(latent, image_latent, text) of the rows of a `Draws`, as `ip2p.loss` takes them."""
+        draws.integers(1)  # `batch_keys` has drawn the edits from the same generator
+        batch = next(self.batches)
+        if isinstance(batch, UserError):
+            raise batch
+        before, after, texts = batch
+        mean, deviation = encode(self.vae, torch.cat([before, after]).to(self.device), self.autocast)
+        image_latent, mean = mean.chunk(2)
+        sample = mean + deviation.chunk(2)[1] * draws.normal(*mean.shape[1:]).to(self.device)
+        return sample * self.vae.config.scaling, image_latent, self.instructions(texts)
+
+
+def batch_keys(count, settings, steps):
+    """For each micro-batch of all steps, its keys (edit, example number) of an `EditDataset` of `count` edits."""
+    for step in steps:
+        for micro in range(settings.grad_accum):
+            draws = draws_of(settings, step, micro)
+            first = settings.seed * 10**10 + step * draws.total
+            examples = range(first + draws.rows.start, first + draws.rows.stop)
+            yield list(zip(draws.integers(count).tolist(), examples, strict=True))
 
 
 class Batches(Dataset):
-    """Lists of keys instead of single ones; an error is handed on as a value, or it would arrive as a traceback."""
+    """Batches of an `EditDataset` by their keys; an error is returned, or it would arrive as a traceback."""
 
-    def __init__(self, pairs):
-        self.pairs = pairs
+    def __init__(self, dataset):
+        self.dataset = dataset
 
     def __getitem__(self, keys):
-        """A batch as `stack` makes it, or the UserError that came instead."""
+        """before [B, 3, H, W], after, and the instructions; or a UserError."""
         try:
-            return stack([self.pairs[key] for key in keys])
+            before, after, texts = zip(*[self.dataset[key] for key in keys], strict=True)
+            return torch.stack(before), torch.stack(after), list(texts)
         except UserError as error:
             return error
 
 
 def leave_group(worker):
-    """Put a reading process into a group of its own: when the others are told to stop, the training still needs it."""
+    """Put a worker into a process group of its own: Ctrl-C ends the training, which needs it until then."""
     os.setpgrp()
 
 
-def stack(pairs, shape=None):
-    """Pairs as a batch: before [B, 3, H, W], after, and the instructions. Raises UserError where the shapes differ."""
-    before, after, texts = zip(*pairs, strict=True)
-    if any(x.shape != (shape or before[0].shape) for x in before + after):
-        raise UserError("the pictures of the data set differ in size; one size for all is needed")
-    return torch.stack(before), torch.stack(after), list(texts)
+class LatentBatches:
+    """All pairs of all edits as latents in memory, encoded once; a step draws an edit, then one of its pairs."""
+
+    def __init__(self, dataset, model, device, autocast, flip, first_only=False):
+        """flip: every pair is there mirrored, too. first_only: only the first pair of each edit. Raises UserError."""
+        self.device, self.instructions = device, Instructions(model, device, autocast)
+        self.scaling, self.copies, self.texts, self.first, self.pairs = model.vae.config.scaling, 1 + flip, [], [], []
+        means, deviations, shape = [], [], None
+        for index, (_, seeds) in enumerate(tqdm(dataset.edits, desc="encoding", leave=False, disable=RANK > 0)):
+            found = [pair for k in range(len(seeds)) if (pair := dataset.load_pair(index, k))]
+            found = found[:1] if first_only else found
+            for before, after, text in found:
+                shape = shape or before.shape
+                if before.shape != shape:
+                    raise UserError("the images of the data set differ in size; use --resolution")
+                x = torch.stack([before, after])
+                x = torch.cat([x, x.flip(3)]) if flip else x
+                mean, deviation = encode(model.vae, x.to(device), autocast)
+                means.append(mean.cpu().unflatten(0, (-1, 2)))  # [copies, 2, C, h, w]
+                deviations.append(deviation.cpu()[1::2])
+                self.texts.append(text)
+            if found:
+                self.pairs.append(len(found))
+                self.first.append(len(self.texts) - len(found))
+        if not self.texts:
+            raise UserError(f"{dataset.root} holds no whole pair")
+        self.means, self.deviations = torch.stack(means), torch.stack(deviations)
+        self.first, self.pairs = torch.tensor(self.first), torch.tensor(self.pairs)
+
+    def __call__(self, draws):
+        """(latent, image_latent, text) of the rows of a `Draws`, as `ip2p.loss` takes them."""
+        edit = draws.integers(len(self.pairs))
+        pair = self.first[edit] + (draws.uniform() * self.pairs[edit]).long()
+        copy = draws.integers(self.copies)
+        image_latent, mean = self.means[pair, copy].to(self.device).unbind(1)
+        noise = draws.normal(*mean.shape[1:]).to(self.device)
+        sample = mean + self.deviations[pair, copy].to(self.device) * noise
+        return sample * self.scaling, image_latent, self.instructions([self.texts[i] for i in pair.tolist()])

@@ -1,113 +1,93 @@
 """The command line of train.py: presets, and flags that override them."""
 
-import sys
+import math
+import os
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
 import torch
 
-from cli import Parser, UserError, check_device, check_device_name, check_sampling, own_device
+from cli import Parser, UserError, check_device, check_sampling, own_device
 
-COMMON = {
-    "largest": None,
-    "batch": 32,
-    "total": None,
-    "accumulate": None,
-    "steps": 10_000,
-    "lr": 1e-4,
-    "warmup": 0,
-    "decay": 0.0,
-    "beta2": 0.999,
-    "weight_decay": 0.01,
-    "clip": 1.0,
-    "ema": 0.9999,
-    "ema_device": None,
-    "balanced": False,
-    "trainable": "full",
-    "rank": 32,
-    "checkpointing": False,
-    "cache_latents": False,
-}
+PAPER = {
+    # as the released code trains: 32-bit floats, gradients not clipped. It resizes to exactly 256 pixels where the
+    # paper's text says 256 to 288; here we follow the text.
+    "resolution": 256, "max_resize": 288, "batch_size": 32, "total_batch_size": 1024, "max_steps": 10_000,
+    "lr": 1e-4, "warmup_steps": 0, "lr_decay": 0.0, "beta2": 0.999, "weight_decay": 0.01, "grad_clip": 0.0,
+    "ema_decay": 0.9999, "ema_device": None, "loss_weighting": "none", "trainable": "full", "rank": 32,
+    "gradient_checkpointing": False, "cache_latents": False, "mixed_precision": "no",
+}  # fmt: skip
+SMALLER = {  # on one GPU: activations are computed twice instead of kept, and the EMA lies in main memory
+    **PAPER,
+    "max_resize": 256, "batch_size": 16, "gradient_checkpointing": True, "ema_device": "cpu", "grad_clip": 1.0,
+    "mixed_precision": "auto",
+}  # fmt: skip
 PRESETS = {
-    # Sec. A.1 of the paper: 256x256 crops of pictures made 256 to 288 large, 1024 pairs a step
-    "paper": {**COMMON, "resolution": 256, "largest": 288, "total": 1024},
-    # the same on one GPU: activations are computed twice instead of kept, and the average waits in main memory
-    "24gb": {**COMMON, "resolution": 256, "batch": 16, "total": 256, "checkpointing": True, "ema_device": "cpu"},
-    "12gb": {
-        **COMMON,
-        "resolution": 256, "batch": 16, "total": 128, "checkpointing": True, "ema_device": "cpu",
-        "trainable": "lora",
-    },
-    # the miniature: pictures as they are, encoded once
-    "mini": {
-        **COMMON,
-        "resolution": None, "steps": 32_500, "lr": 6e-4, "warmup": 100, "decay": 0.33, "beta2": 0.99,
-        "ema": 0.999, "balanced": True, "cache_latents": True,
-    },
+    "paper": PAPER,
+    "24gb": {**SMALLER, "total_batch_size": 256},
+    "12gb": {**SMALLER, "total_batch_size": 128, "trainable": "lora"},
+    "mini": {  # the miniature: images as they are, encoded once
+        **PAPER,
+        "resolution": 0, "max_resize": None, "total_batch_size": None, "max_steps": 32_500, "lr": 6e-4,
+        "warmup_steps": 100, "lr_decay": 0.33, "beta2": 0.99, "grad_clip": 1.0, "ema_decay": 0.999,
+        "loss_weighting": "balanced", "cache_latents": True, "mixed_precision": "auto",
+    },  # fmt: skip
 }
 
 
-def parse(arguments=None, processes=1):
-    """The settings of a training: a namespace with every value decided. Raises UserError.
-
-    processes: that train together.
-    """
-    about = "Train an editor from a text-to-image model."
-    parser = Parser(prog="train.py", description=about, allow_abbrev=False)
+def parse(arguments=None):
+    """The settings of a training, as a namespace in which every value is decided. Raises UserError."""
+    parser = Parser(prog="train.py", description="Train an editor from a text-to-image model.", allow_abbrev=False)
     add = parser.add_argument
-    needed = "--plan" not in (sys.argv[1:] if arguments is None else arguments)
-    add("--data", type=Path, required=needed, metavar="DIR", help="pairs, as datagen.py images leaves them")
-    add("--init", required=needed, metavar="PATH", help="Stable Diffusion weights, or an editor's")
-    add("--out", type=Path, required=needed, metavar="DIR", help="for all that the run leaves")
-    add("--plan", action="store_true", help="say what memory a step takes, and train nothing; only --init is looked at")
-    add("--preset", choices=PRESETS, default="paper", help="where all other flags start from (default: paper)")
-    add("--resume", action="store_true", help="go on with the run in --out, if there is one")
-    add("--resolution", type=int, metavar="R", help="pixels a side of the crops; 0 for pictures as they are")
-    add("--largest", type=int, metavar="R", help="before a crop, the shorter side is by chance up to so large")
-    add("--batch", type=int, metavar="B", help="pairs a process computes at once")
-    add("--accumulate", type=int, metavar="N", help="such passes a step")
-    add("--total", type=int, metavar="B", help="pairs a step, of all processes and passes; in place of --accumulate")
-    add("--steps", type=int, metavar="N", help="training steps")
+    add("--data", type=Path, required=True, metavar="DIR", help="pairs, as datagen.py images leaves them")
+    add("--init", required=True, metavar="PATH", help="Stable Diffusion weights, or an editor's")
+    add("--out", type=Path, required=True, metavar="DIR", help="for all that the run writes")
+    add("--preset", choices=PRESETS, default="paper", help="defaults of all other flags (default: paper)")
+    add("--resume", action="store_true", help="resume the run in --out, if there is one")
+    add("--resolution", type=int, metavar="R", help="pixels a side of the crops; 0 for images as they are")
+    add("--max-resize", type=int, metavar="R", help="before a crop, the shorter side is randomly up to this large")
+    add("--batch-size", type=int, metavar="B", help="pairs that a process computes at once")
+    add("--grad-accum", type=int, metavar="N", help="micro-batches a step")
+    add("--total-batch-size", type=int, metavar="B", help="pairs a step, of all processes and micro-batches")
+    add("--max-steps", type=int, metavar="N", help="training steps")
     add("--lr", type=float, metavar="X", help="learning rate")
-    add("--warmup", type=int, metavar="N", help="steps in which it rises")
-    add("--decay", type=float, metavar="SHARE", help="the share of all steps, at the end, in which it falls")
-    add("--beta2", type=float, metavar="X", help="AdamW's, of squared gradients")
+    add("--warmup-steps", type=int, metavar="N", help="steps of linear warmup")
+    add("--lr-decay", type=float, metavar="F", help="the last fraction of all steps, of linear decay")
+    add("--beta2", type=float, metavar="X", help="AdamW's")
     add("--weight-decay", type=float, metavar="X", help="AdamW's")
-    add("--clip", type=float, metavar="X", help="the largest norm of a step's gradient; 0 for any")
-    add("--ema", type=float, metavar="X", help="decay of the weights' moving average, which becomes the editor")
-    add("--ema-device", metavar="D", help="where that average is kept")
-    add("--balanced", action="store_true", default=None, help="let all noise levels count about alike")
-    kinds = "all weights; those of attention and the first convolution; or small ones beside these (lora.py)"
-    add("--trainable", choices=["full", "attention", "lora"], help=kinds)
-    add("--rank", type=int, metavar="N", help="of LoRA's weights")
-    add("--checkpointing", action="store_true", default=None, help="compute activations twice instead of keeping them")
-    add("--cache-latents", action="store_true", default=None, help="encode once, in memory; no crops by chance")
-    add("--subset", type=amount, metavar="N", help="so many of the pairs, or a share such as 0.1")
-    add("--overfit", type=int, metavar="N", help="train on so few pairs, unchanged: what to try first")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="(default: auto)")
-    compiled = "compile the UNet, and check its gradient, before the first step (default: on a GPU)"
-    add("--compile", action=BooleanOptionalAction, help=compiled)
-    add("--channels-last", action="store_true", help="another memory layout, faster on some GPUs")
+    add("--grad-clip", type=float, metavar="X", help="largest norm of a step's gradient; 0 for no clipping")
+    add("--ema-decay", type=float, metavar="X", help="of the weights' moving average, which becomes the editor")
+    add("--ema-device", metavar="D", help="where that average lies")
+    add("--mixed-precision", choices=["no", "fp16", "bf16", "auto"], help="autocast's number format")
+    add("--gradient-checkpointing", action=BooleanOptionalAction, help="compute activations twice")
+    add("--cache-latents", action=BooleanOptionalAction, help="encode once, in memory; without random crops")
+    add("--loss-weighting", choices=["none", "balanced"], help="balanced: all noise levels count about alike")
+    add("--trainable", choices=["full", "attention", "lora"], help="all weights, attention and conv_in, or LoRA")
+    add("--rank", type=int, metavar="N", help="LoRA's")
+    add("--subset", type=amount, metavar="N", help="number of edits to train on, or a fraction such as 0.1")
+    add("--overfit", type=int, metavar="N", help="train on so few edits, not augmented: what to try first")
+    add("--compile", action=BooleanOptionalAction, help="torch.compile the UNet (default: on a GPU)")
     add("--seed", type=int, default=0, metavar="S", help="of all randomness (default: 0)")
     add("--save-every", type=int, default=500, metavar="N", help="steps between two states (default: 500)")
+    add("--eval-every", type=int, metavar="N", help="steps between two evaluations (default: a tenth of all)")
     add("--keep", type=int, default=2, metavar="K", help="newest states that are kept (default: 2)")
-    add("--look-every", type=int, metavar="N", help="steps between two sample sheets (default: a tenth of all)")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    add("--workers", type=int, default=4, metavar="N", help="processes that read pictures (default: 4)")
+    add("--workers", type=int, default=4, metavar="N", help="processes that read images (default: 4)")
     noted = "noted in the model as its default for sampling (default: that of --init)"
     add("--sampling-steps", type=int, metavar="N", help=f"denoising steps, {noted}")
     add("--cfg-text", type=float, metavar="S_T", help=f"text guidance, {noted}")
     add("--cfg-image", type=float, metavar="S_I", help=f"image guidance, {noted}")
     options = parser.parse_args(arguments)
-    preset, given_total = PRESETS[options.preset], options.total
-    if options.resolution and options.largest is None and preset["largest"]:  # as much larger as the preset has it
-        options.largest = options.resolution * preset["largest"] // preset["resolution"]
-    for name, value in preset.items():
+    given_total, given_resize = options.total_batch_size, options.max_resize
+    for name, value in PRESETS[options.preset].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    if options.resolution and given_resize is None and options.max_resize:  # as much larger as the preset has it
+        preset = PRESETS[options.preset]
+        options.max_resize = options.resolution * preset["max_resize"] // preset["resolution"]
     check(options)
-    decide(options, processes, given_total)
+    decide(options, int(os.environ.get("WORLD_SIZE", 1)), given_total)
     return options
 
 
@@ -118,64 +98,62 @@ def amount(text):
 
 def check(options):
     """Raise UserError for a value out of range."""
-    at_least_one = ("steps", "batch", "accumulate", "total", "save_every", "keep", "look_every", "threads", "overfit")
-    for name in (*at_least_one, "rank", "sampling_steps"):
+    at_least_one = ("max_steps", "batch_size", "grad_accum", "total_batch_size", "save_every", "keep", "eval_every")
+    for name in (*at_least_one, "threads", "overfit", "rank", "sampling_steps"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} should be at least 1, not {value}")
-    ranges = {"lr": (0, 1), "beta2": (0, 1), "ema": (-1, 1), "decay": (-1, 1), "weight_decay": (-1, 10)}
-    for name, (low, high) in ranges.items():
-        if not low < getattr(options, name) < high or (low < 0 and getattr(options, name) < 0):
-            wanted = f"from 0 to below {high}" if low < 0 else f"between 0 and {high}"
-            raise UserError(f"--{name.replace('_', '-')} should be {wanted}, not {getattr(options, name)}")
-    if not options.clip >= 0 or options.warmup < 0 or options.workers < 0:
-        raise UserError("--clip, --warmup and --workers should be at least 0")
-    whole = isinstance(options.subset, int) and options.subset > 0
-    if options.subset is not None and not (whole or 0 < options.subset < 1):
-        raise UserError(f"--subset should be a number of pairs, or a share above 0 and below 1, not {options.subset}")
+    for name in ("lr", "beta2", "ema_decay", "lr_decay", "weight_decay"):
+        if not 0 <= getattr(options, name) < 1:
+            flag = name.replace("_", "-")
+            raise UserError(f"--{flag} should be at least 0 and below 1, not {getattr(options, name)}")
+    if not options.grad_clip >= 0 or options.warmup_steps < 0 or options.workers < 0:
+        raise UserError("--grad-clip, --warmup-steps and --workers should be at least 0")
+    most = math.inf if isinstance(options.subset, int) else 1
+    if options.subset is not None and not 0 < options.subset < most:
+        raise UserError(f"--subset should be a number of edits, or a fraction between 0 and 1, not {options.subset}")
     if options.subset and options.overfit:
-        raise UserError("--subset and --overfit both say how many pairs; one of them is enough")
+        raise UserError("--subset and --overfit both say how many edits; use one of them")
     if not 0 <= options.seed < 10**8:
         raise UserError(f"--seed should be between 0 and {10**8 - 1}, not {options.seed}")
-    if options.resolution and options.largest and options.largest < options.resolution:
-        raise UserError(f"--largest should be at least the resolution, {options.resolution}")
+    if options.resolution and options.max_resize and options.max_resize < options.resolution:
+        raise UserError(f"--max-resize should be at least the resolution, {options.resolution}")
     check_sampling(options.sampling_steps, options.cfg_text, options.cfg_image, options.resolution or None)
 
 
 def decide(options, processes, given_total):
-    """Put in place what follows from other settings. given_total: what --total said."""
-    if options.overfit:
-        options.cache_latents = True
-    if options.cache_latents:
-        options.largest = None
+    """Decide what follows from other settings. given_total: what --total-batch-size said."""
+    options.cache_latents = options.cache_latents or bool(options.overfit)
     if not options.resolution:
-        options.resolution = options.largest = None
+        options.resolution = None
         if not options.cache_latents:
-            raise UserError("pictures as they are (--resolution 0) need --cache-latents")
-    if options.accumulate is None:
-        each = options.batch * processes
-        if options.total and options.total % each:
-            found = f"{processes} processes with a batch of {options.batch}" if processes > 1 else f"{options.batch}"
-            raise UserError(f"a step of {options.total} pairs cannot be divided by {found}; change --total or --batch")
-        options.accumulate = options.total // each if options.total else 1
-    elif given_total not in (None, options.batch * options.accumulate * processes):
-        raise UserError(f"--total {given_total} is not --batch times --accumulate times {processes} processes")
-    options.total = options.batch * options.accumulate * processes
-    options.look_every = options.look_every or max(1, options.steps // 10)
+            raise UserError("images as they are (--resolution 0) need --cache-latents")
+    if options.cache_latents:
+        options.max_resize = None
+    each, total = options.batch_size * processes, options.total_batch_size
+    if options.grad_accum is None:
+        if total and total % each:
+            raise UserError(f"--total-batch-size {total} is no multiple of --batch-size times {processes} processes")
+        options.grad_accum = total // each if total else 1
+    elif given_total not in (None, each * options.grad_accum):
+        raise UserError(f"--total-batch-size is not --batch-size times --grad-accum times {processes} processes")
+    options.total_batch_size = each * options.grad_accum
+    options.eval_every = options.eval_every or max(1, options.max_steps // 10)
     for device in {options.device, options.ema_device or options.device}:
-        (check_device_name if options.plan else check_device)(own_device(device))
-    if options.compile is None:
-        options.compile = torch.device(options.device).type == "cuda"
-    if options.dtype == "auto":
-        options.dtype = fast_dtype(torch.device(options.device).type)
+        check_device(own_device(device))
+    on_gpu = torch.device(options.device).type == "cuda"
+    if options.compile and not on_gpu:
+        raise UserError("--compile does not pay on a CPU; leave it out")
+    options.compile = on_gpu if options.compile is None else options.compile
+    if options.mixed_precision == "auto":
+        options.mixed_precision = fast_precision(options.device)
 
 
-def fast_dtype(kind):
-    """The number format in which a kind of device computes fastest, without being too coarse to train in."""
-    if kind == "cuda":
-        absent = not torch.cuda.is_available()  # and only planned for
-        return "bfloat16" if absent or torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
-    return "bfloat16" if kind == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+def fast_precision(device):
+    """The number format in which a device trains fastest: "bf16" where it can multiply it, else "fp16" or "no"."""
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
 
 
 def parse_export(arguments):
@@ -185,5 +163,5 @@ def parse_export(arguments):
     add("--run", type=Path, required=True, metavar="DIR", help="the --out of the training")
     add("--out", type=Path, required=True, metavar="PATH", help="a folder, or a .safetensors file")
     add("--lora", action="store_true", help="only what LoRA has learned, as a file for diffusers")
-    add("--raw", action="store_true", help="the weights as they were last, not their moving average")
+    add("--raw", action="store_true", help="the last weights, not their moving average")
     return parser.parse_args(arguments)

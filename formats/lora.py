@@ -16,7 +16,7 @@ from unet import Attention, UNet
 
 
 class LowRank(nn.Module):
-    """W -> W + B A for a weight W [out, ...]: A [rank, all the rest] by chance and B [out, rank] zero at first."""
+    """W -> W + B A for a weight W [out, ...]: A [rank, all the rest] random and B [out, rank] zero at first."""
 
     def __init__(self, weight, rank, generator):
         super().__init__()
@@ -39,7 +39,7 @@ def add_lora(unet, rank):
 
 
 def adapted_layers(unet):
-    """{name: layer} of all that LoRA changes. The first convolution has the channels of the picture to edit."""
+    """{name: layer} of all that LoRA changes. The first convolution has the channels of the input image."""
     layers = {"conv_in": unet.conv_in}
     for name, module in unet.named_modules():
         if isinstance(module, Attention):
@@ -54,8 +54,12 @@ def merge_lora(unet):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
 
 
-def write_lora(unet, path):
-    """Write A and B of every layer as a .safetensors file that diffusers' `load_lora_weights` opens."""
+def write_lora(unet, path, base):
+    """Write A and B of every layer as a .safetensors file that diffusers' `load_lora_weights` opens.
+
+    base: the model that the training began with, noted in the file's metadata. The file opens on an InstructPix2Pix
+    pipeline: if that model was a text-to-image one, its first convolution needs the new input channels of zeros first.
+    """
     with torch.device("meta"):
         names = foreign_names(UNet(unet.config))
     tensors = {}
@@ -64,6 +68,7 @@ def write_lora(unet, path):
         a, b = low_rank.a, low_rank.b
         if isinstance(layer, nn.Conv2d):  # there A is a convolution, and B one of 1x1
             a, b = a.unflatten(1, layer.weight.shape[1:]), b[:, :, None, None]
-        base = "unet." + names[f"{name}.weight"].diffusers.removesuffix(".weight")
-        tensors |= {f"{base}.lora_A.weight": a, f"{base}.lora_B.weight": b}
-    write_tensors(path, tensors)
+        key = "unet." + names[f"{name}.weight"].diffusers.removesuffix(".weight")
+        tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    note = f"{base}, its UNet's conv_in extended by zeros to {unet.config.in_channels} input channels if it had fewer"
+    write_tensors(path, tensors, {"base_model": note})

@@ -3,10 +3,9 @@
     python -m mini.pretrain all --out runs/mini        # everything in order; stopped and started again, it goes on
     python -m mini.pretrain vae --out runs/mini        # one stage
 
-Stages: `vae`, `clip` (with its tokenizer), `judge` (measures pictures, teaches nothing), `sd`.
+Stages: `vae`, `clip` (with its tokenizer), `judge` (measures images, teaches nothing), `sd`.
 """
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from cli import Parser, UserError, atomic_write, check_device, run_program
+from attention import fused, reference
+from cli import Parser, UserError, atomic_write, check_device, make_folder, run_program
 from clip_text import CLIPText
 from diffusion import NoiseSchedule, Sampling
 from formats.checkpoint import Model, load_clip, load_vae, save_folder, save_vae
@@ -23,17 +23,19 @@ from formats.weights import read_tensors, write_json, write_tensors
 from images import enlarge, grid, save_png, to_image
 from mini.judge import Judge, labels
 from mini.pretrain_clip import train_clip
-from mini.scenes import choose, held_out_pictures, scenes, share_right, to_pictures, training_scene
+from mini.scenes import held_out_pictures, scenes, share_right, to_pictures, training_scene
 from mini.world import SIZE, caption
+from presets import fast_precision
+from runs import PROCESSES, RANK, barrier, join
 from stable_diffusion import StableDiffusion
-from training import Plan, fast_training, fit
+from train import Settings, autocasting, fit
 from unet import Level, UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 MINI_VAE = VAEConfig(channels=(16, 40, 80), resblocks=1, groups=8, scaling=1.0)
 MINI_UNET = UNetConfig(
     levels=(
-        #   channels  attention  heads    a 64x64 picture is here
+        #   channels  attention  heads    a 64x64 image is here
         Level(    64,      True,     2),  # 16x16 latents
         Level(   128,      True,     4),  # 8x8
         Level(   160,     False,     5),  # 4x4; only the middle's transformer uses these heads
@@ -44,13 +46,13 @@ MINI_UNET = UNetConfig(
 )
 MINI_SAMPLING = Sampling(steps=20, text_guidance=4.0, image_guidance=1.5, resolution=SIZE)
 
-PLANS = {
-    "vae": Plan(steps=3600, batch=16, lr=2e-3, decay=0.7, seed=2),
-    "clip": Plan(steps=1000, batch=128, lr=1e-3, decay=0.7, betas=(0.9, 0.98), weight_decay=0.05, seed=3),
-    "judge": Plan(steps=700, batch=64, lr=2e-3, seed=1),
-    "sd": Plan(steps=4200, batch=32, lr=1e-3, seed=4),
+SETTINGS = {  # batch_size: examples a step, of all processes together
+    "vae": Settings(3600, lr=2e-3, batch_size=16, lr_decay=0.7, seed=2),
+    "clip": Settings(1000, lr=1e-3, batch_size=128, lr_decay=0.7, beta2=0.98, weight_decay=0.05, seed=3),
+    "judge": Settings(700, lr=2e-3, batch_size=64, seed=1),
+    "sd": Settings(4200, lr=1e-3, batch_size=32, seed=4),
 }
-STAGES = tuple(PLANS)
+STAGES = tuple(SETTINGS)
 
 
 # ---- the judge ----
@@ -59,33 +61,37 @@ STAGES = tuple(PLANS)
 def train_judge(options):
     """Train the judge on scenes, as they are and as the autoencoder gives them back, and measure its own error.
 
-    Generated pictures are softer than drawn ones and lack the finest strokes; a judge must not live on those.
+    Generated images are softer than drawn ones and lack the finest strokes; a judge must not live on those.
     """
-    plan, device = options.plan("judge"), options.device
+    settings, device = options.settings("judge"), options.device
     drawn, pixels = scenes(options.scenes, options.out)
     answers = labels(drawn).to(device)
     vae = load_vae(options.out / "vae_model").float().to(device)
     decoded = decode_some(vae, pixels[:8192], device)
-    torch.manual_seed(plan.seed)
+    torch.manual_seed(settings.seed)
     judge = Judge().to(device)
 
-    def loss_of(step, generator, batch):
-        chosen = choose(len(drawn), batch, generator)
-        chosen[: batch // 2] %= len(decoded)
+    def loss_of(network, draws):
+        chosen = draws.integers(len(drawn)).numpy()
         x = to_pictures(pixels[chosen], device)
-        x[: batch // 2] = to_pictures(decoded[chosen[: batch // 2]], device)
+        x[::2] = to_pictures(decoded[chosen[::2] % len(decoded)], device)
+        truths = chosen.copy()
+        truths[::2] %= len(decoded)
         softened = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        share = torch.rand(batch, 1, 1, 1, generator=generator).to(device)
-        x = torch.lerp(x, softened, share) + 0.05 * torch.randn(x.shape, generator=generator).to(device)
-        return judge.loss(x, answers[chosen])
+        amount = draws.uniform()[:, None, None, None].to(device)
+        x = torch.lerp(x, softened, amount) + 0.05 * draws.normal(*x.shape[1:]).to(device)
+        with options.autocast():
+            return network.loss(x, answers[truths])
 
-    average = fit(judge, loss_of, plan, options.out / "judge", device=device)
+    average = fit(judge, loss_of, settings, options.out / "judge")
+    if RANK > 0:
+        return None
     average.save(options.out / "judge.safetensors")
     held_out, x = held_out_pictures(options.test_scenes, device)
     with torch.no_grad():
         again = vae.decode(vae.encode(x).mode())
     return {
-        "all attributes right on true pictures": share_right(average, x, held_out),
+        "all attributes right on true images": share_right(average, x, held_out),
         "on those through the autoencoder": share_right(average, again, held_out),
     }
 
@@ -95,7 +101,7 @@ def decode_some(vae, pixels, device):
     """Pictures through the autoencoder: uint8 [count, 64, 64, 3], as they came."""
     parts = []
     for start in tqdm(range(0, len(pixels), 64), desc="decoding", leave=False):
-        with fast_training(device):
+        with autocasting(device, fast_precision(device))():
             x = vae.decode(vae.encode(to_pictures(pixels[start : start + 64], device)).mode()).float()
         parts.append(((x.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).round().byte().cpu())
     return torch.cat(parts).numpy()
@@ -106,31 +112,34 @@ def decode_some(vae, pixels, device):
 
 def train_vae(options):
     """Train the autoencoder (Rombach et al. 2022, without the discriminator) and bring its latents to unit variance."""
-    plan, device = options.plan("vae"), options.device
+    settings, device = options.settings("vae"), options.device
     drawn, pixels = scenes(options.scenes, options.out)
-    torch.manual_seed(plan.seed)
+    torch.manual_seed(settings.seed)
     vae = VAE(MINI_VAE).to(device)
     _, held_out = held_out_pictures(options.test_scenes, device)
 
-    def loss_of(step, generator, batch):
-        x = to_pictures(pixels[choose(len(drawn), batch, generator)], device)
-        if step < 0.75 * plan.steps:  # a quarter of each picture first, which is four times as fast
-            top, left = torch.randint(SIZE // 2 + 1, (2,), generator=generator).tolist()
+    def loss_of(network, draws):
+        x = to_pictures(pixels[draws.integers(len(drawn)).numpy()], device)
+        if draws.step < 0.75 * settings.max_steps:  # a quarter of each image first, which is four times as fast
+            top, left = torch.randint(SIZE // 2 + 1, (2,), generator=draws.generator).tolist()
             x = x[:, :, top : top + SIZE // 2, left : left + SIZE // 2].contiguous()
-        latent = vae.encode(x)
-        noise = torch.randn(latent.mean.shape, generator=generator).to(device)
-        guess = vae.decode(latent.sample(noise)).float()
+        with options.autocast():
+            latent = network.encode(x)
+            noise = draws.normal(*latent.mean.shape[1:]).to(device)
+            guess = network.decode(latent.sample(noise)).float()
         error = guess - x
         edges = sum((error.diff(dim=axis)).abs().mean() for axis in (2, 3))
         mean, logvar = latent.mean.float(), latent.logvar.float()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return error.abs().mean() + 2 * error.square().mean() + 0.3 * edges + 2e-4 * divergence
 
-    def show(average, step):
-        again = average.decode(average.encode(held_out[:16]).mode()).float()
+    def evaluate(step):
+        again = vae.decode(vae.encode(held_out[:16]).mode())
         write_grid(options.out / "vae" / "samples.png", [*held_out[:16], *again])
 
-    average = fit(vae, loss_of, plan, options.out / "vae", device=device, show=show)
+    average = fit(vae, loss_of, settings, options.out / "vae", evaluate)
+    if RANK > 0:
+        return None
     with torch.no_grad():
         latents = encode_all(average, pixels[:2048], device).float()
         normalise_latents(average, latents)
@@ -139,7 +148,7 @@ def train_vae(options):
     save_vae(average, options.out / "vae_model", torch.float16)
     noise_ratio = 10 * ((again - held_out).square().mean((1, 2, 3)) / 4).log10().neg().mean()
     return {
-        "PSNR on held-out pictures, dB": noise_ratio.item(),
+        "PSNR on held-out images, dB": noise_ratio.item(),
         "L1 in [0, 1]": ((again - held_out).abs().mean() / 2).item(),
     }
 
@@ -149,7 +158,7 @@ def normalise_latents(vae, latents):
     """Give every latent channel mean 0 and deviation 1 over `latents` [B, C, H, W], by the 1x1 convolutions there are.
 
     Stable Diffusion's VAE does it by one scaling factor; folded into quant_conv and post_quant_conv it is exact for
-    every channel, and the factor becomes 1. The pictures stay the same.
+    every channel, and the factor becomes 1. The images stay the same.
     """
     mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     channels = len(mean)
@@ -166,62 +175,62 @@ def normalise_latents(vae, latents):
 
 def train_sd(options):
     """Train text-to-image latent diffusion on captions, the text tower frozen (Rombach et al. 2022)."""
-    plan, device = options.plan("sd"), options.device
+    settings, device = options.settings("sd"), options.device
     drawn, pixels = scenes(options.scenes, options.out)
     vae = load_vae(options.out / "vae_model").float().to(device)
     clip, tokenizer = load_clip(options.out / "clip_model", device)
     kept = options.out / "sd" / f"latents_{options.scenes}.safetensors"  # so that resuming need not encode again
-    if not kept.exists():
+    if RANK == 0 and not kept.exists():
         kept.parent.mkdir(exist_ok=True)
         with atomic_write(kept) as beside:
             write_tensors(beside, {"latents": encode_all(vae, pixels, device)})
+    barrier()
     latents = read_tensors(kept)[0]["latents"]
     captions = tokenizer([caption(scene) for scene in drawn])
-    torch.manual_seed(plan.seed)
+    torch.manual_seed(settings.seed)
     unet = UNet(MINI_UNET).to(device)
     start_at_zero(unet)
     model = Model(unet, vae, text_alone(clip.text), tokenizer, MINI_SAMPLING)
     schedule, null = NoiseSchedule(), tokenizer([""])
 
-    def loss_of(step, generator, batch):
-        chosen = choose(len(drawn), batch, generator)
+    def loss_of(network, draws):
+        chosen, drop, t = draws.integers(len(drawn)), draws.uniform() < 0.1, draws.integers(1000).to(device)
         z = latents[chosen].to(device).float()
-        dropped = torch.rand(batch, 1, generator=generator) < 0.1
-        context = model.text_encoder(torch.where(dropped, null, captions[chosen]).to(device))
-        t = torch.randint(1000, (batch,), generator=generator).to(device)
-        noise = torch.randn(z.shape, generator=generator).to(device)
-        eps = unet(schedule.add_noise(z, noise, t), t, context).float()
+        noise = draws.normal(*z.shape[1:]).to(device)
+        with options.autocast():
+            context = model.text_encoder(torch.where(drop[:, None], null, captions[chosen]).to(device))
+            eps = network(schedule.add_noise(z, noise, t), t, context, options.attend).float()
         return (schedule.min_snr(t) * (eps - noise).square().mean((1, 2, 3))).mean()
 
     held_out = [training_scene(index, test=True) for index in range(options.test_scenes)]
 
-    def show(average, step):
+    def evaluate(step):
         judge = Judge.load(options.out / "judge.safetensors").to(device)
-        sampler = StableDiffusion(Model(average, vae, model.text_encoder, tokenizer, MINI_SAMPLING))
+        sampler = StableDiffusion(Model(unet, vae, model.text_encoder, tokenizer, MINI_SAMPLING))
         some = held_out[:32]
         x = sampler.sample([caption(scene) for scene in some], range(len(some)))
         write_grid(options.out / "sd" / "samples.png", x, [caption(scene) for scene in some])
-        with open(options.out / "sd" / "samples.jsonl", "a", encoding="utf-8") as file:
-            print(json.dumps({"step": step, "all attributes right": share_right(judge, x, some)}), file=file)
+        return {"all attributes right": share_right(judge, x, some)}
 
-    average = fit(unet, loss_of, plan, options.out / "sd", device=device, show=show)
-    model.unet = average
+    fit(unet, loss_of, settings, options.out / "sd", evaluate)
+    if RANK > 0:
+        return None
     shutil.rmtree(options.out / "sd_model", ignore_errors=True)  # of a run that was stopped in its last moments
     save_folder(model, options.out / "sd_model", torch.float16)
-    sampler, judge, pictures = StableDiffusion(model), Judge.load(options.out / "judge.safetensors").to(device), []
+    sampler, judge, images = StableDiffusion(model), Judge.load(options.out / "judge.safetensors").to(device), []
     for seeds in torch.arange(len(held_out)).split(64):
-        pictures.append(sampler.sample([caption(held_out[seed]) for seed in seeds], seeds.tolist()))
-    right = share_right(judge, torch.cat(pictures), held_out)
+        images.append(sampler.sample([caption(held_out[seed]) for seed in seeds], seeds.tolist()))
+    right = share_right(judge, torch.cat(images), held_out)
     return {f"all attributes right on {len(held_out)} held-out captions": right}
 
 
 @torch.no_grad()
 def encode_all(vae, pixels, device):
-    """The latents of all pictures, the mode: [count, C, h, w], float16, for the noise of a sample is far smaller."""
+    """The latents of all images, the mode: [count, C, h, w], float16, for the noise of a sample is far smaller."""
     batches = [pixels[i : i + 128] for i in range(0, len(pixels), 128)]
     encoded = []
     for batch in tqdm(batches, desc="encoding", leave=False):
-        with fast_training(device):
+        with autocasting(device, fast_precision(device))():
             encoded.append(vae.encode(to_pictures(batch, device)).mode().half().cpu())
     return torch.cat(encoded) * vae.config.scaling
 
@@ -247,9 +256,9 @@ def text_alone(tower):
 # ---- the program ----
 
 
-def write_grid(path, pictures, captions=None):
-    """A sheet of pictures [3, 64, 64], eight a row."""
-    save_png(grid([enlarge(to_image(x)) for x in pictures], 8, captions), path)
+def write_grid(path, images, captions=None):
+    """A sheet of images [3, 64, 64], eight a row."""
+    save_png(grid([enlarge(to_image(x)) for x in images], 8, captions), path)
 
 
 TRAIN = {"vae": train_vae, "clip": train_clip, "judge": train_judge, "sd": train_sd}
@@ -261,10 +270,10 @@ def parse(arguments=None):
     add = parser.add_argument
     add("stage", choices=[*STAGES, "all"], help="what to train; all: everything, in order")
     add("--out", type=Path, default=Path("runs/mini"), metavar="DIR", help="for results, logs and what resuming needs")
-    add("--scenes", type=int, default=40_000, metavar="N", help="pictures to draw and train on (default: 40000)")
-    add("--test-scenes", type=int, default=256, metavar="N", help="held-out pictures to measure on (default: 256)")
-    add("--steps", type=int, metavar="N", help="training steps of a stage (default: its own, see PLANS)")
-    add("--batch", type=int, metavar="B", help="pictures a step (default: the stage's own)")
+    add("--scenes", type=int, default=40_000, metavar="N", help="images to draw and train on (default: 40000)")
+    add("--test-scenes", type=int, default=256, metavar="N", help="held-out images to measure on (default: 256)")
+    add("--max-steps", type=int, metavar="N", help="training steps of a stage (default: its own, see SETTINGS)")
+    add("--total-batch-size", type=int, metavar="B", help="images a step (default: the stage's own)")
     add("--seed", type=int, default=0, metavar="S", help="of all randomness (default: 0)")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
@@ -274,7 +283,7 @@ def parse(arguments=None):
 def main(arguments=None):
     """Train the stages that were asked for and note what they reached in `results.json`."""
     options = parse(arguments)
-    for name in ("scenes", "test_scenes", "steps", "batch", "threads"):
+    for name in ("scenes", "test_scenes", "max_steps", "total_batch_size", "threads"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} should be at least 1, not {value}")
@@ -283,28 +292,34 @@ def main(arguments=None):
     check_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
+    options.device = join(options.device)
+    precision = fast_precision(options.device)
+    options.autocast = autocasting(options.device, "bf16" if precision == "bf16" else "no")
+    options.attend = reference if options.device == "cpu" else fused  # whose backward pass is slow on CPUs
 
-    def plan(stage):
-        chosen = {"steps": options.steps, "batch": options.batch}
-        own = replace(PLANS[stage], **{key: value for key, value in chosen.items() if value})
-        return replace(own, seed=own.seed + 1000 * options.seed)
+    def settings(stage):
+        own = SETTINGS[stage]
+        total, steps = options.total_batch_size or own.batch_size, options.max_steps or own.max_steps
+        if total % PROCESSES:
+            raise UserError(f"{total} examples a step cannot be divided by {PROCESSES} processes")
+        every = max(1, steps // 10)
+        changed = {"max_steps": steps, "batch_size": total // PROCESSES, "eval_every": every, "save_every": every}
+        return replace(own, **changed, seed=own.seed + 1000 * options.seed)
 
-    options.plan = plan
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {options.out}: {error.strerror}") from error
+    options.settings = settings
+    make_folder(options.out)
     for stage in STAGES if options.stage == "all" else [options.stage]:
+        barrier()  # what the stage before has left is whole
         noted = options.out / stage / "results.json"
         if noted.exists():
             print(f"{stage}: done already; remove {options.out / stage} to train it anew")
             continue
         results = TRAIN[stage](options)
-        last = (options.out / stage / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-        results["minutes of training"] = json.loads(last)["minutes"]
-        with atomic_write(noted) as beside:
-            write_json(beside, results)
-        print(f"{stage}: " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()))
+        if RANK == 0:
+            with atomic_write(noted) as beside:
+                write_json(beside, results)
+            print(f"{stage}: " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()))
+        barrier()
 
 
 if __name__ == "__main__":

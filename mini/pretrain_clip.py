@@ -12,9 +12,10 @@ from torch import nn
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import END, START, CLIPTextConfig, CLIPTokenizer
 from formats.checkpoint import save_clip
-from mini.scenes import choose, held_out_pictures, scenes, to_pictures
+from mini.scenes import held_out_pictures, scenes, to_pictures
 from mini.world import KINDS, SIZE, caption, random_edit
-from training import fit
+from runs import RANK
+from train import fit
 
 MINI_IMAGE = CLIPImageConfig(size=SIZE, patch=8, width=128, layers=4, heads=4, projection=128)
 MINI_TOKENS = 24
@@ -54,38 +55,41 @@ def train_clip(options):
 
     Captions hold no instructions, so the text tower would never learn their words. A second loss, on texts alone,
     pulls an instruction towards the difference of the captions after and before it. No edited picture is shown.
-    Each of the processes that share a batch (see `training.Crew`) contrasts its own part of it.
+    Each process contrasts its own rows of the total batch.
     """
-    plan, device = options.plan("clip"), options.device
+    settings, device = options.settings("clip"), options.device
     drawn, pixels = scenes(options.scenes, options.out)
     tokenizer = train_tokenizer(world_texts())
     size = len(tokenizer.vocabulary)
     text = CLIPTextConfig(size, MINI_TOKENS, 128, layers=4, heads=4, end_token=tokenizer.end, projection=128)
-    torch.manual_seed(plan.seed)
+    torch.manual_seed(settings.seed)
     clip = CLIP(text, MINI_IMAGE).to(device)
     initialise_clip(clip)
     captions = tokenizer([caption(scene) for scene in drawn])
-    rng = np.random.default_rng(plan.seed)
+    rng = np.random.default_rng(settings.seed)
     edits = [random_edit(rng) for _ in range(min(20_000, options.scenes))]
     triplets = [
         tokenizer(texts)
         for texts in zip(*((caption(e.before), e.instruction, caption(e.after)) for e in edits), strict=True)
     ]
 
-    def loss_of(step, generator, batch):
-        chosen = choose(len(drawn), batch, generator)
+    def loss_of(network, draws):
+        chosen, picked = draws.integers(len(drawn)).numpy(), draws.integers(len(edits)).numpy()
+        picked = picked[: max(1, len(picked) // 4)]
         images = (to_pictures(pixels[chosen], device) + 1) / 2
-        image, words = clip.image.features(images).float(), clip.text.features(captions[chosen].to(device)).float()
-        scale = clip.logit_scale.exp().clamp(max=100)
-        loss = contrast(scale * image @ words.T, captions[chosen])
-        picked = choose(len(edits), max(1, batch // 4), generator)
-        before, instruction, after = (
-            clip.text.features(torch.cat([ids[picked] for ids in triplets]).to(device)).float().chunk(3)
-        )
+        with options.autocast():
+            image = network.image.features(images).float()
+            words = network.text.features(captions[chosen].to(device)).float()
+            ids = torch.cat([ids[picked] for ids in triplets]).to(device)
+            before, instruction, after = network.text.features(ids).float().chunk(3)
+        scale = network.logit_scale.exp().clamp(max=100)
         turn = F.normalize(after - before, dim=-1)
+        loss = contrast(scale * image @ words.T, captions[chosen])
         return loss + 0.5 * contrast(10 * instruction @ turn.T, triplets[1][picked])
 
-    average = fit(clip, loss_of, plan, options.out / "clip", device=device)
+    average = fit(clip, loss_of, settings, options.out / "clip")
+    if RANK > 0:
+        return None
     shutil.rmtree(options.out / "clip_model", ignore_errors=True)  # of a run that was stopped in its last moments
     save_clip(average, tokenizer, options.out / "clip_model", torch.float16)
     chosen, x = held_out_pictures(options.test_scenes, device)

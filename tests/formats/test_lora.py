@@ -1,13 +1,16 @@
 """LoRA: nothing at first, W + B A after, merged or not, and the same picture in diffusers."""
 
+import json
+
 import pytest
 import torch
 from conftest import tiny_model
 from reference import relative_error
-from safetensors.torch import load_file
+from safetensors import safe_open
 
 from formats.checkpoint import save_folder
-from formats.lora import adapted_layers, add_lora, merge_lora, write_lora
+from formats.export import export, load_editor
+from formats.lora import adapted_layers, add_lora, merge_lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,17 +64,24 @@ def test_merging_keeps_the_function_and_leaves_a_plain_unet():
 
 
 @torch.no_grad()
-def test_diffusers_loads_the_file(tmp_path):
-    """On top of the model that the training began with: the prediction of ours."""
+@pytest.mark.parametrize("channels", [8, 4])
+def test_diffusers_loads_an_exported_lora(tmp_path, channels):
+    """On top of the editor that the training began with, be it an editor or an extended Stable Diffusion."""
     pytest.importorskip("peft")
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
-    model = tiny_model()
-    save_folder(model, tmp_path / "model")
+    save_folder(tiny_model(in_channels=channels), tmp_path / "base")
+    model = load_editor(tmp_path / "base")
+    save_folder(model, tmp_path / "editor")  # the base as it is, or with zero channels added
     learned(model.unet)
-    write_lora(model.unet, tmp_path / "lora.safetensors")
-    assert max(len(tensor.shape) for tensor in load_file(tmp_path / "lora.safetensors").values()) == 4
-    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "model")
+    weights = {name: weight for name, weight in model.unet.named_parameters() if weight.requires_grad}
+    settings = {"init": str(tmp_path / "base"), "trainable": "lora", "rank": 3}
+    settings |= {"sampling_steps": None, "cfg_text": None, "cfg_image": None}
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    export(tmp_path, {"ema": weights}, tmp_path / "lora.safetensors", lora=True)
+    with safe_open(tmp_path / "lora.safetensors", "pt") as file:
+        assert file.metadata()["base_model"].startswith(str(tmp_path / "base"))
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "editor")
     before = pipeline.unet(*inputs()).sample
     pipeline.load_lora_weights(tmp_path / "lora.safetensors")
     ours = model.unet(*inputs())

@@ -27,9 +27,13 @@ from mini.pretrain_clip import MINI_IMAGE, contrast, initialise_clip, train_toke
 from mini.scenes import pixels_of, scenes, share_right, to_pictures, training_scene
 from mini.world import SIZE, held_out
 from stable_diffusion import StableDiffusion
-from training import random_at
 from unet import ResBlock, Transformer, UNet
 from vae import VAE, VAEConfig
+
+
+def random_at(seed, step):
+    return torch.Generator().manual_seed(1000 * seed + step)
+
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -263,7 +267,7 @@ def test_the_share_of_pictures_that_are_right(monkeypatch):
 # ---- the program ----
 
 
-TOY = ["--scenes=64", "--test-scenes=8", "--steps=2", "--batch=4", "--device=cpu"]
+TOY = ["--scenes=64", "--test-scenes=8", "--max-steps=2", "--total-batch-size=4", "--device=cpu"]
 
 
 def results_of(folder, stage):
@@ -370,19 +374,19 @@ def test_another_number_of_scenes_may_go_on(trained, program, tmp_path):
     folder = tmp_path / "mini"
     shutil.copytree(trained, folder)
     (folder / "sd" / "results.json").unlink()
-    code, _, errors = program("sd", "--out", folder, *TOY, "--scenes=200", "--steps=3")
+    code, _, errors = program("sd", "--out", folder, *TOY, "--scenes=200", "--max-steps=3")
     assert (code, errors) == (0, [])
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["judge", "--steps=0"], "--steps should be at least 1, not 0"),
-        (["judge", "--batch=0"], "--batch should be at least 1, not 0"),
+        (["judge", "--max-steps=0"], "--max-steps should be at least 1, not 0"),
+        (["judge", "--total-batch-size=0"], "--total-batch-size should be at least 1, not 0"),
         (["judge", "--scenes=-1"], "--scenes should be at least 1, not -1"),
         (["judge", "--test-scenes=0"], "--test-scenes should be at least 1, not 0"),
         (["judge", "--threads=0"], "--threads should be at least 1, not 0"),
-        (["judge", "--steps=few"], "--steps"),
+        (["judge", "--max-steps=few"], "--max-steps"),
         (["nothing"], "invalid choice: 'nothing'"),
         ([], "stage"),
         (["clip", "--seed=-1"], "--seed"),
