@@ -8,9 +8,9 @@ Captions are [start, tokens..., end, padding...] with L positions; start, end an
 import re
 from dataclasses import dataclass
 
-import torch
-
 from cli import UserError
+
+import torch
 
 
 @dataclass(frozen=True)

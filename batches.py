@@ -2,11 +2,12 @@
 
 import os
 
+from cli import UserError
+
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cli import UserError
 from runs import PROCESSES, RANK
 
 ENCODED_AT_ONCE = 16 * 256 * 256  # pixels; the encoder should take less memory than the backward pass

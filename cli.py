@@ -2,12 +2,18 @@
 
 import argparse
 import errno
+import importlib.util
 import json
 import os
 import shutil
 import sys
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+if importlib.util.find_spec("torch") is None:  # every program imports this module before torch
+    advice = "torch is not installed here; run `make demo` once, then `source .venv/bin/activate`"
+    print(f"{Path(sys.argv[0]).name}: {advice}", file=sys.stderr)
+    sys.exit(2)
 
 
 class UserError(Exception):

@@ -8,13 +8,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from cli import UserError
+
 import torch
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import nn
 
 from attention import fused, join_heads, split_heads
-from cli import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 

@@ -17,11 +17,12 @@ from argparse import ArgumentTypeError, BooleanOptionalAction
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from cli import Parser, UserError, atomic_write, check_device, check_sampling, check_seeds, own_device, run_program
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import Parser, UserError, atomic_write, check_device, check_sampling, check_seeds, own_device, run_program
 from clip_image import CLIP
 from clip_text import CLIPTokenizer
 from dataset import Filter, Pair, begin_data_set, folder_name, write_edit, write_seeds

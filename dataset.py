@@ -15,11 +15,12 @@ from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
 
+from cli import UserError, atomic_write, keep_settings
+
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from cli import UserError, atomic_write, keep_settings
 from formats.configs import Config
 from images import open_image, to_jpeg, to_tensor
 

@@ -8,9 +8,10 @@ import shlex
 import sys
 from pathlib import Path
 
+from cli import Parser, UserError, check_device, check_sampling, check_seeds, run_program
+
 import torch
 
-from cli import Parser, UserError, check_device, check_sampling, check_seeds, run_program
 from mini.evaluate_pairs import evaluate_pairs
 from mini.evaluate_world import evaluate_world
 

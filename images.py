@@ -8,12 +8,12 @@ import json
 import logging
 import warnings
 
+from cli import UserError, atomic_write
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
-
-from cli import UserError, atomic_write
 
 # What people have; not every format that Pillow knows, since some (EPS) start other programs. JPEG covers MPO, which
 # many telephones write.

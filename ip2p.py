@@ -6,11 +6,12 @@
 
 from dataclasses import replace
 
+from cli import UserError, check_instruction, check_sampling, check_seeds
+
 import torch
 from tqdm import tqdm
 
 from attention import fused
-from cli import UserError, check_instruction, check_sampling, check_seeds
 from diffusion import euler_ancestral, seeded_noise
 from images import check_size, fit, to_image, to_rgb, to_tensor
 from stable_diffusion import LatentDiffusion

@@ -11,12 +11,13 @@ correspond are mixed on the side of the values, (A M) V = A (M V).
 
 from pathlib import Path
 
+from cli import Parser, UserError, check_device, check_sampling, check_seeds, run_program
+
 import torch
 import torch.nn.functional as F
 
 from align import Alignment, phrase_tokens
 from attention import fused
-from cli import Parser, UserError, check_device, check_sampling, check_seeds, run_program
 from diffusion import euler_ancestral
 from images import enlarge, grid, save_png, to_image
 from stable_diffusion import StableDiffusion

@@ -5,9 +5,9 @@ import os
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
-import torch
-
 from cli import Parser, UserError, check_device, check_sampling, own_device
+
+import torch
 
 PAPER = {
     # as the released code trains: 32-bit floats, gradients not clipped. It resizes to exactly 256 pixels where the

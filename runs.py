@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
+from cli import UserError, append_whole, atomic_write, own_device
+
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from cli import UserError, append_whole, atomic_write, own_device
 from images import save_png
 
 LOG_EVERY = 5.0  # seconds between two lines of metrics.jsonl

@@ -6,10 +6,11 @@
 
 from functools import cached_property
 
+from cli import UserError
+
 import torch
 
 from attention import fused
-from cli import UserError
 from diffusion import NoiseSchedule, euler_ancestral, seeded_noise
 from formats import checkpoint
 

@@ -16,6 +16,8 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 
+from cli import UserError, keep_settings, make_folder, plain, run_program
+
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -23,7 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from attention import fused, reference
 from batches import Draws, ImageBatches, LatentBatches, draws_of
-from cli import UserError, keep_settings, make_folder, plain, run_program
 from dataset import EditDataset
 from diffusion import NoiseSchedule
 from formats.export import choose_weights, export, load_editor, replace_model

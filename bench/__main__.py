@@ -28,6 +28,8 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from cli import UserError, run_program
+
 from bench import ladder as bench_ladder
 from bench.sides import (
     MAPS,
@@ -47,7 +49,6 @@ from bench.sides import (
     timed,
     write_models,
 )
-from cli import UserError, run_program
 
 WHAT = {part: what for part, (what, _, _) in NETWORKS.items()}
 WHAT |= {TRAIN: "training step without its optimizer, batch 1, half the size", **PAIRS}

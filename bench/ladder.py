@@ -16,6 +16,8 @@ import time
 from statistics import median
 from typing import NamedTuple
 
+from cli import UserError
+
 from bench.sides import (
     OURS,
     THEIRS,
@@ -34,7 +36,6 @@ from bench.sides import (
     step_inputs,
     timed,
 )
-from cli import UserError
 
 LABELS = {  # the rungs from the bottom up; a "+" has all that is above it in the table
     "reference": "reference attention",

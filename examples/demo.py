@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from cli import UserError, run_program  # noqa: E402
+
 from images import enlarge, grid, open_image, save_png  # noqa: E402
 from ip2p import InstructPix2Pix  # noqa: E402
 

@@ -11,9 +11,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from cli import UserError, atomic_write, check_sampling
+
 import torch
 
-from cli import UserError, atomic_write, check_sampling
 from clip_image import CLIP
 from clip_text import CLIP_L_TEXT, CLIPText, CLIPTokenizer
 from diffusion import Sampling

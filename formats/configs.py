@@ -6,6 +6,7 @@ A file that asks for something these networks do not do is refused, by name; not
 import json
 
 from cli import UserError
+
 from clip_image import CLIPImageConfig
 from clip_text import ACTIVATIONS, CLIPTextConfig
 from unet import Level, UNetConfig

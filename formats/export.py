@@ -5,9 +5,10 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+from cli import UserError
+
 import torch
 
-from cli import UserError
 from formats import checkpoint
 from formats.lora import add_lora, merge_lora, write_lora
 from formats.weights import extend_input

@@ -12,12 +12,13 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+from cli import UserError
+
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from cli import UserError
 from formats.names import foreign_names
 from unet import UNet
 

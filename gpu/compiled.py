@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-import torch
-
 from cli import UserError
+
+import torch
 
 NOTICE = "compiling with the first step, which takes minutes unless it was done before"  # what programs say
 

@@ -3,9 +3,10 @@
 import json
 import time
 
+from cli import UserError, atomic_write
+
 from openai import OpenAI, OpenAIError
 
-from cli import UserError, atomic_write
 from language.writer import RETRIES, chat, explain, need_key, read_examples
 
 POLL = 10.0  # seconds between two requests for the job's state

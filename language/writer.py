@@ -11,10 +11,11 @@ import os
 import random
 from dataclasses import dataclass, field
 
+from cli import UserError
+
 from openai import APIConnectionError, AsyncOpenAI, BadRequestError, InternalServerError, OpenAIError, RateLimitError
 from tqdm import tqdm
 
-from cli import UserError
 from language.captions import Records, Unique, begin_file, fingerprint, normal, read_captions, read_edits
 
 SYSTEM = """\

@@ -8,10 +8,11 @@
 import json
 from pathlib import Path
 
+from cli import Parser, UserError, atomic_write, check_seeds, run_program
+
 import numpy as np
 from tqdm import tqdm
 
-from cli import Parser, UserError, atomic_write, check_seeds, run_program
 from dataset import Pair, begin_data_set, folder_name, write_edit, write_seeds
 from language.captions import FIELDS, Unique, begin_file, read_captions
 from mini.world import caption, edit_scene, held_out, random_edit, read_caption, render

@@ -6,11 +6,12 @@ Both are measured on generated pairs of the miniature world, whose captions say 
 import json
 from dataclasses import asdict
 
+from cli import UserError, make_folder
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import UserError, make_folder
 from dataset import Filter
 from formats.checkpoint import load, load_clip
 from images import enlarge, grid, to_image

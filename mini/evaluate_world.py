@@ -7,12 +7,13 @@ the image differs from the true one by at most 0.05 on average. Choose guidance 
 
 from dataclasses import asdict, replace
 
+from cli import UserError, make_folder
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from cli import UserError, make_folder
 from formats.checkpoint import load_clip
 from images import enlarge, grid, to_image, to_tensor
 from ip2p import InstructPix2Pix

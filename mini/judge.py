@@ -7,11 +7,12 @@ architecture with the CLIP that filters the training data; its own error is repo
 from dataclasses import dataclass
 from pathlib import Path
 
+from cli import UserError
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from cli import UserError
 from formats.weights import read_tensors, write_tensors
 from mini.world import BACKGROUNDS, COLOURS, MEDIA, SHAPES, SIZES
 

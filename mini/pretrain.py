@@ -10,12 +10,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from cli import Parser, UserError, atomic_write, check_device, make_folder, run_program
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from attention import fused, reference
-from cli import Parser, UserError, atomic_write, check_device, make_folder, run_program
 from clip_text import CLIPText
 from diffusion import NoiseSchedule, Sampling
 from formats.checkpoint import Model, load_clip, load_vae, save_folder, save_vae

@@ -3,6 +3,7 @@
 import json
 
 from cli import atomic_write
+
 from images import save_png
 
 

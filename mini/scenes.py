@@ -2,11 +2,12 @@
 
 from concurrent.futures import ProcessPoolExecutor
 
+from cli import atomic_write
+
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from cli import atomic_write
 from mini.judge import truth
 from mini.world import random_scene, render
 

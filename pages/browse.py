@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cli import UserError, atomic_write
+
 from dataset import Filter, read_metadata, read_seeds
 from formats.configs import Config
 from images import open_image, to_jpeg

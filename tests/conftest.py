@@ -22,11 +22,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from cli import run_program
+
 from PIL import Image
 from random_model import randomise, small_tokenizer
 
 import sample
-from cli import run_program
 from clip_text import CLIPText, CLIPTextConfig
 from diffusion import Sampling
 from formats.checkpoint import Model, save_folder, save_single_file

@@ -1,11 +1,12 @@
 """Which token stands for which: swaps of unequal words, refinements, phrases as a person names them."""
 
+from cli import UserError
+
 import pytest
 import torch
 from conftest import small_tokenizer
 
 from align import Alignment, common_subsequence, count_tokens, phrase_tokens, refine, swap, word_tokens
-from cli import UserError
 
 TOKENIZER = small_tokenizer()
 LENGTH = TOKENIZER.tokens

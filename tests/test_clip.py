@@ -3,13 +3,14 @@
 import random
 from dataclasses import replace
 
+from cli import UserError
+
 import pytest
 import torch
 import transformers
 from random_model import randomise, small_tokenizer
 from reference import clip_reference, real_vocabulary, relative_error, text_reference
 
-from cli import UserError
 from clip_image import CLIP, CLIP_L_IMAGE, CLIPImageConfig
 from clip_text import CLIP_L_TEXT, CLIPText, CLIPTextConfig, CLIPTokenizer
 

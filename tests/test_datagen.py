@@ -11,6 +11,8 @@ import signal
 import sys
 import time
 
+from cli import run_program
+
 import numpy as np
 import pytest
 import torch
@@ -20,7 +22,6 @@ from random_model import randomise, small_tokenizer
 
 import datagen
 import mini.datagen
-from cli import run_program
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIPTextConfig
 from dataset import EditDataset, Filter

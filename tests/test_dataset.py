@@ -4,6 +4,8 @@ import json
 import shutil
 from dataclasses import replace
 
+from cli import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import dataset
-from cli import UserError
 from dataset import EditDataset, Filter, Pair, folder_name, write_edit, write_seeds
 from images import to_image, to_tensor
 

@@ -4,6 +4,8 @@ import json
 import sys
 from collections import Counter
 
+from cli import UserError, run_program
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,6 @@ from random_model import randomise, small_tokenizer
 from torch import nn
 
 import evaluate
-from cli import UserError, run_program
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIPTextConfig
 from diffusion import Sampling

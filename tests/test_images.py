@@ -8,13 +8,14 @@ import struct
 import zlib
 from fractions import Fraction
 
+from cli import UserError, atomic_write
+
 import numpy as np
 import pytest
 import torch
 from conftest import colourful, png_header
 from PIL import Image, TiffImagePlugin, features
 
-from cli import UserError, atomic_write
 from images import edit_size, fit, grid, open_image, read_settings, save_png, to_image, to_rgb, to_tensor
 
 # ---- opening ----

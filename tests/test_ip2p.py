@@ -1,5 +1,7 @@
 """The edit as a whole against diffusers' pipeline, guidance, and the training loss."""
 
+from cli import UserError
+
 import diffusers
 import numpy as np
 import pytest
@@ -8,7 +10,6 @@ from PIL import Image
 from random_model import random_model, randomise
 from reference import edit_reference, real_vocabulary, relative_error
 
-from cli import UserError
 from clip_text import CLIP_L_TEXT, CLIPText, CLIPTokenizer
 from diffusion import NoiseSchedule, Sampling, euler, seeded_noise
 from formats.checkpoint import Model, save_folder, save_single_file

@@ -2,6 +2,8 @@
 
 from itertools import islice
 
+from cli import UserError
+
 import pytest
 import torch
 from PIL import Image
@@ -10,7 +12,6 @@ from reference import relative_error
 
 from align import Alignment, phrase_tokens
 from attention import Layer, fused
-from cli import UserError
 from diffusion import euler, euler_ancestral
 from p2p import CONTROLS, P_RANGE, LocalBlend, PairControl, PairNoise, main, sample_pairs
 from stable_diffusion import StableDiffusion

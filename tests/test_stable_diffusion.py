@@ -1,5 +1,7 @@
 """Text to image: guidance, batches, and the same images as diffusers' pipeline."""
 
+from cli import UserError
+
 import diffusers
 import numpy as np
 import pytest
@@ -8,7 +10,6 @@ from random_model import random_model
 from reference import equal_schedule, relative_error
 
 import attention
-from cli import UserError
 from diffusion import NoiseSchedule, euler, seeded_noise
 from formats.checkpoint import load, save_folder
 from stable_diffusion import StableDiffusion

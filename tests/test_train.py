@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 
+from cli import run_program
+
 import pytest
 import torch
 from conftest import ROOT, lines_of, tiny_model
@@ -18,7 +20,6 @@ from reference import relative_error, unet_reference
 
 import train
 from batches import draws_of
-from cli import run_program
 from diffusion import NoiseSchedule, Sampling
 from formats.checkpoint import load, save_folder
 from formats.weights import extend_input

@@ -6,6 +6,8 @@ import sys
 from concurrent.futures import Future
 from contextlib import contextmanager
 
+from cli import UserError
+
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -13,7 +15,6 @@ from conftest import ROOT
 from bench import __main__ as bench
 from bench import sides as bench_sides
 from bench.__main__ import Row
-from cli import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

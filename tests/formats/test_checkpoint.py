@@ -6,6 +6,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from cli import UserError
+
 import diffusers
 import pytest
 import torch
@@ -14,7 +16,6 @@ from random_model import random_model, randomise, small_tokenizer
 from reference import clip_reference, real_vocabulary, relative_error
 from safetensors.torch import load_file, save_file
 
-from cli import UserError
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIP_L_TEXT, CLIPText, CLIPTextConfig, CLIPTokenizer
 from formats import checkpoint, configs, hub

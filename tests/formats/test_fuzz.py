@@ -14,12 +14,13 @@ import struct
 import sys
 from contextlib import contextmanager
 
+from cli import UserError
+
 import numpy as np
 import pytest
 from conftest import colourful
 from PIL import Image, features
 
-from cli import UserError
 from images import open_image, read_settings, save_png
 from ip2p import InstructPix2Pix
 

@@ -4,6 +4,8 @@ import contextlib
 import subprocess
 import sys
 
+from cli import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,6 @@ from random_model import random_model
 from reference import relative_error
 
 from attention import fused
-from cli import UserError
 from formats.checkpoint import load
 from gpu.compiled import compile_model
 from images import open_image

@@ -4,9 +4,10 @@ import json
 import resource
 import signal
 
+from cli import UserError
+
 import pytest
 
-from cli import UserError
 from language.captions import Records, Unique, fingerprint, normal, read_captions
 
 

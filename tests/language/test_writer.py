@@ -9,12 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+from cli import UserError
+
 import psutil
 import pytest
 from language_model import LanguageModel, after
 
 import datagen
-from cli import UserError
 from language.writer import chat, dropped_path, read_examples
 
 ROOT = Path(__file__).resolve().parents[2]

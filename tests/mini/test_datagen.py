@@ -5,10 +5,11 @@ import re
 import sys
 import zlib
 
+from cli import run_program
+
 import numpy as np
 import pytest
 
-from cli import run_program
 from dataset import EditDataset
 from images import to_tensor
 from language.captions import read_edits

@@ -3,10 +3,11 @@
 import json
 from types import SimpleNamespace
 
+from cli import UserError
+
 import pytest
 import torch
 
-from cli import UserError
 from dataset import Filter
 from images import to_tensor
 from mini import evaluate_pairs

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from cli import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,6 @@ from random_model import randomise
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cli import UserError
 from mini.judge import ATTRIBUTES, Judge, Reading, labels, truth
 from mini.world import Scene, Thing, random_scene
 

@@ -7,6 +7,8 @@ import shutil
 import sys
 from dataclasses import replace
 
+from cli import run_program
+
 import diffusers
 import numpy as np
 import pytest
@@ -16,7 +18,6 @@ import transformers
 from random_model import randomise
 from reference import relative_error
 
-from cli import run_program
 from clip_image import CLIP
 from clip_text import CLIPText, CLIPTextConfig, CLIPTokenizer
 from formats.checkpoint import load, load_clip, load_vae

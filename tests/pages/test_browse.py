@@ -6,12 +6,13 @@ import json
 import re
 import shutil
 
+from cli import UserError
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import datagen
-from cli import UserError
 from dataset import Pair, write_edit, write_seeds
 from pages import browse
 
