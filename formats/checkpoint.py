@@ -18,7 +18,7 @@ import torch
 from clip_image import CLIP
 from clip_text import CLIP_L_TEXT, CLIPText, CLIPTokenizer
 from diffusion import Sampling
-from formats import configs, hub
+from formats import configs
 from formats.configs import Config
 from formats.names import aliases, ema_name
 from formats.weights import fill, pick, read_component, read_tensors, renamed, write_json, write_tensors
@@ -27,6 +27,12 @@ from vae import STABLE_DIFFUSION_VAE, VAE
 
 PUBLIC = "timbrooks/instruct-pix2pix"
 CLIP_L = "openai/clip-vit-large-patch14"
+MODEL_FILES = [  # of a repository, to fetch
+    *("*.json", "*/*.json", "*/merges.txt", "text_encoder/model.safetensors"),
+    *("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
+]
+CLIP_FILES = ["config.json", "vocab.json", "merges.txt", "model.safetensors"]
+TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer/*"]
 SUPPORTED = "only Stable Diffusion 1.x and InstructPix2Pix made from it are supported"
 UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
 
@@ -67,7 +73,7 @@ def load(path, device="cpu", dtype=torch.float32, tokenizer=None, vae=None):
 
 def load_clip(path, device="cpu", dtype=torch.float32):
     """Read CLIP's two towers and the tokenizer from a folder in transformers' layout or a hub id: (CLIP, tokenizer)."""
-    folder = find(path, hub.CLIP)
+    folder = find(path, CLIP_FILES)
     config = configs.clip_from(Config.read(folder / "config.json"))
     tensors = read_component(folder)
     clip = fill(lambda: CLIP(*config), tensors, lambda name: aliases(name.diffusers), folder)
@@ -76,14 +82,25 @@ def load_clip(path, device="cpu", dtype=torch.float32):
     return clip.to(device=device, dtype=dtype), tokenizer
 
 
-def find(path, kind=hub.MODEL):
+def find(path, files=MODEL_FILES):
     """A path that exists, or the local folder of a hub id. Raises UserError."""
     if os.path.exists(path):  # where Path.exists() raises for a name that is too long
         return Path(path)
     looks_like_file = Path(path).suffix in (".safetensors", ".ckpt", ".bin", ".pt") or Path(path).parent.is_dir()
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not looks_like_file:
-        return hub.find(str(path), kind)
+        return from_hub(str(path), files)
     raise UserError(f"there are no weights at {path}; give a folder, a .safetensors file or a hub id such as {PUBLIC}")
+
+
+def from_hub(repository, files):
+    """The local folder of a hub repository, downloaded into the hub's cache where it is not there. Raises UserError."""
+    from huggingface_hub import snapshot_download  # here, since it takes a second
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=files))
+    except Exception as error:  # the library has many exceptions for what cannot be had
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{repository} is not in this machine's hub cache and cannot be fetched: {reason}") from error
 
 
 def load_folder(folder, tokenizer=None, vae=None):
@@ -181,12 +198,9 @@ def tokenizer_beside(path):
     for folder in (path.parent / "tokenizer", path.parent):
         if (folder / "vocab.json").exists() or (folder / "tokenizer.json").exists():
             return folder
-    for source in (hub.cached, hub.find):
-        for repository in (CLIP_L, PUBLIC):
-            with suppress(UserError):
-                folder = source(repository, hub.TOKENIZER)
-                if folder:
-                    return folder
+    for repository in (CLIP_L, PUBLIC):
+        with suppress(UserError):
+            return from_hub(repository, TOKENIZER_FILES)
     raise UserError(
         f"{path} holds no tokenizer: put a folder tokenizer/ with vocab.json and merges.txt beside it, or name one "
         f"with --tokenizer (the hub's {CLIP_L} has it, but cannot be reached)"
