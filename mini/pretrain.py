@@ -27,7 +27,7 @@ from mini.pretrain_clip import train_clip
 from mini.scenes import held_out_pictures, scenes, share_right, to_pictures, training_scene
 from mini.world import SIZE, caption
 from presets import fast_precision
-from runs import PROCESSES, RANK, barrier, join
+from runs import PROCESSES, RANK, barrier, join, read_metrics
 from stable_diffusion import StableDiffusion
 from train import Settings, autocasting, fit
 from unet import Level, UNet, UNetConfig
@@ -317,6 +317,7 @@ def main(arguments=None):
             continue
         results = TRAIN[stage](options)
         if RANK == 0:
+            results["minutes of training"] = read_metrics(options.out / stage / "metrics.jsonl")[-1]["minutes"]
             with atomic_write(noted) as beside:
                 write_json(beside, results)
             print(f"{stage}: " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()))

@@ -2,8 +2,10 @@
 
 import copy
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from conftest import ROOT
 from random_model import randomise
 from reference import relative_error
 
@@ -27,6 +30,7 @@ from mini.pretrain import normalise_latents, start_at_zero, text_alone
 from mini.pretrain_clip import MINI_IMAGE, contrast, initialise_clip, train_tokenizer, world_texts
 from mini.scenes import pixels_of, scenes, share_right, to_pictures, training_scene
 from mini.world import SIZE, held_out
+from runs import read_metrics
 from stable_diffusion import StableDiffusion
 from unet import ResBlock, Transformer, UNet
 from vae import VAE, VAEConfig
@@ -301,7 +305,7 @@ def program(capsys, monkeypatch):
             code = end.code
         captured = capsys.readouterr()
         lines = re.split(r"[\r\n]", captured.err)
-        return code, captured.out.splitlines(), [line for line in lines if line.startswith("pretrain.py: ")]
+        return code, captured.out.splitlines(), [line for line in lines if line.startswith(("pretrain.py: ", "mini.pretrain: "))]
 
     return run
 
@@ -311,9 +315,9 @@ def test_all_stages_work(trained):
         results = results_of(trained, stage)
         assert results
         assert all(np.isfinite(value) for value in results.values())
-        log = (trained / stage / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        log = (trained / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         assert json.loads(log[-1])["step"] == 2
-    for path in ("vae/samples.png", "sd/samples.png", "sd/samples.jsonl", "judge.safetensors", "scenes_64.npy"):
+    for path in ("vae/samples.png", "sd/samples.png", "judge.safetensors", "scenes_64.npy"):
         assert (trained / path).stat().st_size > 0
     assert not [path for path in trained.rglob("*") if path.name.endswith(".tmp")]
 
@@ -369,6 +373,18 @@ def test_a_seed_repeats_a_stage(trained, program, tmp_path):
     assert (tmp_path / "again" / "clip_model" / name).read_bytes() == ours
     assert program("clip", "--out", tmp_path / "other", "--seed=1", *TOY)[0] == 0
     assert (tmp_path / "other" / "clip_model" / name).read_bytes() != ours
+
+
+def test_two_processes_equal_one(trained, tmp_path):
+    """Under torchrun: the examples of one process with twice the batch, and its weights but for rounding."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "mini.pretrain", "vae"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--out", str(tmp_path), *TOY], cwd=ROOT, env=environment, check=True, timeout=200)
+    ours, theirs = (load_vae(folder / "vae_model").state_dict() for folder in (tmp_path, trained))
+    values = [torch.cat([value.flatten() for value in one.values()]) for one in (ours, theirs)]
+    assert relative_error(*values) <= 0.01
+    lines = [read_metrics(folder / "vae" / "metrics.jsonl") for folder in (tmp_path, trained)]
+    assert [line["loss"] for line in lines[0]] == pytest.approx([line["loss"] for line in lines[1]], rel=0.01)
 
 
 def test_another_number_of_scenes_may_go_on(trained, program, tmp_path):
