@@ -24,15 +24,15 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 from torch.nn.parallel import DistributedDataParallel
 
 from attention import fused, reference
-from batches import Draws, ImageBatches, LatentBatches, draws_of
 from dataset import EditDataset
 from diffusion import NoiseSchedule
 from formats.export import choose_weights, export, load_editor, replace_model
 from gpu.compiled import compiled
 from images import enlarge, grid, save_png, to_image
 from ip2p import InstructPix2Pix, loss
-from presets import parse, parse_export
-from runs import (
+from training.batches import Draws, ImageBatches, LatentBatches, draws_of
+from training.presets import parse, parse_export
+from training.runs import (
     PROCESSES,
     RANK,
     Log,

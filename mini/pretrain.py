@@ -26,10 +26,10 @@ from mini.judge import Judge, labels
 from mini.pretrain_clip import train_clip
 from mini.scenes import held_out_pictures, scenes, share_right, to_pictures, training_scene
 from mini.world import SIZE, caption
-from presets import fast_precision
-from runs import PROCESSES, RANK, barrier, join, read_metrics
 from stable_diffusion import StableDiffusion
 from train import Settings, autocasting, fit
+from training.presets import fast_precision
+from training.runs import PROCESSES, RANK, barrier, join, read_metrics
 from unet import Level, UNet, UNetConfig
 from vae import VAE, VAEConfig
 

@@ -14,8 +14,8 @@ from clip_text import END, START, CLIPTextConfig, CLIPTokenizer
 from formats.checkpoint import save_clip
 from mini.scenes import held_out_pictures, scenes, to_pictures
 from mini.world import KINDS, SIZE, caption, random_edit
-from runs import RANK
 from train import fit
+from training.runs import RANK
 
 MINI_IMAGE = CLIPImageConfig(size=SIZE, patch=8, width=128, layers=4, heads=4, projection=128)
 MINI_TOKENS = 24

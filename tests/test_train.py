@@ -19,12 +19,12 @@ from dataset_of_true_pairs import write_pairs
 from reference import relative_error, unet_reference
 
 import train
-from batches import draws_of
 from diffusion import NoiseSchedule, Sampling
 from formats.checkpoint import load, save_folder
 from formats.weights import extend_input
-from presets import PRESETS, parse
-from runs import newest_state, state_paths
+from training.batches import draws_of
+from training.presets import PRESETS, parse
+from training.runs import newest_state, state_paths
 
 MOVED = 0.02  # AdamW divides by gradients, some of which are as small as their rounding
 pytestmark = pytest.mark.usefixtures("one_thread")

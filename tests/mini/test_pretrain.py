@@ -30,8 +30,8 @@ from mini.pretrain import normalise_latents, start_at_zero, text_alone
 from mini.pretrain_clip import MINI_IMAGE, contrast, initialise_clip, train_tokenizer, world_texts
 from mini.scenes import pixels_of, scenes, share_right, to_pictures, training_scene
 from mini.world import SIZE, held_out
-from runs import read_metrics
 from stable_diffusion import StableDiffusion
+from training.runs import read_metrics
 from unet import ResBlock, Transformer, UNet
 from vae import VAE, VAEConfig
 
@@ -305,7 +305,8 @@ def program(capsys, monkeypatch):
             code = end.code
         captured = capsys.readouterr()
         lines = re.split(r"[\r\n]", captured.err)
-        return code, captured.out.splitlines(), [line for line in lines if line.startswith(("pretrain.py: ", "mini.pretrain: "))]
+        own = [line for line in lines if line.startswith(("pretrain.py: ", "mini.pretrain: "))]
+        return code, captured.out.splitlines(), own
 
     return run
 

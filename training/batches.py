@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from runs import PROCESSES, RANK
+from training.runs import PROCESSES, RANK
 
 ENCODED_AT_ONCE = 16 * 256 * 256  # pixels; the encoder should take less memory than the backward pass
 REMEMBERED = 256e6  # bytes of embedded instructions; CLIP ViT-L/14 makes 0.24 MB of each

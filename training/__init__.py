@@ -1,0 +1,1 @@
+"""What stands around the training loop of train.py: presets, batches, states and logs."""
