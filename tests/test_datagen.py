@@ -15,7 +15,6 @@ from cli import run_program
 
 import numpy as np
 import pytest
-import torch
 from conftest import lines_of, tiny_model
 from PIL import Image
 from random_model import randomise, small_tokenizer
@@ -26,7 +25,6 @@ from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIPTextConfig
 from dataset import EditDataset, Filter
 from formats.checkpoint import load, load_clip, save_clip, save_folder
-from gpu.compiled import NOTICE
 from images import to_image, to_tensor
 from language.captions import read_edits
 from p2p import P_RANGE, PairNoise, sample_pairs
@@ -220,20 +218,10 @@ def test_the_batch_changes_nothing(models, pairs, program, tmp_path, monkeypatch
     assert len(sizes) == {2: 8, 3: 4, 100: 1}[batch]
 
 
-def test_compiled_it_makes_the_same_pairs(models, pairs, program, tmp_path, monkeypatch):
-    """With a compiler that traces and does not translate."""
-    compiled, compile_with = [], StableDiffusion.compile
-
-    def traced(model):
-        compiled.append(model)
-        compile_with(model, backend="eager")
-
-    monkeypatch.setattr(StableDiffusion, "compile", traced)
-    code, lines, errors = program(*command(models, tmp_path / "data", *OPEN, "--compile"))
-    assert (code, errors, len(compiled)) == (0, [], 1)
-    assert NOTICE in lines
-    equal_but_for_rounding(tmp_path / "data", pairs)
-    torch.compiler.reset()
+def test_compiling_on_a_cpu_is_refused(models, program, tmp_path):
+    code, _, errors = program(*command(models, tmp_path / "data", *OPEN, "--compile"))
+    assert code == 2
+    assert "--compile does not pay on a CPU" in errors[0]
 
 
 def test_settings_reach_the_sampler(models, program, tmp_path, monkeypatch):
