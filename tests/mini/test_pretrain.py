@@ -304,7 +304,8 @@ def program(capsys, monkeypatch):
             code = end.code
         captured = capsys.readouterr()
         lines = re.split(r"[\r\n]", captured.err)
-        return code, captured.out.splitlines(), [line for line in lines if line.startswith(("pretrain.py: ", "mini.pretrain: "))]
+        errors = [line for line in lines if line.startswith(("pretrain.py: ", "mini.pretrain: "))]
+        return code, captured.out.splitlines(), errors
 
     return run
 
