@@ -108,7 +108,8 @@ def fit(network, loss_of, settings, out, evaluate=None):
     EMA in place, in the first process alone: returns numbers for metrics.jsonl. out: a Path; it is resumed if it
     holds states. Raises UserError if the loss or its gradient is NaN or Inf; ends the program after Ctrl-C or SIGTERM.
     """
-    weights = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    names = ((name.replace("_checkpoint_wrapped_module.", ""), weight) for name, weight in network.named_parameters())
+    weights = {name: weight for name, weight in names if weight.requires_grad}
     parameters, device = list(weights.values()), next(network.parameters()).device
     ema = [weight.detach().to(settings.ema_device or device, copy=True) for weight in parameters]
     betas, total = (0.9, settings.beta2), settings.batch_size * settings.grad_accum * PROCESSES
@@ -141,19 +142,15 @@ def fit(network, loss_of, settings, out, evaluate=None):
             update_ema(ema, parameters, min(settings.ema_decay, (step + 1) / (step + 10)))
             done = step + 1
             log.step(done, value)
-            if RANK > 0:
-                if stopped:
-                    break
-                continue
             finished = done == settings.max_steps
-            if stopped or finished or done % settings.save_every == 0:
+            if RANK == 0 and (stopped or finished or done % settings.save_every == 0):
                 parts = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "seconds": log.seconds}
                 parts |= {"weights": weights, "ema": dict(zip(weights, ema, strict=True))}
                 save_state(out, done, parts, settings.keep)
-            if finished or done % settings.eval_every == 0:
+            if RANK == 0 and (finished or done % settings.eval_every == 0):
                 with averaged(parameters, ema), torch.no_grad(), log.paused():
-                    found = evaluate(done) if evaluate else {}
-                log.write(done, **(found or {}))
+                    found = (evaluate and evaluate(done)) or {}
+                log.write(done, **found)
                 draw_losses(log.path, out / "loss.png")
             if stopped:
                 break
@@ -180,8 +177,7 @@ def train(options):
     model = load_editor(options.init, device, sampling_of(options))
     sides = dataset[0][0].shape[1:]
     if any(side % model.side_multiple for side in sides):
-        needed = f"multiples of {model.side_multiple} pixels are needed; see --resolution"
-        raise UserError(f"the images are {sides[1]}x{sides[0]}; {needed}")
+        raise UserError(f"the images need sides of multiples of {model.side_multiple} pixels; see --resolution")
     if RANK == 0:
         make_folder(out)
         keep_settings(out / "settings.json", {name: value for name, value in plain(options).items() if name in SAME})
@@ -192,8 +188,7 @@ def train(options):
     if options.cache_latents:
         data = LatentBatches(dataset, model, device, autocast, not options.overfit, first_only=bool(options.overfit))
     else:
-        state = newest_state(out)
-        steps = range(state["step"] if state else 0, settings.max_steps)
+        steps = range((newest_state(out) or {"step": 0})["step"], settings.max_steps)
         data = ImageBatches(dataset, model, device, autocast, settings, steps, options.workers)
     if options.gradient_checkpointing:  # blocks are computed twice instead of kept (Chen et al. 2016)
         apply_activation_checkpointing(unet, check_fn=lambda layer: isinstance(layer, ResBlock | Transformer))

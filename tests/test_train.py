@@ -206,6 +206,19 @@ def test_only_what_is_trainable_changes(data, init, tmp_path, program, trainable
     assert changed == {name for name in before if re.search(pattern, name)}
 
 
+def test_memory_may_be_saved(data, init, trained, tmp_path, program):
+    """--gradient-checkpointing learns the same, resumes where the other stopped, and what it leaves is exported."""
+    flags = {"sampling_steps": 3, "cfg_text": 5, "cfg_image": 1.25, "ema_device": "cpu"}
+    out, again = tmp_path / "run", tmp_path / "again"
+    assert program(*command(data, init, out, "--gradient-checkpointing", **flags))[0] == 0
+    assert_equal_runs(trained, out)
+    assert program("export", f"--run={out}", f"--out={again}") == (0, [str(again)], [])
+    ours, theirs = (load(folder).unet.state_dict() for folder in (again, trained / "model"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    flags |= {"max_steps": 6, "lr_decay": 0}
+    assert program(*command(data, init, out, "--resume", **flags))[0] == 0
+
+
 def test_overfitting_one_pair(data, init, tmp_path, program):
     flags = {"overfit": 1, "max_steps": 100, "batch_size": 4, "lr": 0.01, "ema_decay": 0.9, "eval_every": 50}
     assert program(*command(data, init, tmp_path / "run", **flags))[:2] == (
