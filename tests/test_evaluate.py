@@ -302,7 +302,7 @@ def test_mistakes_of_the_pairs_program(tmp_path, monkeypatch, arguments, message
         ({"device": "nonsense"}, "this machine or this torch has no device nonsense; try --device cpu"),
         ({"model": "no/such/folder"}, "there are no weights at no/such/folder"),
         ({"judge": "no/such.safetensors"}, "there is no judge at no/such.safetensors"),
-        ({"model": "SD"}, "is a text-to-image Stable Diffusion checkpoint"),
+        ({"model": "SD"}, "is a text-to-image checkpoint"),
         ({"out": "FILE"}, "cannot make the folder"),
     ],
 )
