@@ -531,7 +531,7 @@ def test_each_process_of_torchrun_has_its_gpu(models, program, tmp_path, monkeyp
         (["text", "--captions=x", "--out=y", "--few-shot=-1"], "--few-shot: should be at least 0, not -1"),
         (["calibrate"], "--edits"),
         (["calibrate", "--edits=x", "--fractions", "0", "0.5", "1"], "--fractions: should be from 0 to below 1, not 1"),
-        (["calibrate", "--edits=x", "--fractions", "-0.1", "0", "0"], "argument --fractions: should be from 0 to below 1"),
+        (["calibrate", "--edits=x", "--fractions", "-0.1", "0", "0"], "--fractions: should be from 0 to below 1"),
         (["calibrate", "--edits=x", "--fractions", "0", "nan", "0"], "from 0 to below 1, not nan"),
         (["calibrate", "--edits=x"], "there is no file x"),
         (["images", "--out=x"], "--edits"),
