@@ -1,4 +1,4 @@
-"""bench.py: it runs, both sides get the same numbers, and the table has its shape. Nothing is said about times."""
+"""python -m bench: it runs, all variants give the same numbers, the table is right. Nothing is said about times."""
 
 import re
 import subprocess
@@ -8,20 +8,19 @@ from contextlib import contextmanager
 
 from cli import UserError
 
-import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import ROOT
 
+from attention import reference
 from bench import __main__ as bench
-from bench import sides as bench_sides
-from bench.__main__ import Row
+from bench import parts, process
+from bench.parts import ATTENTION, LADDER, ON_CUDA, PARTS, Settings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-HEADER = "| | ours | diffusers | ratio | its range | peak, ours | peak, diffusers | difference |"
-NETWORKS = ["UNet step, batch 3", "VAE encoder", "VAE decoder", "text encoder"]
-TRAINING = "training step without its optimizer, batch 1, half the size"
-LOADS = ["load one file", "load one file, read all weights", "load a folder", "load a folder, read all weights"]
+SMALL = ["--small", "--size", "64", "--runs", "2"]
+TINY = Settings("cpu", "float32", 64, True)
 
 
 class Here:
@@ -29,151 +28,149 @@ class Here:
 
     def submit(self, function, *arguments):
         future = Future()
-        future.set_result(function(*arguments))
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
         return future
-
-
-@pytest.fixture(autouse=True)
-def same_environment(monkeypatch):
-    """What bench.py sets for the processes that it starts is put back after the test."""
-    for name in ("HF_HUB_OFFLINE", "TQDM_DISABLE", "DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
-        monkeypatch.setenv(name, "")
 
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """No process is started, and nothing is repeated."""
+    """No process is started and nothing is repeated."""
 
     @contextmanager
     def own_process():
         yield Here()
 
+    for name in bench.QUIET:
+        monkeypatch.setenv(name, "")  # so that it is put back
     monkeypatch.setattr(bench, "own_process", own_process)
-    monkeypatch.setattr(bench_sides, "SHORT", 1e-9)
+    monkeypatch.setattr(process, "SHORT", 0)
     yield
-    bench_sides.prepared.cache_clear()
+    process.prepared.cache_clear()
 
 
-def cells_of(text, other="diffusers"):
-    """The lines of the table that compares with `other`: {first cell: [the others]}."""
-    lines = [*text.splitlines(), ""]
-    start = lines.index(HEADER.replace("diffusers", other)) + 2
-    rows = {}
-    for line in lines[start : lines.index("", start)]:
-        what, *cells = [cell.strip() for cell in line.strip("|").split("|")]
-        rows[what] = cells
-    return rows
+def rows_of(text):
+    """The table: {first cell: the others}."""
+    lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return {what.strip(): [cell.strip() for cell in cells] for what, *cells in lines[2:]}
 
 
-def check_cells(cells, largest_error):
-    """A line's numbers are of the right kind."""
-    ours, theirs, ratio, spread, *peaks, error = cells
-    assert all(re.fullmatch(r"[\d.e-]+ s", seconds) and float(seconds[:-2]) > 0 for seconds in (ours, theirs))
-    low, high = map(float, spread.split(" to "))
-    assert 0 <= low <= float(ratio.strip("*")) <= high
-    assert all(re.fullmatch(r"\d+\.\d\d GB|unknown", peak) for peak in peaks)
-    assert 0 <= float(error) <= largest_error
+def check(rows, groups, largest_error):
+    """All variants of a CPU are there, in order, and their numbers are of the right kind."""
+    chosen = [(title, variants) for title, (group, variants, _) in PARTS.items() if group in groups]
+    assert list(rows) == [f"{title}: {one}" for title, variants in chosen for one in variants if one not in ON_CUDA]
+    for time, ratio, spread, memory, error in rows.values():
+        low, high = map(float, spread.split(" to "))
+        assert float(time.removesuffix(" s")) > 0
+        assert 0 <= low <= float(ratio.strip("*")) <= high
+        assert re.fullmatch(r"\d+\.\d\d GB|unknown", memory)
+        assert 0 <= float(error) <= largest_error
 
 
 def test_every_part_in_this_process(in_process, capsys):
-    bench.main(["--small", "--size", "64", "--runs", "2"])
+    bench.main([*SMALL, "--only", ",".join(bench.GROUPS)])
     captured = capsys.readouterr()
-    rows = cells_of(captured.out)
-    assert list(rows) == [*NETWORKS, TRAINING, *LOADS]
-    for what, cells in rows.items():
-        check_cells(cells, 0 if what in LOADS else 1e-5)  # loaded weights are the same to the bit
-    assert "- command: `python -m bench --small --size 64 --runs 2`\n" in captured.out
+    check(rows_of(captured.out), bench.GROUPS, 1e-5)
+    assert all(cells[-1] == "0.0e+00" for what, cells in rows_of(captured.out).items() if what.startswith("load"))
+    assert f"- command: `python -m bench {' '.join(SMALL)} --only {','.join(bench.GROUPS)}`\n" in captured.out
     assert re.search(r"^- versions: torch \S+, diffusers \S+, transformers \S+", captured.out, re.MULTILINE)
     assert re.search(r"^- date: \d{4}-\d\d-\d\d$", captured.out, re.MULTILINE)
-    assert captured.out.count(" times that.\n") == 2
-    assert all(line.startswith("bench.py: ") for line in captured.err.splitlines())
+    assert all(line.startswith("bench: ") for line in captured.err.splitlines())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_stays_within_the_tolerance(in_process, capsys, dtype):
-    bench.main(["--small", "--size", "64", "--runs", "1", "--only", "unet,encode,decode,text", "--dtype", dtype])
-    rows = cells_of(capsys.readouterr().out)
-    assert list(rows) == NETWORKS
-    for cells in rows.values():
-        check_cells(cells, bench.TOLERANCE[dtype])
+    bench.main([*SMALL, "--only", "unet,vae,text,attention", "--dtype", dtype])
+    check(rows_of(capsys.readouterr().out), ["unet", "vae", "text", "attention"], bench.TOLERANCE[dtype])
 
 
 def test_with_processes_of_their_own():
-    command = [sys.executable, "-m", "bench", "--small", "--size", "64", "--runs", "1", "--only", "text"]
+    command = [sys.executable, "-m", "bench", *SMALL, "--only", "text"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    rows = cells_of(done.stdout)
-    assert list(rows) == ["text encoder"]
-    check_cells(rows["text encoder"], 1e-5)
+    check(rows_of(done.stdout), ["text"], 1e-5)
 
 
-def test_a_pair_beside_one_with_maps(in_process, capsys):
-    """And nothing of diffusers, when only that was asked for."""
-    bench.main(["--small", "--size", "64", "--runs", "2", "--only", "p2p-layer,p2p"])
-    out = capsys.readouterr().out
-    rows = cells_of(out, "with maps")
-    assert list(rows) == ["one layer of self-attention", "UNet step, batch 4: one pair"]
-    for cells in rows.values():
-        check_cells(cells, 1e-5)
-    assert HEADER not in out
+def output(title, variant):
+    """A variant's output."""
+    return process.first_output(title, variant, TINY)
+
+
+@pytest.mark.parametrize("variant", LADDER)
+def test_every_variant_of_the_ladder_gives_the_same_numbers(in_process, monkeypatch, variant):
+    """Also those for CUDA, though not compiled; and each runs what it says."""
+    seen, fused = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(parts, "compiled", lambda network, mode: seen.append(mode) or network)
+    monkeypatch.setattr(parts, "reference", lambda *x: seen.append("reference") or reference(*x))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *x, **how: seen.append("fused") or fused(*x, **how))
+    ours = output("UNet step, trick by trick", variant)
+    assert ("reference" in seen) == (variant == "reference attention")
+    assert (None in seen or "reduce-overhead" in seen) == (variant in ON_CUDA)
+    assert ("reduce-overhead" in seen) == ("graphs" in variant)
+    assert bench.relative_error(ours, output("UNet step, trick by trick", LADDER[-1])) <= 1e-5
+
+
+@pytest.mark.parametrize("variant", ATTENTION)
+def test_every_way_to_share_a_map_gives_the_same_numbers(in_process, monkeypatch, variant):
+    """torch's memory-efficient kernel is for CUDA alone; what would be compiled runs as it is."""
+    if variant == "Triton kernel":
+        pytest.importorskip("triton", reason="triton is not installed (requirements-triton.txt)")
+    if variant == "memory-efficient":
+        monkeypatch.setattr(parts, "sdpa_kernel", lambda backend: lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: function)
+    title = "one map for two values"
+    assert bench.relative_error(output(title, variant), output(title, ATTENTION[-1])) <= 1e-5
 
 
 def test_the_pair_is_controlled(in_process, monkeypatch):
     """A control that does nothing gives another output, and nothing is timed."""
-    monkeypatch.setattr("p2p.PairControl.of_first", lambda self, x: x)
-    for part in ("p2p-layer", "p2p"):
-        with pytest.raises(UserError, match="the outputs of the two sides differ"):
-            bench.main(["--small", "--size", "64", "--only", part])
+    monkeypatch.setattr("p2p.PairControl.next_step", lambda self, *step: setattr(self, "any_active", False))
+    monkeypatch.setattr(bench, "timed", None)
+    with pytest.raises(UserError, match=r"of a Prompt-to-Prompt pair, ours: the output differs by \d"):
+        bench.main([*SMALL, "--only", "p2p"])
 
 
-def test_ratios_are_taken_pair_by_pair():
-    runs = [((1.0, 5_000_000_000), (2.0, None)), ((9.0, 6_000_000_000), (3.0, None)), ((4.0, None), (4.0, None))]
-    (cells,) = cells_of("\n".join(bench.table([Row("this", runs, 1e-7)]))).values()
-    assert cells == ["4 s", "3 s", "**1.000**", "0.500 to 3.000", "6.00 GB", "unknown", "1.0e-07"]
+def test_nan_is_another_output(in_process, monkeypatch):
+    monkeypatch.setattr(bench, "first_output", lambda *_: torch.tensor([float("nan")]))
+    with pytest.raises(UserError, match="UNet step, ours: the output differs by nan"):
+        bench.main([*SMALL, "--only", "unet"])
 
 
-def test_different_outputs_are_not_timed(in_process, monkeypatch):
-    monkeypatch.setattr(bench, "first_output", lambda side, *_: np.array([1.0, 2.0 if side == "ours" else 2.1]))
-    with pytest.raises(UserError, match=r"UNet step, batch 3: the outputs of the two sides differ by 4\.\de-02"):
-        bench.main(["--small", "--only", "unet"])
-    monkeypatch.setattr(bench, "first_output", lambda *_: np.array([float("nan")]))
-    with pytest.raises(UserError, match="differ by nan"):
-        bench.main(["--small", "--only", "unet"])
+def test_a_variant_for_cuda_that_fails_is_left_out(in_process, monkeypatch, capsys):
+    """Here those that need a GPU: they are tried as if there were one."""
+    monkeypatch.setattr(bench, "timed", lambda title, variant, settings: (1.0, None))
+    monkeypatch.setattr(bench, "first_output", lambda title, variant, _: process.first_output(title, variant, TINY))
+    lines = bench.measure("UNet step, trick by trick", TINY._replace(device="cuda"), 1)
+    assert [line.split(": ")[1].split(" |")[0] for line in lines] == [one for one in LADDER if one not in ON_CUDA]
+    assert "compiled: left out, since --compile does not pay on a CPU" in capsys.readouterr().err
 
 
-PARTS = "unet, encode, decode, text, train, p2p-layer, p2p, load, ladder"
+def test_ratios_are_taken_round_by_round():
+    ours, theirs = [(1.0, 5_000_000_000), (9.0, 6_000_000_000), (4.0, 1)], [(2.0, None), (3.0, 1), (4.0, 1)]
+    turns, errors = {"ours": ours, "theirs": theirs}, {"ours": 1e-7, "theirs": 0.0}
+    ours, theirs = bench.table_rows("this", turns, errors)
+    assert ours == "| this: ours | 4 s | **1.000** | 0.500 to 3.000 | 6.00 GB | 1.0e-07 |"
+    assert theirs == "| this: theirs | 3 s | **1.000** | 1.000 to 1.000 | unknown | 0.0e+00 |"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--size", "500"], "--size should be a multiple of 64, not 500"),
-        (["--size", "0"], "--size should be a multiple of 64, not 0"),
         (["--runs", "0"], "--runs should be at least 1, not 0"),
-        (["--only", "unet,vae"], f"--only knows {PARTS}, not 'vae'"),
-        (["--only", ""], f"--only knows {PARTS}, not ''"),
+        (["--only", "unet,clip"], f"--only knows {', '.join(bench.GROUPS)}, not 'clip'"),
+        (["--device", "cuda"], "this machine or this torch has no device cuda; try --device cpu"),
     ],
 )
-def test_mistakes(arguments, message):
+def test_mistakes(arguments, message, monkeypatch):
+    monkeypatch.setattr("torch.zeros", None)  # stands for a device that is not there
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         bench.parse(arguments)
 
 
-def test_cuda_must_be_there(monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(UserError, match="no CUDA device; try --device cpu"):
-        bench.main(["--device", "cuda"])
-
-
 def test_diffusers_must_be_there(monkeypatch):
-    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None if name == "diffusers" else name)
+    monkeypatch.setattr(bench, "find_spec", lambda name: None if name == "diffusers" else name)
     with pytest.raises(UserError, match=r"^diffusers must be installed: pip install -r requirements-dev\.txt$"):
         bench.parse([])
-
-
-@pytest.mark.parametrize("arguments", [["--dtype", "int8"], ["--device", "tpu"], ["--nonsense"], ["--runs", "x"]])
-def test_arguments_that_argparse_refuses_are_one_line(capsys, arguments):
-    with pytest.raises(SystemExit) as end:
-        bench.parse(arguments)
-    assert end.value.code == 2
-    assert re.fullmatch(r"bench\.py: .*\n", capsys.readouterr().err)
