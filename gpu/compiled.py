@@ -20,7 +20,8 @@ def compiled(network, **settings):
         raise UserError("--compile does not pay on a CPU (bench/README.md): leave it out")
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "ip2p" / "compiled"))  # else below /tmp
-    return torch.compile(network, dynamic=False, fullgraph=True, **settings)
+    # torch gives up at its 8th size otherwise
+    return torch.compile(network, dynamic=False, fullgraph=True, recompile_limit=64, **settings)
 
 
 def compile_model(model, **settings):
