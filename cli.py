@@ -1,7 +1,6 @@
-"""Failing cleanly: a mistake of the user's ends in one line, and no file is ever left half-written."""
+"""What all programs share: a mistake of the user's ends in one line, and no file is ever left half-written."""
 
 import argparse
-import errno
 import importlib.util
 import json
 import os
@@ -44,23 +43,21 @@ def run_program(main):
     except KeyboardInterrupt:
         print(f"\n{name}: stopped; nothing half-written is left behind", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # whoever read our output has gone; let Python's own last flush go nowhere
+    except BrokenPipeError:  # the reader of our output has ended; Python flushes once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
 @contextmanager
-def atomic_write(path, writer=None):
+def atomic_write(path):
     """Give a path beside `path` to write to (a file or a folder), and rename it to `path` when the block ends well.
 
-    writer: tells those apart that may write at the same time; None for processes of one machine.
-
-    When the block fails, whatever was written is removed and `path` is as it was before. Raises UserError where
-    the system refuses the writing (no such folder, no permission, disk full).
+    Parent folders are made. When the block fails, whatever was written is removed and `path` is as it was before.
+    Raises UserError where the system refuses (no permission, disk full).
     """
     path = Path(path)
     make_folder(path.parent)
-    beside = path.parent / f".{path.name[:40]}.{writer or os.getpid()}.tmp"  # no longer than a file's name may be
+    beside = path.parent / f".{path.name[:40]}.{os.getpid()}.tmp"  # no longer than a file's name may be
     try:
         yield beside
         os.replace(beside, path)
@@ -77,78 +74,15 @@ def append_whole(path, data):
     try:
         with open(path, "ab", buffering=0) as file:
             size = file.tell()
-            try:
-                if file.write(data) < len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError:
+            if file.write(data) < len(data):  # one call of the system: what it cannot do at all raises
                 file.truncate(size)
-                raise
+                raise OSError("the disk is full")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-# ---- what the command line may say ----
-
-
-def check_sampling(steps, text_guidance, image_guidance, resolution):
-    """Raise UserError for a value out of range; None stands for the model's default and passes."""
-    if steps is not None and not 1 <= steps <= 1000:
-        raise UserError(f"the steps should be between 1 and 1000, not {steps}")
-    for name, scale in (("text", text_guidance), ("image", image_guidance)):
-        if scale is not None and not 0 <= scale <= 100:
-            raise UserError(f"the {name} guidance should be between 0 and 100, not {scale}")
-    if resolution is not None and not 64 <= resolution <= 4096:
-        raise UserError(f"the resolution should be between 64 and 4096 pixels, not {resolution}")
-
-
-def check_instruction(instruction):
-    """Raise UserError for an empty one, and for bytes that were no text when the command line was read."""
-    if not instruction.strip():
-        raise UserError('the instruction is empty; say what to change, such as "make it night"')
-    if any("\ud800" <= letter <= "\udfff" for letter in instruction):
-        raise UserError("the instruction is not valid UTF-8 text; check the terminal's encoding")
-
-
-def check_device(name):
-    """Raise UserError unless torch can compute on the device of this name. Imports torch."""
-    import torch
-
-    try:
-        torch.zeros(1, device=name).item()
-    except Exception as error:  # torch has another one for every device that it was not made for
-        raise UserError(f"this machine or this torch has no device {name}; try --device cpu") from error
-
-
-def check_device_name(name):
-    """Raise UserError unless it is the name of a device, which need not be there. Imports torch."""
-    import torch
-
-    try:
-        torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"there is no kind of device {name}; try cpu or cuda") from error
-
-
-def own_device(name):
-    """The device for this process: "cuda" is the one GPU, or of several that of this process of torchrun's."""
-    rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{rank}" if name == "cuda" and rank else name
-
-
-def check_seeds(seeds):
-    """Raise UserError unless there are seeds and the random generators take them all."""
-    if not seeds or not all(0 <= seed < 2**63 for seed in seeds):
-        raise UserError(f"a seed should be a whole number from 0 to {2**63 - 1}")
-
-
-def plain(options):
-    """The command line's values as JSON holds them."""
-    values = {key: value for key, value in vars(options).items() if key != "run"}
-    return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
-
-
 def make_folder(folder):
-    """Make a folder for results. Raises UserError."""
+    """Make a folder and its parents. Raises UserError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -158,7 +92,7 @@ def make_folder(folder):
 def keep_settings(path, settings):
     """Write what a result depends on to a JSON file the first time, compare it every other time.
 
-    So a program goes on with its own work and never replaces what another command line made. Raises UserError.
+    So a program resumes its own work and never replaces what another command line made. Raises UserError.
     """
     path, settings = Path(path), json.loads(json.dumps(settings, default=str))
     if not path.exists():
@@ -174,3 +108,45 @@ def keep_settings(path, settings):
         name = different[0]
         change = f"{name} {begun.get(name)}, not {settings.get(name)}"
         raise UserError(f"{path.parent} was begun with {change}; use the same settings, or another output")
+
+
+def check_sampling(steps, text_guidance, image_guidance, resolution):
+    """Raise UserError for a value out of range; None stands for the model's default and passes."""
+    for name, value, least, most in [
+        ("steps", steps, 1, 1000),
+        ("text guidance", text_guidance, 0, 100),
+        ("image guidance", image_guidance, 0, 100),
+        ("resolution", resolution, 64, 4096),
+    ]:
+        if value is not None and not least <= value <= most:
+            raise UserError(f"the {name} should be between {least} and {most}, not {value}")
+
+
+def check_instruction(instruction):
+    """Raise UserError for an empty one, and for bytes that were no text when the command line was read."""
+    if not instruction.strip():
+        raise UserError('the instruction is empty; say what to change, such as "make it night"')
+    if any("\ud800" <= letter <= "\udfff" for letter in instruction):
+        raise UserError("the instruction is not valid UTF-8 text; check the terminal's encoding")
+
+
+def check_seeds(seeds):
+    """Raise UserError unless there are seeds and the random generators take them all."""
+    if not seeds or not all(0 <= seed < 2**63 for seed in seeds):
+        raise UserError(f"a seed should be a whole number from 0 to {2**63 - 1}")
+
+
+def check_device(name):
+    """Raise UserError unless torch can compute on the device of this name."""
+    import torch  # here, so that programs can answer mistakes before they load it
+
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # torch has another one for every device that it was not made for
+        raise UserError(f"this machine or this torch has no device {name}; try --device cpu") from error
+
+
+def own_device(name):
+    """The device for this process: "cuda" is the one GPU, or of several that of this process of torchrun's."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if name == "cuda" and rank else name

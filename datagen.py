@@ -4,7 +4,7 @@
     python datagen.py finetune --out runs/chats.jsonl      # a language model that writes edits better: the paper's way
     python datagen.py images --edits runs/edits.jsonl --out runs/pairs --samples 4
     python datagen.py browse runs/pairs                    # a page to look at it with
-    python datagen.py calibrate --edits runs/edits.jsonl --clip MY_CLIP           # once for a CLIP of one's own
+    python datagen.py calibrate --edits runs/edits.jsonl --clip MY_CLIP           # once for another CLIP
 
 `text` and `images` may be stopped at any time; the same command resumes. Under torchrun its processes divide the work.
 (The miniature's own edits are written by `python -m mini.datagen`.)

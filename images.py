@@ -1,7 +1,4 @@
-"""Picture files, tensors and grids.
-
-Inside the program a picture is an RGB PIL image, or a tensor [3, H, W] with values in [-1, 1].
-"""
+"""Image files, tensors and grids. Inside a program an image is an RGB PIL image, or a tensor [3, H, W] in [-1, 1]."""
 
 import io
 import json
@@ -24,41 +21,39 @@ LARGEST_ASPECT = 8
 
 
 def open_image(path):
-    """A picture file as an upright RGB image: EXIF orientation applied, transparency over white, first frame.
+    """An image file as an upright RGB image: EXIF orientation applied, transparency over white, first frame.
 
-    Grey, palette, 16-bit and CMYK pictures are converted. Raises UserError for what cannot be read or edited.
+    Grey, palette, 16-bit and CMYK images are converted. Raises UserError for what cannot be read or edited.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # doubts about damaged metadata; a damaged picture raises
+            warnings.simplefilter("ignore")  # doubts about damaged metadata; a damaged image raises
             with Image.open(path, formats=FORMATS) as file:
                 image = to_rgb(file)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"there is no picture {path}") from error
+        raise UserError(f"there is no image {path}") from error
     except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder; a picture file is needed") from error
+        raise UserError(f"{path} is a folder; an image file is needed") from error
     except Image.DecompressionBombError as error:
         limit = 2 * Image.MAX_IMAGE_PIXELS // 1_000_000
         raise UserError(f"{path} has more than {limit} million pixels; make it smaller first") from error
     except Exception as error:  # decoders meet damaged files with exceptions of every kind
-        raise UserError(f"{path} cannot be read as a picture: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} cannot be read as an image: {error}") from error
     check_size(image, path)
     return image
 
 
-def check_size(image, name="the picture"):
-    """Raise UserError for a picture too small or too long to edit."""
+def check_size(image, name="the image"):
+    """Raise UserError for an image too small or too long to edit."""
     width, height = image.size
     if min(width, height) < SMALLEST_SIDE:
-        raise UserError(
-            f"{name} is {width}x{height} pixels; at least {SMALLEST_SIDE} pixels a side are needed to edit it"
-        )
+        raise UserError(f"{name} is {width}x{height}; at least {SMALLEST_SIDE} pixels a side are needed to edit it")
     if max(width, height) > LARGEST_ASPECT * min(width, height):
         raise UserError(f"{name} is {width}x{height}, longer than {LARGEST_ASPECT} times its width; crop it first")
 
 
 def to_rgb(image):
-    """Any PIL image -> upright RGB, transparency over white, the full range of deep pictures brought to 8 bits."""
+    """Any PIL image -> upright RGB, transparency over white, the full range of deep images brought to 8 bits."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # deeper than 8 bits; Pillow's own conversion would clip
         values = np.array(image, dtype=np.float32)
@@ -67,19 +62,17 @@ def to_rgb(image):
         else:
             full = 255.0 if values.max() <= 255 and not image.mode.startswith("I;16") else 65535.0
         if not np.isfinite(values).all():
-            raise ValueError("it holds values that are not numbers")
+            raise ValueError("it holds NaN or Inf")
         values[values == image.info.get("transparency")] = full  # a 16-bit PNG may name one level
-        values *= 255 / full  # in place, since such pictures are large
+        values *= 255 / full  # in place, since such images are large
         image = Image.fromarray(values.clip(0, 255, out=values).round(out=values).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 
 def edit_size(width, height, resolution):
-    """The size (width, height) at which a picture is edited: multiples of 64, the longer side near `resolution`.
+    """The size (width, height) at which an image is edited: multiples of 64, the longer side near `resolution`.
 
     The released edit_cli.py's rule in exact integers. The shorter side is what it would be with the longer side at
     `resolution`, rounded up to k * 64; the longer side follows in proportion, rounded down.
@@ -135,19 +128,19 @@ def read_settings(path):
     except KeyError as error:
         raise UserError(f"{path} carries no settings; only a PNG written by sample.py can be repeated") from error
     except Exception as error:  # as in open_image
-        raise UserError(f"{path} cannot be read as a PNG: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} cannot be read as a PNG: {error}") from error
 
 
 def enlarge(image, least=128):
-    """A small picture, each pixel drawn as a square, so that its shorter side has about `least` pixels; else itself."""
+    """A small image, each pixel drawn as a square, so that its shorter side has about `least` pixels; else itself."""
     factor = max(1, least // min(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def grid(images, columns, labels=None, column_titles=None, row_titles=None, title=None, beside=None):
-    """Lay pictures of one size out in rows, with text where given: a label under each, titles above and at the left.
+def grid(images, columns, labels=None, column_titles=(), row_titles=(), title="", beside=None):
+    """Lay images of one size out in rows, with text where given: a label under each, titles above and at the left.
 
-    images: RGB images, row by row. beside: (title, image), a picture of the same size at the far left, halfway down.
+    images: RGB images, row by row. beside: (title, image), an image of the same size at the far left, halfway down.
     Returns one RGB image.
     """
     width, height = images[0].size
@@ -156,12 +149,12 @@ def grid(images, columns, labels=None, column_titles=None, row_titles=None, titl
     font = ImageFont.load_default(text_height)
     gap, line = max(2, width // 64), round(1.6 * text_height)
 
-    label_lines = [wrap(text, font, width) for text in labels] if labels else [[] for _ in images]
+    label_lines = [wrap(text, font, width) for text in labels or [""] * len(images)]
     row_height = height + line * max(map(len, label_lines)) + gap
-    margin = gap + max((round(font.getlength(text)) + 3 * gap for text in row_titles), default=0) if row_titles else gap
+    margin = gap + max((round(font.getlength(text)) + 3 * gap for text in row_titles or ()), default=0)
     left = margin + (width + gap if beside else 0)
     sheet_width = left + columns * (width + gap)
-    title_lines = wrap(title, font, sheet_width - 2 * gap) if title else []
+    title_lines = wrap(title or "", font, sheet_width - 2 * gap)
     top = gap + line * (len(title_lines) + bool(column_titles))
 
     sheet = Image.new("RGB", (sheet_width, top + rows * row_height), "white")
@@ -172,17 +165,16 @@ def grid(images, columns, labels=None, column_titles=None, row_titles=None, titl
 
     for number, text in enumerate(title_lines):
         write(text, gap, gap + line * (number + 0.5), "lm")
-    for column, text in enumerate(column_titles or []):
+    for column, text in enumerate(column_titles or ()):
         write(text, left + column * (width + gap) + width / 2, top - line / 2)
-    for row, text in enumerate(row_titles or []):
+    for row, text in enumerate(row_titles or ()):
         write(text, left - 2 * gap, top + row * row_height + height / 2, "rm")
     if beside:
         y = top + (rows * row_height - height) // 2
         sheet.paste(beside[1], (gap, y))
         write(beside[0], gap + width / 2, y - line / 2)
     for number, (image, lines) in enumerate(zip(images, label_lines, strict=True)):
-        x = left + number % columns * (width + gap)
-        y = top + number // columns * row_height
+        x, y = left + number % columns * (width + gap), top + number // columns * row_height
         sheet.paste(image, (x, y))
         for index, text in enumerate(lines):
             write(text, x + width / 2, y + height + line * (index + 0.5))

@@ -16,7 +16,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 
-from cli import UserError, keep_settings, make_folder, plain, run_program
+from cli import UserError, keep_settings, make_folder, run_program
 
 import torch
 from torch import nn
@@ -180,7 +180,7 @@ def train(options):
         raise UserError(f"the images need sides of multiples of {model.side_multiple} pixels; see --resolution")
     if RANK == 0:
         make_folder(out)
-        keep_settings(out / "settings.json", {name: value for name, value in plain(options).items() if name in SAME})
+        keep_settings(out / "settings.json", {name: getattr(options, name) for name in SAME})
     unet, schedule = model.unet, NoiseSchedule()
     choose_weights(unet, options.trainable, options.rank)
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from cli import Parser, UserError, atomic_write, check_device, make_folder, run_program
+from cli import Parser, UserError, atomic_write, check_device, keep_settings, make_folder, run_program
 
 import torch
 import torch.nn.functional as F
@@ -315,6 +315,10 @@ def main(arguments=None):
         if noted.exists():
             print(f"{stage}: done already; remove {options.out / stage} to train it anew")
             continue
+        if RANK == 0:
+            of_run = settings(stage)
+            total = {"total_batch_size": of_run.batch_size * PROCESSES, "seed": of_run.seed}
+            keep_settings(options.out / stage / "settings.json", total)
         results = TRAIN[stage](options)
         if RANK == 0:
             results["minutes of training"] = read_metrics(options.out / stage / "metrics.jsonl")[-1]["minutes"]

@@ -169,7 +169,7 @@ def test_floating_point_pictures(tmp_path):
     assert opened(Image.fromarray(unit * 300 - 20), tmp_path / "beyond.tif").min() == 0
     for bad in (np.nan, np.inf):
         unit[3, 4] = bad
-        with pytest.raises(UserError, match="not numbers"):
+        with pytest.raises(UserError, match="NaN or Inf"):
             opened(Image.fromarray(unit), tmp_path / "bad.tif")
 
 
@@ -232,13 +232,13 @@ def test_what_cannot_be_opened_is_named(tmp_path):
         with pytest.raises(UserError, match=name) as caught:
             open_image(tmp_path / name)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="there is no picture .*missing.png"):
+    with pytest.raises(UserError, match="there is no image .*missing.png"):
         open_image(tmp_path / "missing.png")
     with pytest.raises(UserError, match="is a folder"):
         open_image(tmp_path)
     with pytest.raises(UserError, match="178 million pixels"):
         open_image(tmp_path / "bomb.png")
-    with pytest.raises(UserError, match="there is no picture"):
+    with pytest.raises(UserError, match="there is no image"):
         open_image(tmp_path / "text.png" / "below.png")
 
 

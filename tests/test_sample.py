@@ -238,7 +238,7 @@ def test_pictures_that_cannot_be_edited(refused, photo, tmp_path):
     for size in [(1, 1), (4000, 20), (20, 4000), (7, 7)]:
         Image.new("RGB", size).save(tmp_path / "odd.png")
         refused(["odd.png", f"{size[0]}x{size[1]}"], image=tmp_path / "odd.png")
-    refused(["there is no picture", "missing.png"], image=tmp_path / "missing.png")
+    refused(["there is no image", "missing.png"], image=tmp_path / "missing.png")
     refused("is a folder", image=tmp_path)
     refused("--image", image=None)
     refused("--image", image="")

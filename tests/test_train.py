@@ -235,7 +235,7 @@ def test_overfitting_one_pair(data, init, tmp_path, program):
 @pytest.mark.parametrize("from_disk", [False, True])
 def test_two_processes_equal_one(data, init, tmp_path, from_disk):
     """Of twice the batch, or twice the micro-batches: the same examples and the same weights, but for rounding."""
-    flags = {"max_steps": 3, "eval_every": 1}
+    flags = {"max_steps": 3, "eval_every": 1, "lr": 1e-4, "warmup_steps": 0}
     if from_disk:
         flags |= {"preset": "paper", "resolution": 64, "max_resize": 72, "workers": 1}
     runs = {"one": (1, {"batch_size": 4}), "two": (2, {"batch_size": 1, "grad_accum": 2})}
@@ -247,6 +247,7 @@ def test_two_processes_equal_one(data, init, tmp_path, from_disk):
     one, two = (newest_state(tmp_path / name)["weights"] for name in runs)
     moved = [torch.cat([(run[name] - start_weights[name]).flatten() for name in run]) for run in (one, two)]
     assert relative_error(*moved) <= MOVED  # of the way that the weights went
+    assert max(relative_error(one[name], two[name]) for name in one) <= 1e-5  # of every tensor, at the paper's rate
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in runs]
     losses = [[json.loads(line)["loss"] for line in run] for run in lines]
     assert len(losses[0]) == 3
@@ -254,6 +255,18 @@ def test_two_processes_equal_one(data, init, tmp_path, from_disk):
 
 
 # ---- runs that break off ----
+
+
+def test_resumed_from_images_on_disk(data, init, tmp_path):
+    """Crops, flips and the choice of pairs included, in worker processes: equal to the last bit."""
+    flags = {"preset": "paper", "resolution": 64, "max_resize": 72, "workers": 1, "save_every": 1, "eval_every": 4}
+    flags |= {"batch_size": 2, "total_batch_size": 2}
+    for name, stops in (("whole", (4,)), ("parts", (1, 3, 4))):
+        for steps in stops:
+            train.main(command(data, init, tmp_path / name, "--resume", max_steps=steps, **flags))
+    one, two = (newest_state(tmp_path / name) for name in ("whole", "parts"))
+    for part in ("weights", "ema"):
+        assert all(torch.equal(one[part][name], two[part][name]) for name in one[part])
 
 
 def test_killed_at_any_moment_and_resumed(data, init, tmp_path):
