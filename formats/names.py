@@ -183,7 +183,7 @@ def unet_rows(config):
 
 
 def vae_rows(config):
-    """The table of a whole VAE. The original counts the decoder's levels backwards, from the picture."""
+    """The table of a whole VAE. The original counts the decoder's levels backwards, from the image."""
     rows, deepest = list(VAE_ENDS), len(config.channels) - 1
     for half, step, extra in [("encoder", "down", 0), ("decoder", "up", 1)]:
         rows += under((f"{half}.", f"{half}.", f"{half}."), VAE_HALF)

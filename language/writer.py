@@ -21,7 +21,7 @@ from language.captions import Records, Unique, begin_file, fingerprint, normal, 
 SYSTEM = """\
 You write training data for a program that edits images by instruction. You are given the caption of an image. Think
 of a change to this image that a person might ask for, and that can be seen in it. Answer with a JSON object of two
-texts: "edit", the instruction, as short as people write; and "output", the caption of the picture after the edit, which
+texts: "edit", the instruction, as short as people write; and "output", the caption of the image after the edit, which
 repeats of the given caption whatever the edit leaves alone."""
 SCHEMA = {
     "type": "object",

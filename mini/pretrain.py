@@ -24,7 +24,7 @@ from formats.weights import read_tensors, write_json, write_tensors
 from images import enlarge, grid, save_png, to_image
 from mini.judge import Judge, labels
 from mini.pretrain_clip import train_clip
-from mini.scenes import held_out_pictures, scenes, share_right, to_pictures, training_scene
+from mini.scenes import fraction_right, held_out_images, scenes, to_images, training_scene
 from mini.world import SIZE, caption
 from stable_diffusion import StableDiffusion
 from train import Settings, autocasting, fit
@@ -74,8 +74,8 @@ def train_judge(options):
 
     def loss_of(network, draws):
         chosen = draws.integers(len(drawn)).numpy()
-        x = to_pictures(pixels[chosen], device)
-        x[::2] = to_pictures(decoded[chosen[::2] % len(decoded)], device)
+        x = to_images(pixels[chosen], device)
+        x[::2] = to_images(decoded[chosen[::2] % len(decoded)], device)
         truths = chosen.copy()
         truths[::2] %= len(decoded)
         softened = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -88,22 +88,22 @@ def train_judge(options):
     if RANK > 0:
         return None
     average.save(options.out / "judge.safetensors")
-    held_out, x = held_out_pictures(options.test_scenes, device)
+    held_out, x = held_out_images(options.test_scenes, device)
     with torch.no_grad():
         again = vae.decode(vae.encode(x).mode())
     return {
-        "all attributes right on true images": share_right(average, x, held_out),
-        "on those through the autoencoder": share_right(average, again, held_out),
+        "all attributes right on true images": fraction_right(average, x, held_out),
+        "on those through the autoencoder": fraction_right(average, again, held_out),
     }
 
 
 @torch.no_grad()
 def decode_some(vae, pixels, device):
-    """Pictures through the autoencoder: uint8 [count, 64, 64, 3], as they came."""
+    """Images through the autoencoder: uint8 [count, 64, 64, 3], as they came."""
     parts = []
     for start in tqdm(range(0, len(pixels), 64), desc="decoding", leave=False):
         with autocasting(device, fast_precision(device))():
-            x = vae.decode(vae.encode(to_pictures(pixels[start : start + 64], device)).mode()).float()
+            x = vae.decode(vae.encode(to_images(pixels[start : start + 64], device)).mode()).float()
         parts.append(((x.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).round().byte().cpu())
     return torch.cat(parts).numpy()
 
@@ -117,10 +117,10 @@ def train_vae(options):
     drawn, pixels = scenes(options.scenes, options.out)
     torch.manual_seed(settings.seed)
     vae = VAE(MINI_VAE).to(device)
-    _, held_out = held_out_pictures(options.test_scenes, device)
+    _, held_out = held_out_images(options.test_scenes, device)
 
     def loss_of(network, draws):
-        x = to_pictures(pixels[draws.integers(len(drawn)).numpy()], device)
+        x = to_images(pixels[draws.integers(len(drawn)).numpy()], device)
         if draws.step < 0.75 * settings.max_steps:  # a quarter of each image first, which is four times as fast
             top, left = torch.randint(SIZE // 2 + 1, (2,), generator=draws.generator).tolist()
             x = x[:, :, top : top + SIZE // 2, left : left + SIZE // 2].contiguous()
@@ -211,7 +211,7 @@ def train_sd(options):
         some = held_out[:32]
         x = sampler.sample([caption(scene) for scene in some], range(len(some)))
         write_grid(options.out / "sd" / "samples.png", x, [caption(scene) for scene in some])
-        return {"all attributes right": share_right(judge, x, some)}
+        return {"all attributes right": fraction_right(judge, x, some)}
 
     fit(unet, loss_of, settings, options.out / "sd", evaluate)
     if RANK > 0:
@@ -221,7 +221,7 @@ def train_sd(options):
     sampler, judge, images = StableDiffusion(model), Judge.load(options.out / "judge.safetensors").to(device), []
     for seeds in torch.arange(len(held_out)).split(64):
         images.append(sampler.sample([caption(held_out[seed]) for seed in seeds], seeds.tolist()))
-    right = share_right(judge, torch.cat(images), held_out)
+    right = fraction_right(judge, torch.cat(images), held_out)
     return {f"all attributes right on {len(held_out)} held-out captions": right}
 
 
@@ -232,7 +232,7 @@ def encode_all(vae, pixels, device):
     encoded = []
     for batch in tqdm(batches, desc="encoding", leave=False):
         with autocasting(device, fast_precision(device))():
-            encoded.append(vae.encode(to_pictures(batch, device)).mode().half().cpu())
+            encoded.append(vae.encode(to_images(batch, device)).mode().half().cpu())
     return torch.cat(encoded) * vae.config.scaling
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import END, START, CLIPTextConfig, CLIPTokenizer
 from formats.checkpoint import save_clip
-from mini.scenes import held_out_pictures, scenes, to_pictures
+from mini.scenes import held_out_images, scenes, to_images
 from mini.world import KINDS, SIZE, caption, random_edit
 from train import fit
 from training.runs import RANK
@@ -51,10 +51,10 @@ def train_tokenizer(texts, tokens=MINI_TOKENS):
 
 
 def train_clip(options):
-    """Train both towers by the contrastive loss (Radford et al. 2021), on captions and pictures.
+    """Train both towers by the contrastive loss (Radford et al. 2021), on captions and images.
 
     Captions hold no instructions, so the text tower would never learn their words. A second loss, on texts alone,
-    pulls an instruction towards the difference of the captions after and before it. No edited picture is shown.
+    pulls an instruction towards the difference of the captions after and before it. No edited image is shown.
     Each process contrasts its own rows of the total batch.
     """
     settings, device = options.settings("clip"), options.device
@@ -76,7 +76,7 @@ def train_clip(options):
     def loss_of(network, draws):
         chosen, picked = draws.integers(len(drawn)).numpy(), draws.integers(len(edits)).numpy()
         picked = picked[: max(1, len(picked) // 4)]
-        images = (to_pictures(pixels[chosen], device) + 1) / 2
+        images = (to_images(pixels[chosen], device) + 1) / 2
         with options.autocast():
             image = network.image.features(images).float()
             words = network.text.features(captions[chosen].to(device)).float()
@@ -92,7 +92,7 @@ def train_clip(options):
         return None
     shutil.rmtree(options.out / "clip_model", ignore_errors=True)  # of a run that was stopped in its last moments
     save_clip(average, tokenizer, options.out / "clip_model", torch.float16)
-    chosen, x = held_out_pictures(options.test_scenes, device)
+    chosen, x = held_out_images(options.test_scenes, device)
     with torch.no_grad():
         image = average.image.features((x + 1) / 2)
         words = average.text.features(tokenizer([caption(scene) for scene in chosen]).to(device))

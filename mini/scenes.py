@@ -32,16 +32,16 @@ def scenes(count, folder):
     return [training_scene(index) for index in range(count)], np.load(path, mmap_mode="r")
 
 
-def to_pictures(pixels, device="cpu"):
+def to_images(pixels, device="cpu"):
     """Pixels uint8 [B, 64, 64, 3] -> images [B, 3, 64, 64] in [-1, 1]."""
     x = torch.from_numpy(np.array(pixels)).to(device)
     return (x.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
 
-def held_out_pictures(count, device):
+def held_out_images(count, device):
     """(`count` held-out scenes, their images [count, 3, 64, 64] in [-1, 1])."""
     pixels = np.stack([pixels_of(index, test=True) for index in range(count)])
-    return [training_scene(index, test=True) for index in range(count)], to_pictures(pixels, device)
+    return [training_scene(index, test=True) for index in range(count)], to_images(pixels, device)
 
 
 def choose(count, size, generator):
@@ -49,6 +49,6 @@ def choose(count, size, generator):
     return torch.randint(count, (size,), generator=generator).numpy()
 
 
-def share_right(judge, x, chosen):
+def fraction_right(judge, x, chosen):
     """The fraction of images x in which the judge reads all attributes of their scenes."""
     return float(np.mean([reading == truth(scene) for reading, scene in zip(judge.read(x), chosen, strict=True)]))

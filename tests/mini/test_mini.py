@@ -22,7 +22,7 @@ from ip2p import InstructPix2Pix
 from mini import pretrain
 from mini.evaluate_world import clip_scores, edit_all, held_out_edits, measure, true_images
 from mini.judge import Judge
-from mini.scenes import share_right, training_scene
+from mini.scenes import fraction_right, training_scene
 from mini.world import caption
 from stable_diffusion import StableDiffusion
 
@@ -94,8 +94,8 @@ def test_the_bundled_model_draws_what_64_held_out_captions_say():
     scenes = [training_scene(index, test=True) for index in range(64)]
     x = StableDiffusion(load(MINI / "sd")).sample([caption(scene) for scene in scenes], range(64))
     judge = Judge.load(MINI / "judge.safetensors")
-    assert share_right(judge, x, scenes) >= 0.9
-    assert share_right(judge, x, scenes[1:] + scenes[:1]) < 0.1
+    assert fraction_right(judge, x, scenes) >= 0.9
+    assert fraction_right(judge, x, scenes[1:] + scenes[:1]) < 0.1
 
 
 def test_the_demo_draws_its_sheet(tmp_path):

@@ -28,7 +28,7 @@ from mini import pretrain
 from mini.judge import ATTRIBUTES, Judge, labels
 from mini.pretrain import normalise_latents, start_at_zero, text_alone
 from mini.pretrain_clip import MINI_IMAGE, contrast, initialise_clip, train_tokenizer, world_texts
-from mini.scenes import pixels_of, scenes, share_right, to_pictures, training_scene
+from mini.scenes import fraction_right, pixels_of, scenes, to_images, training_scene
 from mini.world import SIZE, held_out
 from stable_diffusion import StableDiffusion
 from training.runs import read_metrics
@@ -63,7 +63,7 @@ def test_pictures_are_those_of_their_scenes(tmp_path):
     (tmp_path / "other.npy").replace(tmp_path / "scenes_5.npy")
     assert np.array_equal(scenes(5, tmp_path)[1], 255 - pixels)  # what is kept is not drawn again
 
-    x = to_pictures(pixels[2:4])
+    x = to_images(pixels[2:4])
     assert x.shape == (2, 3, SIZE, SIZE)
     assert torch.equal(((x[1] + 1) * 127.5).round().byte().permute(1, 2, 0), torch.tensor(pixels[3]))
     assert x.min() >= -1
@@ -75,7 +75,7 @@ def test_kept_pictures_are_read_without_a_warning(tmp_path, recwarn):
     _, pixels = scenes(2, tmp_path)
     torch.set_warn_always(True)
     try:
-        to_pictures(pixels[:2])
+        to_images(pixels[:2])
     finally:
         torch.set_warn_always(False)
     assert [str(warning.message) for warning in recwarn if warning.category is UserWarning] == []
@@ -266,7 +266,7 @@ def test_the_share_of_pictures_that_are_right(monkeypatch):
 
     monkeypatch.setattr(judge, "forward", forward)
     x = torch.zeros(4, 3, SIZE, SIZE)
-    assert share_right(judge, x, drawn) == 0.5
+    assert fraction_right(judge, x, drawn) == 0.5
 
 
 # ---- the program ----
