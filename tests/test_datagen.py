@@ -562,7 +562,7 @@ def test_mistakes(program, tmp_path, monkeypatch, arguments, words):
         ({"steps": 0}, "steps should be between 1 and 1000, not 0"),
         ({"steps": 2000}, "steps should be between 1 and 1000, not 2000"),
         ({"threads": 0}, "--threads: should be at least 1, not 0"),
-        ({"resolution": 8}, "resolution should be between 64 and 4096 pixels, not 8"),
+        ({"resolution": 8}, "resolution should be between 64 and 4096, not 8"),
         ({"resolution": 100}, "the resolution should be a multiple of 8 for this model, not 100"),
         ({"seed": -1}, "seed should be a whole number"),
         ({"seed": 2**70}, "seed should be a whole number"),
