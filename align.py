@@ -35,7 +35,8 @@ class Alignment:
 def swap(tokenizer, source, target):
     """Word swap: each word of the target uses the map of the word at its place. Returns (M [L, L], a [L]).
 
-    A word of m tokens in place of one of n: token by token if n = m, else each of the m gets the mean of all n.
+    A word of m tokens in place of one of n: token by token if n = m, else each of the m gets 1/m of the sum of all n,
+    as in the released code.
     """
     mapper = torch.zeros(tokenizer.tokens, tokenizer.tokens)
     mapper[0, 0] = 1

@@ -35,12 +35,13 @@ def editor():
     return InstructPix2Pix.load(MINI / "editor")
 
 
-def test_the_bundled_editor_succeeds_on_64_fixed_edits(editor):
+@pytest.mark.parametrize(("count", "steps"), [(28, 8), pytest.param(70, 20, marks=pytest.mark.slow)])
+def test_the_bundled_editor_succeeds_on_held_out_edits(editor, count, steps):
     """evaluate.py world measures 88.5 % of 504; the bar leaves room for the smaller number."""
-    edits = held_out_edits(70)[:64]
+    edits = held_out_edits(count)
     before, after = true_images(edits)
     judge = Judge.load(MINI / "judge.safetensors")
-    edited = edit_all(editor, edits, before, editor.sampling, 32)
+    edited = edit_all(editor, edits, before, replace(editor.sampling, steps=steps), 35)
     assert measure(after, edits, before, after, judge)["success"] > 0.95
     assert measure(before, edits, before, after, judge)["success"] == 0
     assert measure(edited, edits, before, after, judge)["success"] >= 0.8
@@ -48,16 +49,16 @@ def test_the_bundled_editor_succeeds_on_64_fixed_edits(editor):
 
 def test_the_guidance_scales_act_as_in_fig_4(editor):
     """A larger s_I keeps more of the image, a larger s_T changes it more as the captions do."""
-    edits = held_out_edits(28)
+    edits = held_out_edits(14)
     before, _ = true_images(edits)
     clip = load_clip(MINI / "clip")
 
     def scores(text_guidance, image_guidance):
-        sampling = replace(editor.sampling, steps=10, text_guidance=text_guidance, image_guidance=image_guidance)
-        return clip_scores(*clip, edit_all(editor, edits, before, sampling, 28), edits, before)
+        sampling = replace(editor.sampling, steps=6, text_guidance=text_guidance, image_guidance=image_guidance)
+        return clip_scores(*clip, edit_all(editor, edits, before, sampling, 14), edits, before)
 
-    kept = [scores(2.0, scale)["image_image"] for scale in (0.8, 1.2, 2.4)]
-    changed = [scores(scale, 1.5)["directional"] for scale in (0.3, 1.0, 2.0)]
+    kept = [scores(2.0, scale)["image_image"] for scale in (0.8, 2.4)]
+    changed = [scores(scale, 1.5)["directional"] for scale in (0.3, 2.0)]
     assert kept == sorted(kept)
     assert changed == sorted(changed)
 
@@ -89,19 +90,14 @@ def test_the_two_bundled_models_share_all_but_the_unet():
         assert (MINI / "sd" / part).read_bytes() == (MINI / "editor" / part).read_bytes()
 
 
-def test_the_bundled_model_draws_what_64_held_out_captions_say():
-    """pretrain.py sd measures 256; the bar leaves room for the smaller number."""
-    scenes = [training_scene(index, test=True) for index in range(64)]
-    x = StableDiffusion(load(MINI / "sd")).sample([caption(scene) for scene in scenes], range(64))
+@pytest.mark.parametrize(("count", "steps"), [(20, 8), pytest.param(64, 20, marks=pytest.mark.slow)])
+def test_the_bundled_model_draws_what_held_out_captions_say(count, steps):
+    """mini.pretrain measures 256; the bar leaves room for the smaller number."""
+    scenes = [training_scene(index, test=True) for index in range(count)]
+    x = StableDiffusion(load(MINI / "sd")).sample([caption(scene) for scene in scenes], range(count), steps)
     judge = Judge.load(MINI / "judge.safetensors")
     assert fraction_right(judge, x, scenes) >= 0.9
     assert fraction_right(judge, x, scenes[1:] + scenes[:1]) < 0.1
-
-
-def test_the_demo_draws_its_sheet(tmp_path):
-    out = tmp_path / "demo.png"
-    subprocess.run([sys.executable, ROOT / "examples" / "demo.py", out], check=True, capture_output=True)
-    assert Image.open(out).width > 4 * 192
 
 
 def test_diffusers_opens_the_bundled_text_to_image_model():
@@ -119,6 +115,7 @@ def test_diffusers_opens_the_bundled_text_to_image_model():
     assert likeness.argmax() == 0
 
 
+@pytest.mark.slow
 def test_the_whole_chain_at_toy_scale(tmp_path, capsys):
     """From nothing to an editor that evaluate.py measures; nothing is learnt in so few steps."""
     from mini import datagen as mini_datagen
