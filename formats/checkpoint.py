@@ -7,7 +7,7 @@ sizes are noted in `configs.py`.
 import json
 import os
 import re
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -209,35 +209,34 @@ def tokenizer_beside(path):
 
 # ---- what is it, and does it fit together? ----
 
+OTHER_KINDS = [  # what it is, and how some of its names begin
+    ("Stable Diffusion XL checkpoint", "conditioner.embedders.", UNET_PREFIX + "label_emb."),
+    ("Stable Diffusion 2 checkpoint", "cond_stage_model.model."),
+    ("Stable Diffusion 3 checkpoint", UNET_PREFIX + "joint_blocks."),
+    ("Flux checkpoint", UNET_PREFIX + "double_blocks.", "double_blocks."),
+    ("LoRA, which changes a model but is none", "lora_"),
+]
+
 
 def check_kind(tensors, path):
     """Raise UserError unless these are the names of an original Stable Diffusion 1.x file, saying what they are."""
-    names = list(tensors)
-
-    def any_name(*beginnings):
-        return any(name.startswith(beginnings) for name in names)
-
-    if any_name("conditioner.embedders.", UNET_PREFIX + "label_emb."):
-        raise UserError(f"{path} is a Stable Diffusion XL checkpoint; {SUPPORTED}")
-    if any_name("cond_stage_model.model."):
-        raise UserError(f"{path} is a Stable Diffusion 2 checkpoint; {SUPPORTED}")
-    if any_name(UNET_PREFIX + "joint_blocks.", UNET_PREFIX + "double_blocks.", "double_blocks."):
-        raise UserError(f"{path} is a Stable Diffusion 3 or Flux checkpoint; {SUPPORTED}")
-    if any_name("lora_"):
-        raise UserError(f"{path} holds a LoRA, which changes a model but is none; give the model's weights")
+    for kind, *beginnings in OTHER_KINDS:
+        if any(name.startswith(tuple(beginnings)) for name in tensors):
+            raise UserError(f"{path} is a {kind}; {SUPPORTED}")
     if UNET_PREFIX + "input_blocks.0.0.weight" not in tensors:
-        found = f"it holds {names[0]}, ..." if names else "it holds no tensors"
+        found = f"it holds {next(iter(tensors))}, ..." if tensors else "it holds no tensors"
         raise UserError(f"{path} is no Stable Diffusion checkpoint ({found}); its UNet should be {UNET_PREFIX}...")
 
 
 def check_fit(model):
     """Raise UserError where the parts of a model do not fit each other."""
-    if model.unet.config.context_width != model.text_encoder.config.width:
-        asked, given = model.unet.config.context_width, model.text_encoder.config.width
-        raise UserError(f"{model.source}: the UNet wants a text {asked} wide, its text encoder gives {given}")
-    if model.unet.config.out_channels != model.vae.config.latent_channels:
-        asked, given = model.unet.config.out_channels, model.vae.config.latent_channels
-        raise UserError(f"{model.source}: the UNet makes latents of {asked} channels, its VAE has {given}")
+    unet, vae, text = model.unet.config, model.vae.config, model.text_encoder.config
+    if unet.context_width != text.width:
+        wanted = f"wants a text {unet.context_width} wide, its text encoder gives {text.width}"
+        raise UserError(f"{model.source}: the UNet {wanted}")
+    if unet.out_channels != vae.latent_channels:
+        wanted = f"makes latents of {unet.out_channels} channels, its VAE has {vae.latent_channels}"
+        raise UserError(f"{model.source}: the UNet {wanted}")
 
 
 def check_vocabulary(tokenizer, text_config, path):
@@ -265,12 +264,18 @@ def parse_sampling(config):
 # ---- writing ----
 
 
-def save_folder(model, folder, dtype=None):
-    """Write a Model as a folder that diffusers opens. dtype None: as it is. Raises UserError if `folder` exists."""
-    folder = Path(folder)
-    if folder.exists():
+@contextmanager
+def new_folder(folder):
+    """`atomic_write` for a folder that must not exist yet. Raises UserError if it does."""
+    if Path(folder).exists():
         raise UserError(f"{folder} exists already; name a new folder, or remove it first")
     with atomic_write(folder) as beside:
+        yield beside
+
+
+def save_folder(model, folder, dtype=None):
+    """Write a Model as a folder that diffusers opens. dtype None: as it is. Raises UserError if `folder` exists."""
+    with new_folder(folder) as beside:
         (beside / "tokenizer").mkdir(parents=True)
         model.tokenizer.save(beside / "tokenizer")
         for name, network, config in [
@@ -288,10 +293,7 @@ def save_folder(model, folder, dtype=None):
 
 def save_vae(vae, folder, dtype=None):
     """Write an autoencoder alone as a folder that `load_vae` and diffusers open. Raises UserError if it exists."""
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} exists already; name a new folder, or remove it first")
-    with atomic_write(folder) as beside:
+    with new_folder(folder) as beside:
         write_json(beside / "config.json", configs.vae_json(vae.config))
         write_tensors(beside / "diffusion_pytorch_model.safetensors", renamed(vae, "diffusers", dtype))
 
@@ -320,10 +322,7 @@ def save_single_file(model, path, dtype=None):
 
 def save_clip(clip, tokenizer, folder, dtype=None):
     """Write CLIP's towers and the tokenizer in transformers' layout. Raises UserError if `folder` exists."""
-    folder = Path(folder)
-    if folder.exists():
-        raise UserError(f"{folder} exists already; name a new folder, or remove it first")
-    with atomic_write(folder) as beside:
+    with new_folder(folder) as beside:
         write_json(beside / "config.json", configs.clip_json(clip.config))
         write_tensors(beside / "model.safetensors", renamed(clip, "diffusers", dtype))
         tokenizer.save(beside)

@@ -13,8 +13,36 @@ from unet import Level, UNetConfig
 from vae import VAEConfig
 
 DIFFUSERS_VERSION = "0.30.0"  # of the layout that we write
-ATTENTION_BLOCKS = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 UP_BLOCKS = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
+
+# Our field: (its key in a config.json, the value that diffusers or transformers take where the key is missing).
+UNET = {
+    "resblocks": ("layers_per_block", 2),
+    "in_channels": ("in_channels", 4),
+    "out_channels": ("out_channels", 4),
+    "context_width": ("cross_attention_dim", 1280),
+    "groups": ("norm_num_groups", 32),
+}
+VAE = {
+    "resblocks": ("layers_per_block", 1),
+    "latent_channels": ("latent_channels", 4),
+    "groups": ("norm_num_groups", 32),
+}
+TEXT = {
+    "vocabulary": ("vocab_size", 49408),
+    "tokens": ("max_position_embeddings", 77),
+    "width": ("hidden_size", 512),
+    "layers": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 8),
+}
+IMAGE = {
+    "size": ("image_size", 224),
+    "patch": ("patch_size", 32),
+    "width": ("hidden_size", 768),
+    "layers": ("num_hidden_layers", 12),
+    "heads": ("num_attention_heads", 12),
+    "projection": ("projection_dim", 512),
+}
 
 # What diffusers can vary and Stable Diffusion 1.x never does. A file need not name them.
 UNET_FIXED = {
@@ -77,73 +105,62 @@ class Config:
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read: {error}") from error
 
-    def fixed(self, expected):
-        """Refuse the file if it asks for anything else."""
-        for key, value in expected.items():
-            if self.values.get(key, value) != value:
-                asked = json.dumps(self.values[key])[:80]
-                raise UserError(
-                    f"{self.name}: {key} is {asked}; only {json.dumps(value)} is supported, as in Stable Diffusion 1.x"
-                )
-
-    def one_of(self, key, choices, default):
-        """One of a few words."""
-        value = self.values.get(key, default)
-        if not isinstance(value, str) or value not in choices:
-            raise UserError(f"{self.name}: {key} is {value!r:.80}; supported: {', '.join(choices)}")
-        return value
-
-    def integer(self, key, most, default=None):
-        """A whole number from 1 to `most`."""
-        return self.check(key, self.values.get(key, default), most)
-
-    def integers(self, key, most, length, default=None):
-        """A list of `length` such numbers, or one number that stands for them all. length None: any up to 8."""
-        value = self.values.get(key, default)
-        if not isinstance(value, list):
-            value = [value] * (length or 1)
-        if not 1 <= len(value) <= 8 or length not in (None, len(value)):
-            raise UserError(f"{self.name}: {key} should be a list of {length or '1 to 8'} numbers")
-        return tuple(self.check(key, item, most) for item in value)
-
-    def check(self, key, value, most):
-        """`value`, if it is a whole number from 1 to `most`."""
-        if type(value) is not int or not 1 <= value <= most:
-            raise UserError(f"{self.name}: {key} is {value!r:.80}; a whole number from 1 to {most} is needed")
-        return value
-
     def must(self, condition, what):
         """Refuse the file unless `condition`."""
         if not condition:
             raise UserError(f"{self.name}: {what}")
 
+    def fixed(self, expected):
+        """Refuse the file if it asks for anything else."""
+        for key, value in expected.items():
+            asked = self.values.get(key, value)
+            only = f"only {json.dumps(value)} is supported, as in Stable Diffusion 1.x"
+            self.must(asked == value, f"{key} is {json.dumps(asked)[:80]}; {only}")
+
+    def number(self, key, default=None):
+        """A whole number; its bound keeps a damaged file from asking for endless layers."""
+        return self.check(key, self.values.get(key, default))
+
+    def numbers(self, key, count=None, default=None):
+        """`count` such numbers, or one that stands for them all. count None: any up to 8."""
+        value = self.values.get(key, default)
+        value = value if isinstance(value, list) else [value] * (count or 1)
+        self.must(1 <= len(value) <= 8 and count in (None, len(value)), f"{key} should be {count or '1 to 8'} numbers")
+        return tuple(self.check(key, item) for item in value)
+
+    def check(self, key, value):
+        """`value`, if it is a whole number in range."""
+        most = 256 if "layers" in key else 1_000_000
+        good = type(value) is int and 1 <= value <= most
+        self.must(good, f"{key} is {value!r:.80}; a whole number from 1 to {most} is needed")
+        return value
+
+    def sizes(self, table):
+        """{our field: number} for one of the tables above."""
+        return {field: self.number(key, default) for field, (key, default) in table.items()}
+
+
+def written(config, table):
+    """The opposite of `Config.sizes`: {key of config.json: number}."""
+    return {key: getattr(config, field) for field, (key, _) in table.items()}
+
 
 def unet_from(config):
     """diffusers' UNet2DConditionModel configuration (a Config) -> UNetConfig."""
     config.fixed(UNET_FIXED)
-    channels = config.integers("block_out_channels", 8192, None)
-    count = len(channels)
+    channels, sizes = config.numbers("block_out_channels"), config.sizes(UNET)
     types = config.values.get("down_block_types")
-    known = isinstance(types, list) and len(types) == count and all(t in ATTENTION_BLOCKS for t in map(str, types))
-    config.must(known, f"down_block_types should be {count} of {', '.join(ATTENTION_BLOCKS)}")
-    mirrored = [UP_BLOCKS[t] for t in reversed(types)]
-    up_types = config.values.get("up_block_types", mirrored)
-    config.must(up_types == mirrored, "up_block_types must mirror down_block_types")
+    known = isinstance(types, list) and len(types) == len(channels) and all(t in UP_BLOCKS for t in map(str, types))
+    config.must(known, f"down_block_types should be {len(channels)} of {', '.join(UP_BLOCKS)}")
+    config.fixed({"up_block_types": [UP_BLOCKS[t] for t in reversed(types)]})
     # diffusers' attention_head_dim is, for historical reasons, the NUMBER of heads where num_attention_heads is unset
     key = "num_attention_heads" if config.values.get("num_attention_heads") else "attention_head_dim"
-    heads = config.integers(key, 1024, count, default=8)
-    groups = config.integer("norm_num_groups", 1024, default=32)
+    heads = config.numbers(key, len(channels), default=8)
     for width, number in zip(channels, heads, strict=True):
-        config.must(width % groups == 0, f"{width} channels cannot be split into {groups} groups")
-        config.must(width % number == 0, f"{width} channels cannot be split into {number} heads")
-    return UNetConfig(
-        levels=tuple(Level(c, ATTENTION_BLOCKS[t], h) for c, t, h in zip(channels, types, heads, strict=True)),
-        resblocks=config.integer("layers_per_block", 16, default=2),
-        in_channels=config.integer("in_channels", 64, default=4),
-        out_channels=config.integer("out_channels", 64, default=4),
-        context_width=config.integer("cross_attention_dim", 16384, default=1280),
-        groups=groups,
-    )
+        good = width % sizes["groups"] == 0 and width % number == 0
+        config.must(good, f"{width} channels cannot be split into {sizes['groups']} groups and {number} heads")
+    levels = zip(channels, (t == "CrossAttnDownBlock2D" for t in types), heads, strict=True)
+    return UNetConfig(levels=tuple(Level(*level) for level in levels), **sizes)
 
 
 def unet_json(config):
@@ -154,31 +171,21 @@ def unet_json(config):
         "_diffusers_version": DIFFUSERS_VERSION,
         "attention_head_dim": [level.heads for level in config.levels],
         "block_out_channels": [level.channels for level in config.levels],
-        "cross_attention_dim": config.context_width,
         "down_block_types": types,
-        "in_channels": config.in_channels,
-        "layers_per_block": config.resblocks,
-        "norm_num_groups": config.groups,
-        "out_channels": config.out_channels,
         "up_block_types": [UP_BLOCKS[t] for t in reversed(types)],
+        **written(config, UNET),
     }
 
 
 def vae_from(config):
     """diffusers' AutoencoderKL configuration (a Config) -> VAEConfig."""
     config.fixed(VAE_FIXED)
-    channels = config.integers("block_out_channels", 8192, None)
-    groups = config.integer("norm_num_groups", 1024, default=32)
-    config.must(all(width % groups == 0 for width in channels), f"channels cannot be split into {groups} groups")
+    channels, sizes = config.numbers("block_out_channels"), config.sizes(VAE)
+    good = all(width % sizes["groups"] == 0 for width in channels)
+    config.must(good, f"channels cannot be split into {sizes['groups']} groups")
     scaling = config.values.get("scaling_factor", VAEConfig.scaling)
     config.must(type(scaling) in (int, float) and 0 < scaling < 1000, "scaling_factor should be a positive number")
-    return VAEConfig(
-        channels=channels,
-        resblocks=config.integer("layers_per_block", 16, default=1),
-        latent_channels=config.integer("latent_channels", 64, default=4),
-        groups=groups,
-        scaling=float(scaling),
-    )
+    return VAEConfig(channels=channels, scaling=float(scaling), **sizes)
 
 
 def vae_json(config):
@@ -189,31 +196,20 @@ def vae_json(config):
         "_diffusers_version": DIFFUSERS_VERSION,
         "block_out_channels": list(config.channels),
         "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "latent_channels": config.latent_channels,
-        "layers_per_block": config.resblocks,
-        "norm_num_groups": config.groups,
-        "scaling_factor": config.scaling,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "scaling_factor": config.scaling,
+        **written(config, VAE),
     }
 
 
 def text_from(config, projected):
     """transformers' CLIPTextConfig (a Config) -> CLIPTextConfig; projected: the tower carries CLIP's projection."""
-    width, heads = tower_width(config, 512, 8)
-    vocabulary = config.integer("vocab_size", 1_000_000, default=49408)
+    sizes = tower(config, TEXT)
     end = config.values.get("eos_token_id", 49407)
-    end = vocabulary - 1 if end == 2 else end  # 2 stands in many published files by mistake
-    config.must(type(end) is int and 0 <= end < vocabulary, "eos_token_id is not in the vocabulary")
-    return CLIPTextConfig(
-        vocabulary=vocabulary,
-        tokens=config.integer("max_position_embeddings", 4096, default=77),
-        width=width,
-        layers=config.integer("num_hidden_layers", 256, default=12),
-        heads=heads,
-        activation=config.one_of("hidden_act", tuple(ACTIVATIONS), "quick_gelu"),
-        end_token=end,
-        projection=config.integer("projection_dim", 16384, default=512) if projected else None,
-    )
+    end = sizes["vocabulary"] - 1 if end == 2 else end  # 2 stands in many published files by mistake
+    config.must(type(end) is int and 0 <= end < sizes["vocabulary"], "eos_token_id is not in the vocabulary")
+    width = config.number("projection_dim", 512) if projected else None
+    return CLIPTextConfig(**sizes, end_token=end, projection=width)
 
 
 def text_json(config):
@@ -223,71 +219,51 @@ def text_json(config):
         "bos_token_id": config.end_token - 1,
         "eos_token_id": config.end_token,
         "hidden_act": config.activation,
-        "hidden_size": config.width,
         "intermediate_size": 4 * config.width,
-        "max_position_embeddings": config.tokens,
         "model_type": "clip_text_model",
-        "num_attention_heads": config.heads,
-        "num_hidden_layers": config.layers,
         "pad_token_id": config.end_token,
         "projection_dim": config.projection or config.width,
         "torch_dtype": "float32",  # what diffusers' default is for the other networks, too, whatever the files hold
-        "vocab_size": config.vocabulary,
+        **written(config, TEXT),
     }
 
 
 def image_from(config):
     """transformers' CLIPVisionConfig (a Config) -> CLIPImageConfig."""
-    width, heads = tower_width(config, 768, 12)
-    size = config.integer("image_size", 4096, default=224)
-    patch = config.integer("patch_size", 4096, default=32)
-    config.must(size % patch == 0, f"image_size {size} is no multiple of patch_size {patch}")
-    return CLIPImageConfig(
-        size=size,
-        patch=patch,
-        width=width,
-        layers=config.integer("num_hidden_layers", 256, default=12),
-        heads=heads,
-        activation=config.one_of("hidden_act", tuple(ACTIVATIONS), "quick_gelu"),
-        projection=config.integer("projection_dim", 16384, default=512),
-    )
+    sizes = tower(config, IMAGE)
+    config.must(sizes["size"] % sizes["patch"] == 0, "image_size should be a multiple of patch_size")
+    return CLIPImageConfig(**sizes)
 
 
 def image_json(config):
     """CLIPImageConfig -> transformers' configuration."""
     return {
         "hidden_act": config.activation,
-        "hidden_size": config.width,
-        "image_size": config.size,
         "intermediate_size": 4 * config.width,
         "model_type": "clip_vision_model",
-        "num_attention_heads": config.heads,
-        "num_hidden_layers": config.layers,
-        "patch_size": config.patch,
-        "projection_dim": config.projection,
+        **written(config, IMAGE),
     }
 
 
-def tower_width(config, width, heads):
-    """Width and heads of a CLIP tower, checked; the arguments are transformers' defaults."""
+def tower(config, table):
+    """The sizes and the activation of a CLIP tower."""
     config.fixed({"layer_norm_eps": 1e-5})
-    width = config.integer("hidden_size", 16384, default=width)
-    heads = config.integer("num_attention_heads", 1024, default=heads)
-    config.must(width % heads == 0, f"hidden_size {width} cannot be split into {heads} heads")
-    mlp = config.values.get("intermediate_size", 4 * width)
-    config.must(mlp == 4 * width, "intermediate_size must be 4 hidden_size")
-    return width, heads
+    sizes, activation = config.sizes(table), config.values.get("hidden_act", "quick_gelu")
+    config.must(sizes["width"] % sizes["heads"] == 0, f"hidden_size cannot be split into {sizes['heads']} heads")
+    config.fixed({"intermediate_size": 4 * sizes["width"]})
+    supported = ", ".join(ACTIVATIONS)
+    config.must(str(activation) in ACTIVATIONS, f"hidden_act is {activation!r:.80}; supported: {supported}")
+    return {**sizes, "activation": activation}
 
 
 def clip_from(config):
     """transformers' CLIPConfig (a Config) -> (CLIPTextConfig, CLIPImageConfig)."""
-    width = config.integer("projection_dim", 16384, default=512)
-    towers = []
-    for key in ("text_config", "vision_config"):
-        values = config.values.get(key)
-        config.must(isinstance(values, dict), f"{key} is missing")
-        towers.append(Config({**values, "projection_dim": width}, f"{config.name}, {key}"))
-    return text_from(towers[0], projected=True), image_from(towers[1])
+    width = config.number("projection_dim", 512)
+    text, image = (
+        Config({**Config(config.values.get(key), f"{config.name}, {key}").values, "projection_dim": width}, config.name)
+        for key in ("text_config", "vision_config")
+    )
+    return text_from(text, projected=True), image_from(image)
 
 
 def clip_json(config):

@@ -20,13 +20,11 @@ from PIL import Image
 from random_model import randomise, small_tokenizer
 
 import datagen
-import mini.datagen
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIPTextConfig
 from dataset import EditDataset, Filter
 from formats.checkpoint import load, load_clip, save_clip, save_folder
 from images import to_image, to_tensor
-from language.captions import read_edits
 from p2p import P_RANGE, PairNoise, sample_pairs
 from stable_diffusion import StableDiffusion
 
@@ -440,20 +438,6 @@ def test_two_processes_at_once(models, many, data, tmp_path):
     assert contents(folder) == contents(data)
 
 
-def test_what_a_killed_process_leaves_is_removed(models, many, tmp_path, monkeypatch):
-    """But not that of groups that are other processes'."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    for number in (4, 6):
-        (folder / f".000000{number}.77.tmp").mkdir()
-        (folder / f".000000{number}.77.tmp" / "1_0.jpg").write_bytes(b"half")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, left in (("0", [".0000006.77.tmp"]), ("1", [])):
-        monkeypatch.setenv("RANK", rank)
-        datagen.main(long_run(models, many, folder))
-        assert [path.name for path in folder.glob(".*")] == left
-
-
 @pytest.mark.parametrize("size", [1000, 14_000])
 def test_a_full_disk(models, many, data, tmp_path, capfd, size):
     """Full at the start of an image or at its end: a line, nothing torn; and with space again it resumes."""
@@ -495,17 +479,6 @@ def test_what_was_begun_otherwise_is_refused(models, many, data, program, tmp_pa
     assert code == 2
     assert f"was begun with {words}" in line
     assert contents(data) == before
-
-
-def test_folders_with_other_data_are_refused(models, program, tmp_path):
-    (tmp_path / "photo.jpg").write_text("mine")
-    code, _, (line,) = program(*command(models, tmp_path, *OPEN))
-    assert code == 2
-    assert line.endswith(f"{tmp_path} holds other files, such as photo.jpg; use a new folder")
-    mini.datagen.main(["true", "--count=2", f"--out={tmp_path / 'true'}"])
-    code, _, (line,) = program(*command(models, tmp_path / "true", *OPEN))
-    assert code == 2
-    assert "was begun with program mini.datagen true, not datagen.py images" in line
 
 
 @pytest.mark.parametrize(("rank", "device"), [("1", "cuda:1"), (None, "cuda")])
@@ -586,16 +559,6 @@ def test_mistakes_with_images(models, model_folder, program, tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
 
 
-@pytest.mark.parametrize("guidance", [("nan", "4"), ("-1", "4"), ("2", "inf"), ("2", "x"), ("2", "1e9")])
-def test_mistakes_with_guidance(models, program, tmp_path, guidance):
-    arguments = [*command(models, tmp_path / "data"), "--guidance", *guidance]
-    code, out, errors = program(*arguments)
-    assert (code, out) == (2, [])
-    assert len(errors) == 1
-    assert "guidance" in errors[0]
-    assert not (tmp_path / "data").exists()
-
-
 @pytest.mark.parametrize(
     "line",
     [
@@ -619,41 +582,3 @@ def test_mistakes_in_edits(models, program, tmp_path, line):
     assert f"{path}, line 2: " in errors[0]
     assert "the texts caption, edit, output" in errors[0]
     assert not (tmp_path / "data").exists()
-
-
-@pytest.mark.parametrize(("data", "words"), [(b"", "holds no edits"), (b"\xff\xfe\x00", "cannot be read")])
-def test_files_without_edits(models, program, tmp_path, data, words):
-    path = tmp_path / "edits.jsonl"
-    path.write_bytes(data)
-    code, _, errors = program(*command(models, tmp_path / "data", edits=path))
-    assert code == 2
-    assert len(errors) == 1
-    assert words in errors[0]
-
-
-def test_odd_characters_in_edits_are_no_line_breaks(tmp_path):
-    """Python's splitlines takes U+2028 for one; other programs write it into JSON as it is."""
-    edit = {"caption": "a\u2028b", "edit": "make\x85it night", "output": "c"}
-    (tmp_path / "edits.jsonl").write_text(json.dumps(edit, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert read_edits(tmp_path / "edits.jsonl") == [edit]
-
-
-def test_damaged_thresholds(models, program, tmp_path):
-    clip = tmp_path / "clip"
-    shutil.copytree(models / "clip", clip)
-    (clip / "filter.json").write_text("{")
-    code, _, errors = program(*command(models, tmp_path / "data", clip=clip))
-    assert code == 2
-    assert len(errors) == 1
-    assert "filter.json cannot be read" in errors[0]
-    assert not (tmp_path / "data").exists()
-
-
-def test_weights_that_are_nan(models, program, tmp_path):
-    model = tiny_model(in_channels=4)
-    model.unet.conv_out.bias.data[0] = float("nan")
-    save_folder(model, tmp_path / "sd")
-    code, _, errors = program(*command(models, tmp_path / "data", *OPEN, weights=tmp_path / "sd"))
-    assert code == 2
-    assert len(errors) == 1
-    assert "NaN or Inf" in errors[0]

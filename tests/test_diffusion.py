@@ -130,14 +130,6 @@ def test_ancestral_sampling_draws_once_a_step_but_the_last():
     assert len(drawn) == 6
 
 
-@pytest.mark.parametrize("sampler", [euler_ancestral, euler])
-def test_samplers_report_every_step(sampler):
-    steps = []
-    sampler(gaussian_denoiser(), next(draws()), SCHEDULE.sigmas(5), draws(), lambda *report: steps.append(report))
-    assert [step for step, _, _ in steps] == [0, 1, 2, 3, 4]
-    assert all(sigma > 0 and denoised.shape == (2, 4, 8, 8) for _, sigma, denoised in steps)
-
-
 def test_seeded_noise_is_the_stream_of_a_lone_seed():
     """Row i of a batch is what torch.manual_seed(i) and randn_like give, as in the authors' script."""
     batch = seeded_noise((4, 8, 6), [5, 9])

@@ -232,7 +232,7 @@ def test_overfitting_one_pair(data, init, tmp_path, program):
 # ---- several processes ----
 
 
-@pytest.mark.parametrize("from_disk", [False, True])
+@pytest.mark.parametrize("from_disk", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_equal_one(data, init, tmp_path, from_disk):
     """Of twice the batch, or twice the micro-batches: the same examples and the same weights, but for rounding."""
     flags = {"max_steps": 3, "eval_every": 1, "lr": 1e-4, "warmup_steps": 0}
@@ -269,12 +269,13 @@ def test_resumed_from_images_on_disk(data, init, tmp_path):
         assert all(torch.equal(one[part][name], two[part][name]) for name in one[part])
 
 
-def test_killed_at_any_moment_and_resumed(data, init, tmp_path):
+@pytest.mark.parametrize("times", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_and_resumed(data, init, tmp_path, times):
     """SIGKILL at random moments, and resumed: the weights of a run that was left alone, to the last bit."""
-    flags = {"max_steps": 30, "save_every": 1, "eval_every": 30}
+    flags = {"max_steps": 5 * times, "save_every": 1, "eval_every": 5 * times}
     train.main(command(data, init, tmp_path / "whole", **flags))
     out, kills, generator = tmp_path / "killed", 0, random.Random(0)
-    for _ in range(6):
+    for _ in range(times):
         process = start(*command(data, init, out, "--resume", **flags))
         before, deadline = len(state_paths(out)) and state_paths(out)[-1], time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
@@ -287,7 +288,7 @@ def test_killed_at_any_moment_and_resumed(data, init, tmp_path):
             kills += 1
         process.communicate()
     train.main(command(data, init, out, "--resume", **flags))
-    assert kills >= 2
+    assert kills >= times // 2
     assert_equal_runs(tmp_path / "whole", out)
 
 

@@ -80,12 +80,14 @@ def test_every_part_in_this_process(in_process, capsys):
     assert all(line.startswith("bench: ") for line in captured.err.splitlines())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_stays_within_the_tolerance(in_process, capsys, dtype):
     bench.main([*SMALL, "--only", "unet,vae,text,attention", "--dtype", dtype])
     check(rows_of(capsys.readouterr().out), ["unet", "vae", "text", "attention"], bench.TOLERANCE[dtype])
 
 
+@pytest.mark.slow
 def test_with_processes_of_their_own():
     command = [sys.executable, "-m", "bench", *SMALL, "--only", "text"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -130,21 +132,6 @@ def test_the_pair_is_controlled(in_process, monkeypatch):
     monkeypatch.setattr(bench, "timed", None)
     with pytest.raises(UserError, match=r"of a Prompt-to-Prompt pair, ours: the output differs by \d"):
         bench.main([*SMALL, "--only", "p2p"])
-
-
-def test_nan_is_another_output(in_process, monkeypatch):
-    monkeypatch.setattr(bench, "first_output", lambda *_: torch.tensor([float("nan")]))
-    with pytest.raises(UserError, match="UNet step, ours: the output differs by nan"):
-        bench.main([*SMALL, "--only", "unet"])
-
-
-def test_a_variant_for_cuda_that_fails_is_left_out(in_process, monkeypatch, capsys):
-    """Here those that need a GPU: they are tried as if there were one."""
-    monkeypatch.setattr(bench, "timed", lambda title, variant, settings: (1.0, None))
-    monkeypatch.setattr(bench, "first_output", lambda title, variant, _: process.first_output(title, variant, TINY))
-    lines = bench.measure("UNet step, trick by trick", TINY._replace(device="cuda"), 1)
-    assert [line.split(": ")[1].split(" |")[0] for line in lines] == [one for one in LADDER if one not in ON_CUDA]
-    assert "compiled: left out, since --compile does not pay on a CPU" in capsys.readouterr().err
 
 
 def test_ratios_are_taken_round_by_round():

@@ -1,6 +1,5 @@
 """Reading and writing weights, against files that diffusers wrote and reads."""
 
-import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,7 +22,7 @@ from formats.checkpoint import Model, load, load_clip, load_tokenizer, save_clip
 from formats.configs import Config
 from formats.names import foreign_names
 from formats.weights import extend_input, fill, pick, read_tensors, renamed
-from unet import INSTRUCT_PIX2PIX, STABLE_DIFFUSION, UNet
+from unet import INSTRUCT_PIX2PIX, UNet
 from vae import STABLE_DIFFUSION_VAE, VAE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,13 +174,6 @@ def test_single_files_have_the_original_names():
     assert {name: shapes.get(name) for name in known} == known
 
 
-def test_written_single_files_keep_the_original_shapes(single):
-    tensors = load_file(single)
-    assert tensors["first_stage_model.encoder.mid.attn_1.q.weight"].shape == (32, 32, 1, 1)
-    assert tensors["first_stage_model.decoder.mid.attn_1.proj_out.weight"].shape == (32, 32, 1, 1)
-    assert tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"].tolist() == [list(range(24))]
-
-
 def test_diffusers_reads_our_single_file(model, folder, single):
     """Its own conversion of original names, made without us, finds every weight."""
     offline = {"config": str(folder), "local_files_only": True}
@@ -328,15 +320,6 @@ def test_clip_in_transformers_layout(path, tmp_path):
     assert its_tokenizer(["the night"]).tolist() == tokenizer(["the night"]).tolist()
 
 
-def test_configurations_survive_the_round_trip():
-    for config, write, read in [
-        (STABLE_DIFFUSION, configs.unet_json, configs.unet_from),
-        (INSTRUCT_PIX2PIX, configs.unet_json, configs.unet_from),
-        (STABLE_DIFFUSION_VAE, configs.vae_json, configs.vae_from),
-    ]:
-        assert read(Config(json.loads(json.dumps(write(config))), "test")) == config
-
-
 def test_the_published_configurations_are_understood():
     """Field by field what unet/config.json and text_encoder/config.json of the public models say."""
     unet = {
@@ -391,18 +374,6 @@ def test_the_weights_are_the_mapped_file(folder):
     spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
     for weight in unet.parameters():
         assert any(first <= weight.data_ptr() < last for first, last in spans)
-
-
-def test_nothing_is_left_of_a_failed_write(model, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "write_tensors", fail)
-    with pytest.raises(UserError, match="No space left"):
-        save_folder(model, tmp_path / "folder")
-    with pytest.raises(UserError, match="No space left"):
-        save_single_file(model, tmp_path / "single.safetensors")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_existing_folder_is_not_overwritten(model, folder):

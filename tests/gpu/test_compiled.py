@@ -1,8 +1,6 @@
 """Compiling: one graph for all steps, and the same images."""
 
 import contextlib
-import subprocess
-import sys
 
 from cli import UserError
 
@@ -93,6 +91,7 @@ def test_pairs_need_two_graphs(control):
         assert draw([2, 3]).isfinite().all()
 
 
+@pytest.mark.slow
 def test_pairs_need_three_graphs_where_the_kernel_serves_steps_that_control_all():
     """Not one graph a step or a batch, and no break at the kernel, which triton's interpreter runs here."""
     pytest.importorskip("triton", reason="triton is not installed (requirements-triton.txt)")
@@ -110,12 +109,6 @@ def test_pairs_need_three_graphs_where_the_kernel_serves_steps_that_control_all(
     assert len(graphs) == 3
     with only_known_code():
         assert draw([2, 3], SharedMaps).isfinite().all()
-
-
-def test_the_compiler_is_not_loaded_for_nothing():
-    """It takes a second."""
-    program = "import sys, sample, datagen, ip2p, p2p; sys.exit('torch._dynamo' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
 def test_on_a_cpu_it_is_refused():
@@ -151,6 +144,7 @@ def psnr(ours, theirs):
     return min(-10 * np.log10(np.square((one - other) / 255).mean()) for one, other in pairs)
 
 
+@pytest.mark.slow
 def test_half_precision_looks_the_same(scene, plain):
     model = InstructPix2Pix.load(MINI / "editor", dtype=torch.bfloat16)
     assert psnr(model.edit(scene, "make it night", seed=[0, 3]), plain) > 35
@@ -211,6 +205,7 @@ def test_the_fused_kernels_are_in_the_graph():
     assert not any("softmax" in name for name in called)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_full_size_is_one_graph():
     """Traced with tensors that take no memory."""

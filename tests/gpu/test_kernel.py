@@ -157,16 +157,6 @@ def test_extreme_logits(dtype, logits):
         assert torch.equal(out, inputs[2][..., 150:151, :].expand_as(out))
 
 
-@pytest.mark.parametrize("dtype", LIMITS)
-def test_weights_add_up_to_one(dtype):
-    """However they are rounded: values that all keys share come out as they are."""
-    q, k, v = draw((1, 2, 1, 1, 7, 150, 8), dtype)
-    v[:] = torch.tensor([1.0, -0.375]).to(v)[None, :, None, None, None, None]
-    out = poisoned((q, k, v), torch.float32)
-    kernel.launch(out, q, k, v)
-    assert relative_error(out, v[..., :7, :]) <= 1e-6
-
-
 def test_nothing_else_is_written():
     inputs = draw((1, 2, 1, 2, 70, 7, 40), torch.float32)
     room = torch.full((1, 2, 1, 2, 72, 48), torch.nan, device=DEVICE)
@@ -214,10 +204,6 @@ def test_it_has_no_derivative():
     out = kernel.attend_values(q.requires_grad_(), k, v)
     with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         out.sum().backward()
-
-
-def test_the_operation_is_what_it_says():
-    torch.library.opcheck(kernel.attend_values, tuple(draw((2, 2, 1, 2, 7, 9, 8), torch.float32)))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

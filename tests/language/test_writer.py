@@ -86,12 +86,6 @@ def test_what_is_asked(write):
     assert model.keys == {f"Bearer {KEY}"}
 
 
-def test_a_fine_tuned_model_needs_no_examples(write):
-    with LanguageModel() as model:
-        write(model, ["a cat"], "--few-shot", "0", "--examples", "missing")
-    assert [message["role"] for message in model.requests[0]["messages"]] == ["system", "user"]
-
-
 @pytest.mark.parametrize("fault", ["429", "500", "503", "drop", "sleep"])
 def test_what_passes_is_tried_again(write, fault):
     """By the library, which waits as long as the server says."""
@@ -144,14 +138,6 @@ def test_what_is_dropped_at_once(write, fault, reason):
     assert triplets == []
     assert dropped == {"A cat.": reason}
     assert model.asked["A cat."] == 1
-
-
-def test_letters_of_all_kinds(write):
-    caption = "\u591c\u306e\u6d77 \u2028 \U0001f431 na\u00efve"
-    with LanguageModel(lambda caption, time: "unicode") as model:
-        (triplet,), _, _ = write(model, [caption, " "])
-    assert triplet["caption"] == caption
-    assert triplet["output"] == "n\u0303acht \u591c am Meer"  # one line, single spaces
 
 
 def test_moderation(write):
@@ -257,22 +243,23 @@ def test_the_tokens_that_may_be_used(write, limit):
 # ---- many captions, many processes, many stops ----
 
 
-def test_ten_thousand_captions_with_faults(write):
+@pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_many_captions_with_faults(write, count):
     """Every caption is accounted for exactly once, and memory does not grow with their number."""
     faults = ["429", "500", "drop", "torn", "wrong schema", "empty choices", "refusal", "huge", "unicode", "no usage"]
     rng, memory = random.Random(0), []
-    fated = {f"caption {number}": rng.choice(faults) for number in range(10_000) if rng.random() < 0.05}
+    fated = {f"caption {number}": rng.choice(faults) for number in range(count) if rng.random() < 0.05}
 
     def behave(caption, time):
-        if caption in ("caption 2500", "caption 9500"):
+        if caption in (f"caption {count // 4}", f"caption {count * 19 // 20}"):
             memory.append(psutil.Process().memory_info().rss)
         return fated.get(caption, "good") if time == 1 else "good"
 
-    captions = [f"caption {number}" for number in range(10_000)] + ["Caption 5!", "caption 77"]
+    captions = [f"caption {number}" for number in range(count)] + ["Caption 5!", "caption 77"]
     with LanguageModel(behave) as model:
         triplets, dropped, printed = write(model, captions, "--concurrency", "32", "--few-shot", "1")
     found = [triplet["caption"] for triplet in triplets] + list(dropped)
-    assert sorted(found) == sorted(captions[:10_000])
+    assert sorted(found) == sorted(captions[:count])
     assert set(dropped) == {caption for caption, fault in fated.items() if fault == "refusal"}
     assert "0 failed, 0 done before, 2 duplicates" in printed
     assert memory[1] - memory[0] < 60 * 2**20
@@ -308,7 +295,7 @@ def test_what_was_made_otherwise_is_never_replaced(write, tmp_path):
 
 def test_killed_again_and_again(tmp_path):
     """No finished request is repeated but those whose answers were under way, and none is lost."""
-    captions, rng, kills = [f"caption {number}" for number in range(300)], random.Random(1), 0
+    captions, rng, kills = [f"caption {number}" for number in range(150)], random.Random(1), 0
     (tmp_path / "captions.txt").write_text("\n".join(captions))
 
     def behave(caption, number):
@@ -322,8 +309,8 @@ def test_killed_again_and_again(tmp_path):
         while True:
             before = model.answered.total()
             process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-            if kills < 4:
-                wanted = before + rng.randint(1, 60)
+            if kills < 3:
+                wanted = before + rng.randint(1, 40)
                 while model.answered.total() < wanted and process.poll() is None:
                     time.sleep(0.001)
                 process.send_signal(signal.SIGKILL)
@@ -334,7 +321,7 @@ def test_killed_again_and_again(tmp_path):
             break
     found = [line["caption"] for line in lines(tmp_path / "out.jsonl")]
     assert sorted(found) == sorted(captions)
-    assert model.answered.total() <= 300 + 4 * kills
+    assert model.answered.total() <= 150 + 4 * kills
 
 
 # ---- fine-tuning ----
@@ -366,15 +353,6 @@ def test_a_job_from_upload_to_model(tmp_path, monkeypatch, capsys):
     (job,) = model.jobs
     assert (job["model"], job["training_file"]) == ("small", "file-1")
     assert job["method"]["supervised"]["hyperparameters"] == {"n_epochs": 2}
-
-
-def test_a_job_that_fails(tmp_path, monkeypatch):
-    with LanguageModel() as model:
-        monkeypatch.setenv("OPENAI_BASE_URL", model.url)
-        model.states = ["failed"]
-        with pytest.raises(UserError, match="the job ftjob-7 ended as failed: too few tokens"):
-            datagen.main(["finetune", "--job", "ftjob-7"])
-    assert not model.jobs
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from PIL import Image
 
 import datagen
 from dataset import Pair, write_edit, write_seeds
-from pages import browse
 
 CHROMIUM = shutil.which("chromium") and shutil.which("chromedriver")
 SCORES = {  # (edit, seed): image-text twice, image-image, direction
@@ -116,20 +115,6 @@ def test_a_data_set_of_the_authors_tools(tmp_path, capsys):
     (pair,) = data["pairs"]
     assert (pair["caption"], pair["edit"], pair["output"], pair["folder"]) == ("a", "as a cat", "b", "0454444")
     assert data["candidates"] == [[0, None, None, None, None]]
-
-
-def test_large_files_become_smaller(tmp_path):
-    """Also such as are no larger in pixels than the page shows them."""
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8))
-    noise.save(tmp_path / "x.jpg", quality=100, subsampling=0)
-    assert len(browse.data_url(tmp_path / "x.jpg")) < (tmp_path / "x.jpg").stat().st_size
-
-
-def test_damaged_edits_are_left_out(root, capsys):
-    (root / "0000000" / "1_1.jpg").write_bytes(b"no picture")
-    (root / "0000007" / "prompt.json").unlink()
-    datagen.main(["browse", str(root)])
-    assert "1 of 4 pairs; 2 damaged edits are skipped" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
