@@ -16,7 +16,7 @@ import torch
 from conftest import colourful, png_header
 from PIL import Image, TiffImagePlugin, features
 
-from images import edit_size, fit, grid, open_image, read_settings, save_png, to_image, to_rgb, to_tensor
+from images import edit_size, grid, open_image, read_settings, resize_and_crop, save_png, to_image, to_rgb, to_tensor
 
 # ---- opening ----
 
@@ -334,10 +334,10 @@ def test_sizes_are_never_degenerate():
         assert exact_long - 64 < new_long <= exact_long
 
 
-def test_fit_crops_evenly():
+def test_resize_and_crop_crops_evenly():
     image = Image.new("RGB", (300, 100), "white")
     image.paste("red", (100, 0, 200, 100))
-    fitted = np.array(fit(image, 64))
+    fitted = np.array(resize_and_crop(image, 64))
     assert fitted.shape == (64, 192, 3)
     red = (fitted[32, :, 1] < 128).nonzero()[0]
     assert abs(red.min() - 64) <= 1
@@ -346,15 +346,15 @@ def test_fit_crops_evenly():
     wide = Image.new("RGB", (199, 100), "white")  # becomes 3:2, so more than 24 columns a side go
     wide.paste("red", (0, 0, 20, 100))
     wide.paste("blue", (30, 0, 169, 100))
-    fitted = np.array(fit(wide, 128))
+    fitted = np.array(resize_and_crop(wide, 128))
     assert fitted.shape == (128, 192, 3)
     assert (fitted[:, 0] > 250).all()
     assert np.array_equal(fitted, fitted[:, ::-1])
 
 
-def test_fit_leaves_a_fitting_picture_alone():
+def test_resize_and_crop_leaves_a_fitting_picture_alone():
     image = colourful(192, 128)
-    assert np.array_equal(fit(image, 192), image)
+    assert np.array_equal(resize_and_crop(image, 192), image)
 
 
 # ---- pixels and numbers ----

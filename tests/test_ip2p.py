@@ -13,7 +13,7 @@ from reference import edit_reference, real_vocabulary, relative_error
 from clip_text import CLIP_L_TEXT, CLIPText, CLIPTokenizer
 from diffusion import NoiseSchedule, Sampling, euler, seeded_noise
 from formats.checkpoint import Model, save_folder, save_single_file
-from images import fit, to_tensor
+from images import resize_and_crop, to_tensor
 from ip2p import InstructPix2Pix, drop_conditions, guided_eps, loss
 from unet import INSTRUCT_PIX2PIX, UNet
 from vae import STABLE_DIFFUSION_VAE, VAE
@@ -123,7 +123,7 @@ def test_another_sampler_and_no_guidance(model):
     """With both scales 1, Eq. 3 leaves the plain conditional guess."""
     image = image_of()
     edited = model.edit(image, INSTRUCTION, 1, 1, seed=4, sampler=euler)
-    image_latent = model.encode_image(to_tensor(fit(image, 128))[None])
+    image_latent = model.encode_image(to_tensor(resize_and_crop(image, 128))[None])
     text = model.encode_text([INSTRUCTION])
 
     def predict_eps(z, t):

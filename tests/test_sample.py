@@ -785,7 +785,7 @@ def test_sweep(edit, photo, tmp_path):
     width, height = edit_size(60, 50, 64)
     assert sheet.shape[1] > (1 + len(sample.SWEEP_TEXT)) * width
     assert sheet.shape[0] > len(sample.SWEEP_IMAGE) * height
-    assert contains(sheet, np.array(images.fit(open_image(photo), 64)))
+    assert contains(sheet, np.array(images.resize_and_crop(open_image(photo), 64)))
     note = read_settings(out)
     assert note["sweep"] is True
     assert note["seed"] == 4
