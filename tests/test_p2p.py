@@ -12,7 +12,7 @@ from reference import relative_error
 
 from align import Alignment, phrase_tokens
 from attention import Layer, fused
-from diffusion import euler, euler_ancestral
+from diffusion import euler_ancestral
 from p2p import CONTROLS, P_RANGE, LocalBlend, PairControl, PairNoise, main, sample_pairs
 from stable_diffusion import StableDiffusion
 
@@ -78,25 +78,8 @@ def test_a_layer_equals_that_with_maps(step):
     assert changed == {0: [4, 5, 10, 11], 1: [4, 5, 10, 11], 4: []}.get(step, [5, 11])  # second images, both halves
 
 
-def test_texts_are_looked_at_as_ever():
-    share, generator = [0.9, 0.9], torch.Generator().manual_seed(0)
-    q = torch.randn(8, 2, 16, 8, generator=generator)
-    k, v = torch.randn(2, 8, 2, 7, 8, generator=generator)
-    attend = control(share, 5, 0)
-    assert largest(attend(q, k, v, CROSS), with_maps([0.0, 0.0], 5, 0)(q, k, v, CROSS)) <= 1e-5
-    k, v = torch.randn(2, 8, 2, 16, 8, generator=generator)
-    assert largest(attend(q, k, v, CROSS), attend(q, k, v, SELF)) > 0.1
-
-
-def test_inputs_are_left_alone():
-    q, k, v = torch.randn(3, 8, 2, 16, 8, generator=torch.Generator().manual_seed(0))
-    kept = q.clone(), k.clone(), v.clone()
-    control([0.9, 0.9], 5, 0)(q, k, v, SELF)
-    assert all(torch.equal(x, y) for x, y in zip((q, k, v), kept, strict=True))
-
-
-@pytest.mark.parametrize("steps", [1, 2, 5, 10, 100])
-@pytest.mark.parametrize("p", [0.0, 0.1001, 0.35, 0.5, 0.9001, 1.0])
+@pytest.mark.parametrize("steps", [1, 5, 100])
+@pytest.mark.parametrize("p", [0.0, 0.35, 0.9001, 1.0])
 def test_when_it_acts(p, steps):
     """At step i of n when p > i / (n - 1): even p = 1 leaves the last step free. One step alone: when p > 0."""
     q, k, v = torch.randn(3, 4, 1, 4, 2, generator=torch.Generator().manual_seed(0))
@@ -199,14 +182,6 @@ def test_a_pair_equals_one_written_out(model):
     assert relative_error(after, before) > 0.1
 
 
-def test_the_first_picture_does_not_know_of_the_control(model):
-    free, little, much = (pairs(model, [BEFORE], [AFTER], [5], (p, p)) for p in (0.0, 0.1, 0.9))
-    assert torch.equal(free[0], little[0])
-    assert torch.equal(free[0], much[0])
-    assert largest(free[1], little[1]) > 0.01
-    assert largest(little[1], much[1]) > 0.005
-
-
 @torch.no_grad()
 def test_without_control_a_pair_is_two_pictures_of_the_same_noise(model):
     pair = pairs(model, [BEFORE], [AFTER], [5], (0.0, 0.0))
@@ -227,25 +202,16 @@ def test_equal_captions_give_equal_pictures(model, p):
     assert largest(before[0], before[1]) > 0.1
 
 
-def test_a_batch_equals_its_pairs_one_by_one(model):
-    befores, afters, seeds = [BEFORE, OTHER, BEFORE], [AFTER, BEFORE, OTHER], [7, 2**40, 7]
-    together = pairs(model, befores, afters, seeds)
-    for row, texts in enumerate(zip(befores, afters, strict=True)):
-        alone = pairs(model, *([text] for text in texts), [seeds[row]])
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_batch_equals_its_pairs_one_by_one(model, control):
+    befores, afters = ([pair[side] for pair in TEXTS] for side in (0, 1))
+    seeds = [7, 2**40, 7]
+    together = pairs(model, befores, afters, seeds, control=control)
+    for row, seed in enumerate(seeds):
+        alone = pairs(model, [befores[row]], [afters[row]], [seed], control=control)
         for many, one in zip(together, alone, strict=True):
             assert relative_error(many[row], one[0]) <= 1e-4
-    assert relative_error(together[0][2], together[0][0]) <= 1e-4  # the same caption and seed
     assert largest(together[1][2], together[1][0]) > 0.1
-
-
-def test_other_samplers_and_the_models_own_steps(model):
-    own = pairs(model, [BEFORE], [AFTER], [5], steps=None)
-    assert torch.equal(own[1], pairs(model, [BEFORE], [AFTER], [5], steps=10)[1])
-    by_euler = pairs(model, [BEFORE], [AFTER], [5], steps=10, sampler=euler)
-    assert largest(by_euler[1], own[1]) > 0.01
-    free = pairs(model, [BEFORE], [AFTER], [5], (0.0, 0.0), steps=10, sampler=euler)
-    assert torch.equal(free[0], by_euler[0])
-    assert largest(free[1], by_euler[1]) > 0.01
 
 
 @pytest.mark.parametrize("control", CONTROLS)
@@ -255,21 +221,6 @@ def test_every_control_leaves_the_first_picture_and_the_free_pair_alone(model, c
     assert all(relative_error(x, y) <= 1e-5 for x, y in zip(free, none, strict=True))
     assert relative_error(much[0], free[0]) <= 1e-5
     assert largest(much[1], free[1]) > 0.01
-
-
-def test_controls_differ(model):
-    made = [pairs(model, [BEFORE], [AFTER], [5], (0.9, 0.9), control=control)[1] for control in CONTROLS]
-    assert all(largest(made[i], made[j]) > 0.005 for i, j in ((0, 1), (0, 2), (1, 2)))
-
-
-@pytest.mark.parametrize("control", ["cross", "both"])
-def test_batches_of_other_controls(model, control):
-    befores, afters = ([pair[side] for pair in TEXTS] for side in (0, 1))
-    together = pairs(model, befores, afters, [7, 8, 9], control=control)
-    for row in range(3):
-        alone = pairs(model, [befores[row]], [afters[row]], [7 + row], control=control)
-        for many, one in zip(together, alone, strict=True):
-            assert relative_error(many[row], one[0]) <= 1e-4
 
 
 def test_reweighting_changes_the_second_picture_alone(model):
