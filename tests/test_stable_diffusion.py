@@ -53,16 +53,6 @@ def test_guidance_goes_on_in_a_straight_line(model, noisy):
     assert relative_error(model.denoiser(text, scales)(*noisy), expected) <= 1e-4
 
 
-def test_a_batch_equals_its_images_one_by_one(model):
-    texts, seeds = [TEXT, OTHER, TEXT, ""], [3, 3, 2**40, 3]
-    together = model.sample(texts, seeds, steps=4, size=64)
-    assert together.shape == (4, 3, 64, 64)
-    for image, text, seed in zip(together, texts, seeds, strict=True):
-        assert (image - model.sample([text], [seed], steps=4, size=64)[0]).abs().max() < 1e-3
-    for one, other in ((0, 1), (0, 2), (1, 3)):
-        assert (together[one] - together[other]).abs().max() > 0.1
-
-
 def test_a_sample_equals_that_of_diffusers(tmp_path):
     """Its own pipeline, opened from our folder, at equal noise levels and noise."""
     save_folder(random_model(seed=2, in_channels=4), tmp_path / "sd")
