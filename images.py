@@ -82,7 +82,7 @@ def edit_size(width, height, resolution):
     return width * k // short * 64, height * k // short * 64
 
 
-def fit(image, resolution):
+def resize_and_crop(image, resolution):
     """Resize by `edit_size`, cropping what is left over evenly from both sides."""
     return ImageOps.fit(image, edit_size(*image.size, resolution), method=Image.Resampling.LANCZOS)
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from attention import fused
 from diffusion import euler_ancestral, seeded_noise
-from images import check_size, fit, to_image, to_rgb, to_tensor
+from images import check_size, resize_and_crop, to_image, to_rgb, to_tensor
 from stable_diffusion import LatentDiffusion
 
 
@@ -142,7 +142,7 @@ class InstructPix2Pix(LatentDiffusion):
             check_sampling(sampling.steps, *scales, sampling.resolution)
         check_size(image)
 
-        x = to_tensor(fit(to_rgb(image), sampling.resolution))[None]
+        x = to_tensor(resize_and_crop(to_rgb(image), sampling.resolution))[None]
         text = self.encode_text([instruction]).expand(len(seeds), -1, -1)
         image_latent = self.encode_image(x).expand(len(seeds), -1, -1, -1)
         scales = torch.tensor([text_scales, image_scales], dtype=torch.float32, device=self.device)

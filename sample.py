@@ -191,7 +191,7 @@ def main(arguments=None):
     """Read the settings, load the model, edit, write."""
     options = parse(arguments)
 
-    from images import fit, open_image
+    from images import open_image, resize_and_crop
 
     image = open_image(options.image)
     if not options.weights and image.size != (WORLD, WORLD):
@@ -202,7 +202,7 @@ def main(arguments=None):
     model = load_model(options)
     if cut_off := model.tokenizer.cut_off(options.instr):
         say(f'the instruction is too long; the model does not see its end: "{cut_off}"')
-    before = fit(image, options.resolution)
+    before = resize_and_crop(image, options.resolution)
     say(f"editing at {before.width}x{before.height}, {options.steps} steps, on {options.device}")
     start = time.monotonic()
     (write_sweep if options.sweep else write_variants)(model, image, before, options)

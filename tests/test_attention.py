@@ -4,7 +4,7 @@ import pytest
 import torch
 from reference import relative_error
 
-from attention import Layer, fused, join_heads, reference, split_heads
+from attention import fused, reference
 
 SHAPES = [  # batch, heads, queries, keys, head width
     (1, 1, 1, 1, 8),
@@ -46,15 +46,3 @@ def test_causal_attention_ignores_the_future():
     assert not torch.allclose(before[:, :, 7:], after[:, :, 7:])
 
 
-def test_heads_are_split_and_joined():
-    x = torch.arange(2 * 3 * 8).view(2, 3, 8)
-    heads = split_heads(x, 4)
-    assert heads.shape == (2, 4, 3, 2)
-    assert heads[1, 2, 0].tolist() == x[1, 0, 4:6].tolist()
-    assert torch.equal(join_heads(heads), x)
-
-
-def test_a_layer_says_where_it_is():
-    layer = Layer(index=3, place="up", cross=True, size=(16, 24))
-    assert layer.cross
-    assert layer.size[0] * layer.size[1] == 384

@@ -10,7 +10,6 @@ from reference import relative_error
 
 from diffusion import (
     NoiseSchedule,
-    ancestral_split,
     euler,
     euler_ancestral,
     seeded_noise,
@@ -99,14 +98,6 @@ def test_euler_samplers_agree_with_diffusers(sampler):
     assert relative_error(ours, expected) <= 1e-5
 
 
-def test_ancestral_split():
-    for sigma, following in [(14.6, 12.0), (1.0, 0.9), (0.03, 0.0)]:
-        down, up = ancestral_split(sigma, following)
-        assert down**2 + up**2 == pytest.approx(following**2)
-        assert (up > 0) == (following > 0)
-    assert ancestral_split(2.0, 1.0, eta=0.0) == (1.0, 0.0)
-
-
 @pytest.mark.parametrize("sampler", [euler_ancestral, euler])
 def test_samplers_reach_the_data(sampler):
     """From pure noise to the distribution that the denoiser knows."""
@@ -115,19 +106,6 @@ def test_samplers_reach_the_data(sampler):
     out = sampler(gaussian_denoiser(0.7, 0.5), x, sigmas, draws((8, 4, 32, 32), seed=50))
     assert out.mean().item() == pytest.approx(0.7, abs=0.02)
     assert out.std().item() == pytest.approx(0.5, abs=0.02)
-
-
-def test_ancestral_sampling_draws_once_a_step_but_the_last():
-    drawn = []
-
-    def counted():
-        for draw in draws():
-            drawn.append(1)
-            yield draw
-
-    x = next(draws())
-    euler_ancestral(gaussian_denoiser(), x, SCHEDULE.sigmas(7), counted())
-    assert len(drawn) == 6
 
 
 def test_seeded_noise_is_the_stream_of_a_lone_seed():

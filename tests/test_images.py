@@ -3,6 +3,7 @@
 import errno
 import io
 import math
+import struct
 from fractions import Fraction
 
 from cli import UserError, atomic_write
@@ -13,7 +14,7 @@ import torch
 from conftest import colourful, png_header
 from PIL import Image, TiffImagePlugin
 
-from images import edit_size, fit, grid, open_image, read_settings, save_png, to_image, to_rgb, to_tensor
+from images import edit_size, grid, open_image, read_settings, resize_and_crop, save_png, to_image, to_rgb, to_tensor
 
 # ---- opening ----
 
@@ -92,35 +93,29 @@ def test_alpha_is_laid_over_white(tmp_path):
     assert difference(opened(pa, tmp_path / "pa.tif"), expected) <= 1
 
 
-def test_palette_grey_and_bilevel(tmp_path):
-    image = colourful(33, 21)
-    palette, grey, bilevel = image.quantize(16), image.convert("L"), image.convert("1")
-    for ending in ("png", "gif", "bmp", "tif"):
-        assert np.array_equal(opened(palette, tmp_path / f"p.{ending}"), palette.convert("RGB"))
-        assert np.array_equal(opened(grey, tmp_path / f"l.{ending}"), grey.convert("RGB"))
-        assert np.array_equal(opened(bilevel, tmp_path / f"b.{ending}"), bilevel.convert("RGB"))
-    assert difference(opened(grey, tmp_path / "l.jpg", quality=100), grey.convert("RGB")) <= 2
-    assert np.array_equal(opened(grey, tmp_path / "l.pgm"), grey.convert("RGB"))
-    assert np.array_equal(opened(image, tmp_path / "rgb.ppm"), image)
-    assert np.array_equal(opened(image, tmp_path / "rgb.bmp"), image)
+def test_a_transparent_colour_becomes_white(tmp_path):
+    image = Image.new("RGB", (24, 16), (250, 20, 30))
+    image.paste((10, 200, 30), (12, 0, 24, 8))
+    expected = np.array(image)
+    expected[(expected == (250, 20, 30)).all(2)] = 255
+    palette = image.quantize(4)
+    index = palette.getpixel((0, 0))
+    assert np.array_equal(opened(image, tmp_path / "rgb.png", transparency=(250, 20, 30)), expected)
+    assert np.array_equal(opened(palette, tmp_path / "p.png", transparency=index), expected)
+    assert np.array_equal(opened(palette, tmp_path / "p.gif", transparency=index), expected)
 
 
-def test_deep_pictures_keep_their_range(tmp_path):
+def test_deep_images_keep_their_range(tmp_path):
     deep = np.linspace(0, 65535, 40 * 25).reshape(25, 40).round().astype(np.uint16)
     expected = np.repeat((deep / 65535 * 255).round()[..., None], 3, axis=2)
     for ending in ("png", "tif"):
         assert np.array_equal(opened(Image.fromarray(deep), tmp_path / f"deep.{ending}"), expected)
     big_endian = Image.frombytes("I;16B", (40, 25), deep.astype(">u2").tobytes())
     assert np.array_equal(opened(big_endian, tmp_path / "big.tif"), expected)
+    assert np.array_equal(opened(Image.fromarray(deep.astype(np.int32)), tmp_path / "i.tif"), expected)
     dark = np.full((10, 10), 200, np.uint16)
     assert opened(Image.fromarray(dark), tmp_path / "dark.png").max() == 1  # and not 200 of 255
-
-    whole = Image.fromarray(deep.astype(np.int32))
-    assert np.array_equal(opened(whole, tmp_path / "i.tif"), expected)
-    small = np.array(colourful(20, 20).convert("L")).astype(np.int32)
-    assert np.array_equal(opened(Image.fromarray(small), tmp_path / "i8.tif")[..., 0], small)
-    beyond = Image.fromarray(np.array([[-5, 70000], [65535, 0]], np.int32)).resize((8, 8), Image.Resampling.NEAREST)
-    assert sorted(set(opened(beyond, tmp_path / "beyond.tif").flatten().tolist())) == [0, 255]
+    assert np.array_equal(opened(Image.fromarray(deep), tmp_path / "x.png", transparency=0)[0, 0], [255] * 3)
 
 
 def test_cmyk_jpeg(tmp_path):
@@ -132,57 +127,47 @@ def test_cmyk_jpeg(tmp_path):
     assert difference(opened(image, tmp_path / "cmyk.tif"), expected) <= 1
 
 
-@pytest.mark.parametrize("name", ["밤 하늘.png", "été à la mer.png", "a  b.png", "🦊.png", "#1 100%.png", "日本.PNG"])
-def test_file_names(name, tmp_path):
-    (tmp_path / "폴더 1").mkdir()
-    image = colourful(16, 16)
-    assert np.array_equal(opened(image, tmp_path / "폴더 1" / name), image)
-    assert np.array_equal(open_image(str(tmp_path / "폴더 1" / name)), image)
+@pytest.mark.parametrize("ending", ["gif", "tif"])
+def test_first_frame(ending, tmp_path):
+    frames = [Image.new("RGB", (16, 12), colour) for colour in ("#c81e1e", "#1ec81e", "#1e1ec8")]
+    image = opened(frames[0], tmp_path / f"x.{ending}", save_all=True, append_images=frames[1:])
+    assert np.array_equal(image, frames[0])
 
 
-def test_the_ending_does_not_decide(tmp_path):
-    image = colourful(16, 16)
-    assert np.array_equal(opened(image, tmp_path / "x.jpg", format="PNG"), image)
-
-
-def test_other_colour_spaces(tmp_path):
-    image = colourful(16, 16)
-    assert difference(opened(image.convert("YCbCr"), tmp_path / "ycc.tif"), image) <= 4
-    middle_grey = Image.merge("LAB", [Image.new("L", (9, 9), 128)] * 3)  # L* 50 is sRGB 119
-    assert difference(opened(middle_grey, tmp_path / "lab.tif"), np.full((9, 9, 3), 119)) <= 1
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_avif(tmp_path):
+    image = colourful(64, 48)
+    assert difference(opened(image, tmp_path / "x.avif", quality=95), image) <= 16
 
 
 def test_what_cannot_be_opened_is_named(tmp_path):
     whole = io.BytesIO()
     colourful(100, 100).save(whole, "PNG")
-    files = {
-        "empty.png": b"",
-        "truncated.png": whole.getvalue()[: len(whole.getvalue()) // 2],
-        "text.png": b"hello, this is no picture",
-        "script.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n",
-        "bomb.png": png_header(30000, 30000),
-        "small.png": png_header(100, 100),
-    }
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=name) as caught:
+    (tmp_path / "folder.png").mkdir()
+    for name, content, words in [
+        ("truncated.png", whole.getvalue()[: len(whole.getvalue()) // 2], "cannot be read"),
+        ("text.png", b"hello, this is no image", "cannot be read"),
+        ("script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n", "cannot be read"),
+        ("bomb.png", png_header(30000, 30000), "178 million pixels"),
+        ("missing.png", None, "there is no image"),
+        ("folder.png", None, "is a folder"),
+    ]:
+        if content:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=words) as caught:
             open_image(tmp_path / name)
+        assert name in str(caught.value)
         assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="there is no image .*missing.png"):
-        open_image(tmp_path / "missing.png")
-    with pytest.raises(UserError, match="is a folder"):
-        open_image(tmp_path)
-    with pytest.raises(UserError, match="178 million pixels"):
-        open_image(tmp_path / "bomb.png")
-    with pytest.raises(UserError, match="there is no image"):
-        open_image(tmp_path / "text.png" / "below.png")
 
 
-@pytest.mark.parametrize("size", [(1, 1), (7, 40), (40, 7), (4000, 20), (20, 4000), (8, 65), (65, 8)])
-def test_sizes_that_cannot_be_edited(size, tmp_path):
-    colourful(*size).save(tmp_path / "x.png")
-    with pytest.raises(UserError, match=f"x.png is {size[0]}x{size[1]}"):
-        open_image(tmp_path / "x.png")
+def test_sizes_that_cannot_be_edited(tmp_path):
+    for size in [(7, 40), (40, 7), (8, 65), (8, 64)]:
+        colourful(*size).save(tmp_path / "x.png")
+        if size == (8, 64):
+            assert open_image(tmp_path / "x.png").size == size
+        else:
+            with pytest.raises(UserError, match=f"x.png is {size[0]}x{size[1]}"):
+                open_image(tmp_path / "x.png")
 
 
 # ---- the resize rule ----
@@ -205,19 +190,12 @@ def authors_rule(width, height, resolution):
 @pytest.mark.parametrize(
     ("size", "resolution", "expected"),
     [
-        ((100, 150), 128, (128, 192)),
-        ((150, 100), 128, (192, 128)),
-        ((98, 98), 128, (128, 128)),
+        ((98, 98), 128, (128, 128)),  # these three lose 64 pixels to rounding in the authors' code
         ((49, 49), 512, (512, 512)),
         ((98, 500), 256, (64, 320)),
-        ((512, 512), 512, (512, 512)),
-        ((1024, 768), 512, (512, 384)),
         ((768, 1024), 512, (384, 512)),
         ((1920, 1080), 512, (512, 320)),
-        ((500, 333), 512, (512 + 64, 384)),
         ((8, 64), 64, (64, 512)),
-        ((8, 8), 4096, (4096, 4096)),
-        ((13000, 13000), 64, (64, 64)),
     ],
 )
 def test_sizes_of_edits(size, resolution, expected):
@@ -238,18 +216,28 @@ def test_the_authors_rule_is_kept_wherever_it_is_sane():
     assert compared > 20_000
 
 
-def test_their_losses_are_not_ours():
-    """The float rule drops 64 pixels for these; the exact one does not."""
-    for width, height, resolution in [(98, 98, 128), (49, 49, 512), (98, 500, 256)]:
-        theirs, sane = authors_rule(width, height, resolution)
-        assert not sane or theirs == edit_size(width, height, resolution)
-        assert theirs != edit_size(width, height, resolution)
+def test_sizes_are_never_degenerate():
+    rng = np.random.default_rng(1)
+    sizes = [(w, h) for w in range(8, 80) for h in range(8, 80)] + rng.integers(8, 13000, (20_000, 2)).tolist()
+    for number, (width, height) in enumerate(sizes):
+        resolution = (64, 100, 128, 500, 512, 1024, 4096)[number % 7]
+        new_width, new_height = edit_size(width, height, resolution)
+        assert edit_size(height, width, resolution) == (new_height, new_width)
+        assert new_width % 64 == new_height % 64 == 0
+        assert min(new_width, new_height) >= 64
+        assert (new_width >= new_height) == (width >= height) or new_width == new_height
+        short, long = sorted((width, height))
+        new_short, new_long = sorted((new_width, new_height))
+        wanted = Fraction(resolution * short, long)  # the shorter side, were the longer exactly at `resolution`
+        assert wanted <= new_short < wanted + 64
+        exact_long = Fraction(new_short * long, short)
+        assert exact_long - 64 < new_long <= exact_long
 
 
-def test_fit_crops_evenly():
+def test_resize_and_crop_crops_evenly():
     image = Image.new("RGB", (300, 100), "white")
     image.paste("red", (100, 0, 200, 100))
-    fitted = np.array(fit(image, 64))
+    fitted = np.array(resize_and_crop(image, 64))
     assert fitted.shape == (64, 192, 3)
     red = (fitted[32, :, 1] < 128).nonzero()[0]
     assert abs(red.min() - 64) <= 1
@@ -258,7 +246,7 @@ def test_fit_crops_evenly():
     wide = Image.new("RGB", (199, 100), "white")  # becomes 3:2, so more than 24 columns a side go
     wide.paste("red", (0, 0, 20, 100))
     wide.paste("blue", (30, 0, 169, 100))
-    fitted = np.array(fit(wide, 128))
+    fitted = np.array(resize_and_crop(wide, 128))
     assert fitted.shape == (128, 192, 3)
     assert (fitted[:, 0] > 250).all()
     assert np.array_equal(fitted, fitted[:, ::-1])
@@ -289,7 +277,6 @@ def test_to_image_is_the_authors_formula():
 # ---- grids ----
 
 COLOURS = ["#e02020", "#20b020", "#2040e0", "#e0a020", "#a020c0", "#20c0c0", "#805030", "#ff80c0", "#708090", "#90ee90"]
-BESIDE = "#123456"
 
 
 def place(sheet, colour):
@@ -307,8 +294,8 @@ def ink(sheet, left, top, right, bottom):
     return bool((box < 100).any())
 
 
-@pytest.mark.parametrize("size", [(64, 64), (128, 192), (512, 320)])
-@pytest.mark.parametrize(("count", "columns"), [(1, 1), (3, 3), (4, 2), (5, 4), (9, 4)])
+@pytest.mark.parametrize("size", [(64, 64), (512, 320)])
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (5, 4)])
 @pytest.mark.parametrize("labelled", [False, True])
 def test_pictures_lie_row_by_row(size, count, columns, labelled):
     images = [Image.new("RGB", size, colour) for colour in COLOURS[:count]]
@@ -329,47 +316,31 @@ def test_pictures_lie_row_by_row(size, count, columns, labelled):
     assert sheet.height > boxes[-1][3]
 
 
-def test_every_kind_of_writing():
-    width, height = 128, 64
-    images = [Image.new("RGB", (width, height), colour) for colour in COLOURS[:6]]
-    sheet = grid(
-        images,
-        3,
-        labels=[f"number {i}" for i in range(6)],
-        column_titles=["s_T = 3", "s_T = 5.25", "s_T = 7.5"],
-        row_titles=["s_I = 1.05", "s_I = 1.5"],
-        title="make it night (seed 0, 100 steps)",
-        beside=("input", Image.new("RGB", (width, height), BESIDE)),
-    )
-    boxes = [place(sheet, colour) for colour in COLOURS[:6]]
-    beside = place(sheet, BESIDE)
-    assert (beside[2] - beside[0], beside[3] - beside[1]) == (width, height)
-    assert beside[2] < boxes[0][0]
-    assert boxes[0][1] < (beside[1] + beside[3]) / 2 < boxes[-1][3]
-    for left, _, right, bottom in boxes:
-        assert ink(sheet, left, bottom, right, bottom + 20)
-    for left, top, right, _ in boxes[:3]:
-        assert ink(sheet, left, top - 16, right, top)  # a column's title
-    for left, top, _, bottom in (boxes[0], boxes[3]):
-        assert ink(sheet, max(beside[2], left - 80), top, left, bottom)  # a row's
-    assert ink(sheet, beside[0], beside[1] - 16, beside[2], beside[1])
-    assert ink(sheet, 0, 0, sheet.width, boxes[0][1] - 20)
+@pytest.mark.parametrize("words", ["more words than fit into one line of it", "x" * 200, "two\nlines \x00"])
+def test_writing_covers_no_image(words):
+    images = [Image.new("RGB", (64, 64), colour) for colour in COLOURS]
+    titles = {"column_titles": ["s_T = 3", "s_T = 5.25"], "row_titles": ["s_I = 1", "s_I = 1.5"]}
+    labelled = grid(images[:4], 2, labels=[words] * 4, title=words)
+    titled = grid(images[:4], 2, title=words, beside=("input", images[4]), **titles)
+    for sheet, count in ((labelled, 4), (titled, 5)):
+        boxes = [place(sheet, colour) for colour in COLOURS[:count]]
+        assert all((right - left, bottom - top) == (64, 64) for left, top, right, bottom in boxes)
+    assert boxes[4][2] < boxes[0][0]
+    assert all(ink(titled, left, top - 16, right, top) for left, top, right, _ in (boxes[0], boxes[1], boxes[4]))
 
 
 # ---- PNGs that carry settings ----
 
-SETTINGS = [
-    {"instr": "make it night", "seed": 0, "cfg_text": 7.5, "sweep": False, "weights": None},
-    {"instr": "밤으로 바꿔 줘 🌙", "paths": ["été/ß.png", "日本"]},
-    {"instr": 'quotes " and \\ and \n new lines \t \x00 \x1f \u2028'},
-    {"image": b"caf\xe9.png".decode("utf-8", "surrogateescape")},  # a file name that is not UTF-8
-    {"long": "x" * 100_000},
-    {},
-    [1, 2.5, None, "x"],
-]
 
-
-@pytest.mark.parametrize("settings", SETTINGS, ids=range(len(SETTINGS)))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"instr": "밤으로 바꿔 줘 🌙", "seed": 0, "cfg_text": 7.5, "sweep": False, "weights": None},
+        {"instr": 'quotes " and \\ and \n new lines \t \x00 \x1f \u2028'},
+        {"image": b"caf\xe9.png".decode("utf-8", "surrogateescape")},  # a file name that is not UTF-8
+    ],
+    ids=range(3),
+)
 def test_settings_come_back(settings, tmp_path):
     image = colourful(20, 10)
     save_png(image, tmp_path / "x.png", settings)
@@ -378,15 +349,26 @@ def test_settings_come_back(settings, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
 
 
-def test_files_without_settings_are_named(tmp_path):
-    save_png(colourful(20, 10), tmp_path / "plain.png")
-    colourful(20, 10).save(tmp_path / "photo.jpg")
-    (tmp_path / "text.png").write_text("hello")
-    for name in ("plain.png", "photo.jpg", "text.png", "missing.png", "."):
-        with pytest.raises(UserError) as caught:
-            read_settings(tmp_path / name)
-        assert str(tmp_path / name) in str(caught.value)
-        assert "\n" not in str(caught.value)
+def test_settings_behind_the_pixels_are_found(tmp_path):
+    """As some programs move text there when they save a PNG again."""
+    save_png(colourful(20, 10), tmp_path / "x.png", {"a": 1})
+    content = (tmp_path / "x.png").read_bytes()
+    start = content.index(b"iTXt") - 4
+    end = start + 12 + struct.unpack(">I", content[start : start + 4])[0]
+    tail = content.index(b"IEND") - 4
+    moved = content[:start] + content[end:tail] + content[start:end] + content[tail:]
+    (tmp_path / "x.png").write_bytes(moved)
+    assert read_settings(tmp_path / "x.png") == {"a": 1}
+
+
+def test_files_without_settings_are_refused(tmp_path):
+    path = tmp_path / "x.png"
+    save_png(colourful(20, 10), path, {"a": 1})
+    whole = path.read_bytes()
+    for content in (whole[:100], b"hello", whole.replace(b"ip2p", b"text"), whole.replace(b'{"a": 1}', b'{"a": 1]')):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="x.png"):
+            read_settings(path)
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
@@ -407,15 +389,6 @@ def test_a_picture_is_written_whole_or_not_at_all(failure, tmp_path, monkeypatch
         assert "No space left" in str(caught.value)
     assert (tmp_path / "x.png").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
-
-
-def test_where_nothing_can_be_written(tmp_path):
-    (tmp_path / "file").write_text("x")
-    (tmp_path / "folder.png").mkdir()
-    for path in (tmp_path / "file" / "x.png", tmp_path / "folder.png", tmp_path / ("x" * 300 + ".png")):
-        with pytest.raises(UserError, match="cannot (write|make the folder)"):
-            save_png(colourful(20, 10), path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path):

@@ -13,7 +13,7 @@ from reference import edit_reference, real_vocabulary, relative_error
 from clip_text import CLIP_L_TEXT, CLIPText, CLIPTokenizer
 from diffusion import NoiseSchedule, Sampling
 from formats.checkpoint import Model, save_folder, save_single_file
-from images import to_tensor
+from images import resize_and_crop, to_tensor
 from ip2p import InstructPix2Pix, drop_conditions, guided_eps, loss
 from unet import INSTRUCT_PIX2PIX, UNet
 from vae import STABLE_DIFFUSION_VAE, VAE
@@ -110,19 +110,22 @@ def test_low_memory_gives_the_same(model, monkeypatch):
     assert difference(usual, frugal) <= 1
 
 
-def test_the_callback_sees_the_picture_appear(model):
-    steps = []
-    edited = model.edit(image_of(), INSTRUCTION, callback=lambda *report: steps.append(report))
-    assert [step for step, _, _ in steps] == list(range(10))
-    assert [sigma for _, sigma, _ in steps] == model.schedule.sigmas(10)[:-1].tolist()
-    last = model.decode(steps[-1][2])[0]  # the last step goes all the way to the guess
-    assert difference(((last + 1) / 2).clamp(0, 1).mul(255).byte().permute(1, 2, 0).numpy(), edited) == 0
+def test_another_sampler_and_no_guidance(model):
+    """With both scales 1, Eq. 3 leaves the plain conditional guess."""
+    image = image_of()
+    edited = model.edit(image, INSTRUCTION, 1, 1, seed=4, sampler=euler)
+    image_latent = model.encode_image(to_tensor(resize_and_crop(image, 128))[None])
+    text = model.encode_text([INSTRUCTION])
 
+    def predict_eps(z, t):
+        return model.unet(torch.cat([z, image_latent], 1), torch.tensor([t]), text)
 
-def test_the_image_latent_is_the_unscaled_mode(model):
-    x = to_tensor(image_of())[None]
+    sigmas = model.schedule.sigmas(10)
+    noise = next(seeded_noise(image_latent.shape[1:], [4]))
     with torch.no_grad():
-        assert torch.equal(model.encode_image(x), model.vae.encode(x).mode())
+        latent = euler(model.schedule.denoiser(predict_eps), noise * sigmas[0].item(), sigmas)
+        x = model.vae.decode(latent / model.vae.config.scaling)[0]
+    assert difference(((x + 1) / 2).clamp(0, 1).mul(255).byte().permute(1, 2, 0).numpy(), edited) <= 1
 
 
 def test_eq_3():
@@ -176,10 +179,38 @@ def test_eq_1_equals_a_step_written_with_diffusers():
     assert relative_error(unet.conv_out.weight.grad, theirs.conv_out.weight.grad) <= 1e-5
 
 
-def test_other_checkpoints_are_named():
-    for channels, kind in ((4, "text-to-image"), (9, "inpainting"), (5, "another")):
-        with pytest.raises(UserError, match=kind):
-            InstructPix2Pix(random_model(in_channels=channels))
+def test_pictures_of_any_kind_are_accepted(model):
+    grey = image_of().convert("L")
+    edited = model.edit(grey.convert("RGB"), INSTRUCTION, steps=1)
+    transparent = Image.new("RGBA", (256, 128), "red")
+    assert difference(model.edit(grey, INSTRUCTION, steps=1), edited) == 0
+    assert difference(model.edit(grey.convert("P"), INSTRUCTION, steps=1), edited) == 0
+    transparent.putalpha(0)
+    white = Image.new("RGB", (256, 128), "white")
+    assert difference(model.edit(transparent, INSTRUCTION, steps=1), model.edit(white, INSTRUCTION, steps=1)) == 0
+    assert model.edit(image_of(333, 200), INSTRUCTION, steps=1, resolution=128).size == (192, 128)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"text_guidance": -1}, "text guidance"),
+        ({"image_guidance": float("nan")}, "image guidance"),
+        ({"resolution": 8}, "resolution"),
+        ({"seed": []}, "seed"),
+        ({"text_guidance": [1, 2], "seed": [1, 2, 3]}, "2 guidance scales"),
+    ],
+)
+def test_settings_out_of_range(model, settings, message):
+    with pytest.raises(UserError, match=message):
+        model.edit(image_of(), INSTRUCTION, **settings)
+
+
+def test_damaged_weights_are_noticed(folder):
+    model = InstructPix2Pix.load(folder)
+    model.unet.conv_out.bias.data[0] = float("nan")
+    with pytest.raises(UserError, match="NaN or Inf"):
+        model.edit(image_of(), INSTRUCTION, steps=1)
 
 
 @pytest.mark.gpu

@@ -78,8 +78,8 @@ def test_a_layer_equals_that_with_maps(step):
     assert changed == {0: [4, 5, 10, 11], 1: [4, 5, 10, 11], 4: []}.get(step, [5, 11])  # second images, both halves
 
 
-@pytest.mark.parametrize("steps", [1, 2, 5, 10, 100])
-@pytest.mark.parametrize("p", [0.0, 0.1001, 0.35, 0.5, 0.9001, 1.0])
+@pytest.mark.parametrize("steps", [1, 5, 100])
+@pytest.mark.parametrize("p", [0.0, 0.35, 0.9001, 1.0])
 def test_when_it_acts(p, steps):
     """At step i of n when p > i / (n - 1): even p = 1 leaves the last step free. One step alone: when p > 0."""
     q, k, v = torch.randn(3, 4, 1, 4, 2, generator=torch.Generator().manual_seed(0))
@@ -182,14 +182,6 @@ def test_a_pair_equals_one_written_out(model):
     assert relative_error(after, before) > 0.1
 
 
-def test_the_first_picture_does_not_know_of_the_control(model):
-    free, little, much = (pairs(model, [BEFORE], [AFTER], [5], (p, p)) for p in (0.0, 0.1, 0.9))
-    assert torch.equal(free[0], little[0])
-    assert torch.equal(free[0], much[0])
-    assert largest(free[1], little[1]) > 0.01
-    assert largest(little[1], much[1]) > 0.005
-
-
 @torch.no_grad()
 def test_without_control_a_pair_is_two_pictures_of_the_same_noise(model):
     pair = pairs(model, [BEFORE], [AFTER], [5], (0.0, 0.0))
@@ -203,14 +195,22 @@ def test_without_control_a_pair_is_two_pictures_of_the_same_noise(model):
     assert relative_error(pair[1], pair[0]) > 0.1
 
 
-def test_a_batch_equals_its_pairs_one_by_one(model):
-    befores, afters, seeds = [BEFORE, OTHER, BEFORE], [AFTER, BEFORE, OTHER], [7, 2**40, 7]
-    together = pairs(model, befores, afters, seeds)
-    for row, texts in enumerate(zip(befores, afters, strict=True)):
-        alone = pairs(model, *([text] for text in texts), [seeds[row]])
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_equal_captions_give_equal_pictures(model, p):
+    before, after = pairs(model, [BEFORE, OTHER], [BEFORE, OTHER], [5, 6], (p, p))
+    assert relative_error(after, before) <= 1e-5
+    assert largest(before[0], before[1]) > 0.1
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_a_batch_equals_its_pairs_one_by_one(model, control):
+    befores, afters = ([pair[side] for pair in TEXTS] for side in (0, 1))
+    seeds = [7, 2**40, 7]
+    together = pairs(model, befores, afters, seeds, control=control)
+    for row, seed in enumerate(seeds):
+        alone = pairs(model, [befores[row]], [afters[row]], [seed], control=control)
         for many, one in zip(together, alone, strict=True):
             assert relative_error(many[row], one[0]) <= 1e-4
-    assert relative_error(together[0][2], together[0][0]) <= 1e-4  # the same caption and seed
     assert largest(together[1][2], together[1][0]) > 0.1
 
 

@@ -8,7 +8,6 @@ import pickle
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, colourful, lines_of, png_header, tiny_model
+from conftest import ROOT, colourful, lines_of, tiny_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -111,23 +110,13 @@ def process(*arguments, cwd, **environment):
 
 def test_a_mistake_in_a_true_process(tmp_path):
     colourful(60, 50).save(tmp_path / "photo.png")
-    colourful(60, 50).save(tmp_path / "damaged.tif")
-    tiff = (tmp_path / "damaged.tif").read_bytes()
-    samples = struct.pack("<HHII", 277, 3, 1, 3)
-    assert samples in tiff
-    (tmp_path / "damaged.tif").write_bytes(tiff.replace(samples, struct.pack("<HHII", 277, 3, 1, 166)))
     before = contents(tmp_path)
     for arguments, word in [
-        (["--image", "photo.png", "--instr", " "], "instruction is empty"),
-        (["--image", "photo.png"], "--instr"),
         (["--image", "photo.png", "--instr", "x", "--steps", "many"], "--steps"),
-        (["--nonsense"], "--nonsense"),
-        (["--image", "damaged.tif", "--instr", "x", "--weights", "."], "damaged.tif"),  # Pillow logs that, too
         (["--image", "photo.png", "--instr", "x", "--weights", "missing.safetensors"], "missing.safetensors"),
     ]:
         done = process(*arguments, cwd=tmp_path)
-        assert done.returncode == 2
-        assert done.stdout == ""
+        assert (done.returncode, done.stdout) == (2, "")
         *reports, message = done.stderr.splitlines()
         assert reports in ([], ["sample.py: loading missing.safetensors"])
         assert message.startswith(BEGINNING)
@@ -217,24 +206,20 @@ def test_ctrl_c_in_the_middle(tmp_path, model_folder):
 # ---- the picture ----
 
 
-def test_pictures_that_cannot_be_edited(refused, photo, tmp_path):
-    whole = photo.read_bytes()
-    files = {
-        "empty.png": (b"", "cannot be read"),
-        "truncated.png": (whole[: len(whole) // 2], "cannot be read"),
-        "text.jpg": (b"hello, this is no picture\n", "cannot be read"),
-        "bomb.png": (png_header(30000, 30000), "million pixels"),
-    }
-    for name, (content, words) in files.items():
-        (tmp_path / name).write_bytes(content)
-        refused([name, words], image=tmp_path / name)
-    for size in [(1, 1), (4000, 20), (20, 4000), (7, 7)]:
-        Image.new("RGB", size).save(tmp_path / "odd.png")
-        refused(["odd.png", f"{size[0]}x{size[1]}"], image=tmp_path / "odd.png")
+def test_images_that_cannot_be_edited(refused, photo, tmp_path):
+    (tmp_path / "truncated.png").write_bytes(photo.read_bytes()[:200])
+    refused(["truncated.png", "cannot be read"], image=tmp_path / "truncated.png")
+    Image.new("RGB", (4000, 20)).save(tmp_path / "long.png")
+    refused(["long.png", "4000x20"], image=tmp_path / "long.png")
     refused(["there is no image", "missing.png"], image=tmp_path / "missing.png")
     refused("is a folder", image=tmp_path)
     refused("--image", image=None)
-    refused("--image", image="")
+
+
+def test_a_message_is_one_line_whatever_the_names(refused, tmp_path):
+    refused("missing", weights=tmp_path / "two\nlines missing.safetensors")
+    for key in ("image", "weights", "out"):
+        refused("xxx.png", **{key: tmp_path / ("x" * 300 + ".png")})
 
 
 # ---- the instruction ----
@@ -242,8 +227,8 @@ def test_pictures_that_cannot_be_edited(refused, photo, tmp_path):
 
 def test_an_empty_instruction(refused):
     refused("--instr", instr=None)
-    for text in ("", " ", "\t\n "):
-        refused("instruction is empty", instr=text)
+    refused("instruction is empty", instr="\t\n ")
+    refused("instruction", instr=b"caf\xe9".decode("utf-8", "surrogateescape"))
 
 
 def test_a_too_long_instruction_is_cut_off_with_a_warning(edit, tmp_path):
@@ -260,20 +245,20 @@ def test_a_too_long_instruction_is_cut_off_with_a_warning(edit, tmp_path):
     assert not any("too long" in line for line in edit(instr=seen).err)
 
 
-def test_an_instruction_that_is_no_text(refused):
-    refused("instruction", instr=b"caf\xe9".decode("utf-8", "surrogateescape"))
+@pytest.mark.parametrize("text", ["밤으로 바꿔 줘", "🌙", "a\u0301 \u2019s", "x\u0000y"])
+def test_instructions_in_any_script(edit, text, tmp_path):
+    assert edit(instr=text, steps=1).code == 0
+    assert read_settings(tmp_path / "out" / "x.png")["instr"] == text
 
 
 # ---- the output ----
 
 
-def test_outputs_that_cannot_be_written(refused, edit, photo, tmp_path, monkeypatch):
+def test_outputs_that_cannot_be_written(refused, photo, tmp_path, monkeypatch):
     refused(["cannot make the folder", "photo.png"], out=photo / "x.png")  # below a regular file
     refused(".png", out=tmp_path / "out" / "x.jpg")
-    refused(".png", out=tmp_path / "out" / "x")
     (tmp_path / "folder.png").mkdir()
     refused("is a folder", out=tmp_path / "folder.png")
-    refused(["cannot write", "xxx"], out=tmp_path / ("x" * 300 + ".png"))
 
     def full(image, target, **options):
         target.write_bytes(b"half")
@@ -284,20 +269,13 @@ def test_outputs_that_cannot_be_written(refused, edit, photo, tmp_path, monkeypa
 
 
 def test_the_input_is_never_overwritten(refused, edit, photo, tmp_path):
-    refused("overwrite the input", out=photo)
     refused("overwrite the input", out=photo.parent / ".." / "in" / "photo.png")
-    hard = tmp_path / "hard.png"
-    os.link(photo, hard)
-    refused("overwrite the input", out=hard)
     soft = tmp_path / "soft.png"
     soft.symlink_to(photo)
     refused("overwrite the input", out=soft)
-    refused("overwrite the input", image=soft, out=photo)
-
     variant = tmp_path / "out" / "x_seed8.png"
     shutil.copy(photo, variant)
     refused("overwrite the input", image=variant, num=2, seed=7)
-    assert edit(image=variant, num=2, seed=9).code == 0
     assert edit(image=variant, seed=8).code == 0  # one edit writes no x_seed8.png
 
 
@@ -305,35 +283,31 @@ def test_the_input_is_never_overwritten(refused, edit, photo, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "values"),
+    ("word", "changes"),
     [
-        ("steps", ["0", "-1", "1001", "99999999999999999999", "1.5", "nan", "x", ""]),
-        ("cfg_text", ["-0.1", "100.1", "nan", "inf", "-inf", "1e400", "x", ""]),
-        ("cfg_image", ["-0.1", "100.1", "nan", "inf", "-inf", "1e400", "x", ""]),
-        ("resolution", ["0", "63", "4097", "-512", "512.0", "nan", "x", ""]),
-        ("seed", ["-1", "9223372036854775808", "1.5", "nan", "x", ""]),
-        ("num", ["0", "-1", "1001", "1.5", "inf", "x", ""]),
-        ("dtype", ["float64", "int8", "x", ""]),
+        ("steps", {"steps": "0"}),
+        ("steps", {"steps": "1.5"}),
+        ("text", {"cfg_text": "nan"}),
+        ("image", {"cfg_image": "100.1"}),
+        ("resolution", {"resolution": "63"}),
+        ("seed", {"seed": "-1"}),
+        ("seed", {"seed": 2**63 - 2, "num": 3}),
+        ("num", {"num": "1001"}),
+        ("dtype", {"dtype": "int8"}),
     ],
 )
-def test_values_out_of_range(option, values, refused):
-    word = {"cfg_text": "text", "cfg_image": "image"}.get(option, option)
-    for value in values:
-        refused(word, **{option: value})
+def test_values_out_of_range(word, changes, refused):
+    refused(word, **changes)
 
 
 def test_options_that_exclude_each_other(refused):
     refused(["--num", "--sweep"], "--sweep", "--num=2")
+    refused("--compile does not pay on a CPU", "--compile")
 
 
-@pytest.mark.parametrize("device", ["nonsense", "", "meta", "cuda:99", "vulkan", "hpu", "opengl", "cpu:x", "한"])
+@pytest.mark.parametrize("device", ["nonsense", "", "meta", "cuda:99"])
 def test_devices_that_are_not_there(device, refused):
     refused(["no device", "--device cpu"], device=device)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
-def test_cuda_where_there_is_none(refused):
-    refused(["no device cuda", "--device cpu"], device="cuda")
 
 
 # ---- the weights ----
@@ -368,14 +342,10 @@ def test_configurations_that_are_wrong(refused, model_folder, tmp_path):
     for name, content, words in [
         ("unet/config.json", "{", "unet/config.json"),
         ("unet/config.json", '{"block_out_channels": [8, 16]}', "down_block_types"),
-        ("vae/config.json", "[]", "vae/config.json"),
         ("text_encoder/config.json", '{"hidden_act": "relu"}', "hidden_act"),
-        ("text_encoder/config.json", "[" * 100_000, "text_encoder/config.json"),
         ("scheduler/scheduler_config.json", '{"prediction_type": "v_prediction"}', "prediction_type"),
         ("sampling.json", '{"steps": 0}', ["sampling.json", "steps"]),
-        ("sampling.json", '{"steps": NaN}', ["sampling.json", "steps"]),
-        ("sampling.json", '{"resolution": "512"}', "sampling.json"),
-        ("sampling.json", '{"text_guidance": 1e999}', ["sampling.json", "text guidance"]),
+        ("model_index.json", '{"_class_name": "StableDiffusionXLPipeline"}', "only Stable Diffusion 1.x"),
     ]:
         before = (folder / name).read_bytes()
         (folder / name).write_text(content)
@@ -385,42 +355,46 @@ def test_configurations_that_are_wrong(refused, model_folder, tmp_path):
     refused("unet/config.json is missing", weights=folder)
 
 
-def test_folders_of_other_models(refused, model_folder, tmp_path):
+@pytest.mark.parametrize("layout", ["folder", "single file"])
+def test_weights_with_a_tensor_wrong(layout, refused, model_folder, single_file, tmp_path):
+    shutil.copytree(model_folder if layout == "folder" else single_file.parent, tmp_path / "model")
+    weights = tmp_path / "model" / ("" if layout == "folder" else single_file.name)
+    path = weights / UNET_FILE if layout == "folder" else weights
+    name = "conv_in.weight" if layout == "folder" else "first_stage_model.decoder.conv_out.bias"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    right = tensors[name]
+    for change, words in [
+        ({name: None}, [name, "missing"]),
+        ({f"{name}.more": right.clone()}, [f"{name}.more", "unknown"]),
+        ({name: torch.zeros(3, 3)}, [name, "shape"]),
+        ({name: right.to(torch.int32)}, [name, "int32"]),
+    ]:
+        save_file({key: x for key, x in {**tensors, **change}.items() if x is not None}, path, metadata)
+        refused(words, weights=weights)
+
+
+def test_other_models(refused, tmp_path):
     save_folder(tiny_model(in_channels=4), tmp_path / "text to image")
     refused(["text-to-image", "4 channels", "InstructPix2Pix"], weights=tmp_path / "text to image")
-    save_folder(tiny_model(in_channels=9), tmp_path / "inpainting")
-    refused(["inpainting", "9 channels"], weights=tmp_path / "inpainting")
-    for kind in ("StableDiffusionXLPipeline", "StableDiffusion3Pipeline"):
-        folder = tmp_path / kind
-        shutil.copytree(model_folder, folder)
-        (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
-        refused([kind, "only Stable Diffusion 1.x"], weights=folder)
-
-
-def test_single_files_of_other_models(refused, tmp_path):
-    save_single_file(tiny_model(in_channels=4), tmp_path / "sd.safetensors")
     save_single_file(tiny_model(in_channels=9), tmp_path / "inpainting.safetensors")
     tiny_model().tokenizer.save(tmp_path)
-    refused(["sd.safetensors", "text-to-image", "4 channels"], weights=tmp_path / "sd.safetensors")
-    refused(["inpainting.safetensors", "inpainting", "9 channels"], weights=tmp_path / "inpainting.safetensors")
+    refused(["inpainting.safetensors", "9 channels"], weights=tmp_path / "inpainting.safetensors")
 
     first = "model.diffusion_model.input_blocks.0.0.weight"
-    for name, tensors, words in [
-        ("xl", ["conditioner.embedders.0.transformer.text_model.final_layer_norm.bias", first], "XL"),
-        ("xl2", [first, "model.diffusion_model.label_emb.0.0.weight"], "XL"),
+    for name, tensors, word in [
+        ("xl", [first, "model.diffusion_model.label_emb.0.0.weight"], "XL"),
         ("sd2", ["cond_stage_model.model.ln_final.weight", first], "Stable Diffusion 2"),
         ("sd3", ["model.diffusion_model.joint_blocks.0.context_block.attn.proj.weight"], "Stable Diffusion 3"),
         ("flux", ["double_blocks.0.img_attn.proj.weight"], "Flux"),
         ("lora", ["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"], "LoRA"),
-        ("other", ["some.weight"], ["no Stable Diffusion", "some.weight"]),
-        ("nothing", [], "no tensors"),
-        ("part", [first], ["685 of 686", "missing"]),
+        ("other", ["some.weight"], "no Stable Diffusion"),
+        ("part", [first], "685 of 686"),
     ]:
         path = tmp_path / f"{name}.safetensors"
         save_file({tensor: torch.zeros(320, 4, 3, 3) for tensor in tensors}, path)
-        refused([path, *([words] if isinstance(words, str) else words)], weights=path)
-    save_file({first: torch.tensor(1.0)}, tmp_path / "scalar.safetensors")
-    refused("scalar.safetensors", weights=tmp_path / "scalar.safetensors")
+        refused([path, word], weights=path)
 
 
 class Trap:
@@ -439,22 +413,13 @@ def test_pickles_are_not_run(refused, model_folder, tmp_path):
     torch.save({**weights, "callbacks": Trap(marker)}, tmp_path / "new.ckpt")
     torch.save({**weights, "callbacks": Trap(marker)}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=False)
     (tmp_path / "bare.ckpt").write_bytes(pickle.dumps(Trap(marker)))
-    for name in ("new.ckpt", "old.ckpt", "bare.ckpt"):
-        refused([name, "run code", ".safetensors"], weights=tmp_path / name)
-        assert not marker.exists()
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)
     (folder / UNET_FILE).unlink()
     torch.save(Trap(marker), folder / "unet" / "diffusion_pytorch_model.bin")
-    refused(["unet", "run code"], weights=folder)
-    assert not marker.exists()
-    os.unlink(folder / "unet" / "diffusion_pytorch_model.bin")
-
-    for name, content in [("text.ckpt", b"hello"), ("empty.ckpt", b""), ("picture.bin", b"\x89PNG\r\n\x1a\n")]:
-        (tmp_path / name).write_bytes(content)
-        refused(name, weights=tmp_path / name)
-    torch.save([1, 2], tmp_path / "list.ckpt")
-    refused(["list.ckpt", "no tensors"], weights=tmp_path / "list.ckpt")
+    for name in ("new.ckpt", "old.ckpt", "bare.ckpt", "model"):
+        refused("run code", weights=tmp_path / name)
+        assert not marker.exists()
 
 
 def test_tokenizers_that_are_missing_or_do_not_fit(refused, edit, model_folder, single_file, tmp_path):
@@ -463,44 +428,24 @@ def test_tokenizers_that_are_missing_or_do_not_fit(refused, edit, model_folder, 
     shutil.rmtree(folder / "tokenizer")
     refused("holds no tokenizer", weights=folder)
     assert edit(weights=folder, tokenizer=single_file.parent).code == 0
-    refused(["holds no tokenizer", "out"], weights=folder, tokenizer=tmp_path / "out")
     refused(["tokenizer", "missing"], weights=folder, tokenizer=tmp_path / "missing")
-
-    alone = tmp_path / "alone.safetensors"
-    shutil.copy(single_file, alone)
-    refused(["alone.safetensors", "--tokenizer"], weights=alone)
 
     other = tmp_path / "other"
     shutil.copytree(model_folder / "tokenizer", other)
     vocabulary = json.loads((other / "vocab.json").read_text())
-    for change in (
-        {**vocabulary, "new": len(vocabulary)},
-        {**vocabulary, "<|endoftext|>": 0, "!": vocabulary["<|endoftext|>"]},
-    ):
-        (other / "vocab.json").write_text(json.dumps(change))
-        refused(["other", "not the one"], tokenizer=other)
-    del vocabulary["<|endoftext|>"]
-    for content, word in [
-        (json.dumps(vocabulary), "endoftext"),
-        ("{", "cannot be read"),
-        ("[]", "cannot be read"),
-        ('{"a": "b"}', "cannot be read"),
-        ("[" * 100_000, "cannot be read"),
-        ('{"a": 1e99}', "cannot be read"),
-    ]:
+    for content, word in [(json.dumps({**vocabulary, "new": len(vocabulary)}), "not the one"), ("{", "cannot be read")]:
         (other / "vocab.json").write_text(content)
         refused([word, "other"], tokenizer=other)
 
 
-def test_an_autoencoder_that_does_not_fit(refused, single_file, tmp_path):
+def test_another_autoencoder(refused, edit, single_file, tmp_path):
     refused(["no weights", "missing"], vae=tmp_path / "missing")
-    refused("config.json", vae=tmp_path / "out")
     refused([single_file, "shape"], vae=single_file)  # tiny, where a file alone is taken for Stable Diffusion's
-    model = tiny_model()
-    model.unet = tiny_model(in_channels=4).unet
-    save_folder(model, tmp_path / "model")
-    save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
-    refused(["x.safetensors", "missing"], vae=tmp_path / "x.safetensors")
+    assert edit().code == 0
+    before = pixels(tmp_path / "out" / "x.png")
+    save_folder(tiny_model(seed=50), tmp_path / "other")
+    assert edit(vae=tmp_path / "other").code == 0
+    assert not np.array_equal(pixels(tmp_path / "out" / "x.png"), before)
 
 
 def test_damaged_numbers_are_noticed(refused, model_folder, tmp_path):
@@ -514,100 +459,45 @@ def test_damaged_numbers_are_noticed(refused, model_folder, tmp_path):
 
 
 def test_one_edit(edit, photo, model_folder, tmp_path):
-    result = edit(seed=3, steps=3, cfg_text=5.0, cfg_image=1.25)
+    result = edit(seed=3, steps=3, cfg_text=5.0)
     out = tmp_path / "out" / "x.png"
-    assert result.code == 0
     assert result.out == [str(out)]
     assert [line.split()[1] for line in result.err] == ["loading", "editing", "done"]
     note = read_settings(out)
-    assert note == {
-        "image": str(photo),
-        "instr": "make it night",
-        "weights": str(model_folder),
-        "tokenizer": None,
-        "vae": None,
-        "steps": 3,
-        "cfg_text": 5.0,
-        "cfg_image": 1.25,
-        "resolution": 64,
-        "seed": 3,
-        "num": 1,
-        "sweep": False,
-        "device": note["device"],
-        "dtype": note["dtype"],
-        "compile": False,
-        "low_memory": False,
-    }
+    expected = {"image": str(photo), "instr": "make it night", "weights": str(model_folder), "tokenizer": None}
+    expected |= {"steps": 3, "cfg_text": 5.0, "cfg_image": 1.5, "resolution": 64, "seed": 3, "num": 1, "sweep": False}
+    expected |= {"vae": None, "device": note["device"], "dtype": note["dtype"], "compile": False, "low_memory": False}
+    assert note == expected
     model = InstructPix2Pix.load(model_folder)
-    made = model.edit(open_image(photo), "make it night", 5.0, 1.25, 3, seed=3)
-    assert np.array_equal(pixels(out), made)
+    assert np.array_equal(pixels(out), model.edit(open_image(photo), "make it night", 5.0, 1.5, 3, seed=3))
     assert list((tmp_path / "out").iterdir()) == [out]
 
 
-def test_the_model_s_own_defaults(edit, tmp_path):
-    assert edit(steps=None).code == 0
-    settings = read_settings(tmp_path / "out" / "x.png")
-    assert [settings[key] for key in ("steps", "cfg_text", "cfg_image", "resolution")] == [2, 4.0, 1.5, 64]
-
-
-def test_weights_in_every_layout_give_the_same_edit(edit, model_folder, single_file, tmp_path):
-    out = tmp_path / "out" / "x.png"
-    assert edit().code == 0
-    expected = pixels(out)
-    alone = tmp_path / "alone.safetensors"
-    shutil.copy(single_file, alone)
-    pickled = tmp_path / "pickled"
-    shutil.copytree(model_folder, pickled)
-    for file in (UNET_FILE, TEXT_FILE):
-        torch.save(load_file(pickled / file), (pickled / file).with_suffix(".bin"))
-        (pickled / file).unlink()
-    fp16_name = pickled / "vae" / "diffusion_pytorch_model.fp16.safetensors"
-    (pickled / VAE_FILE).rename(fp16_name)
-    for changes in (
-        {"weights": single_file},
-        {"weights": alone, "tokenizer": model_folder / "tokenizer"},
-        {"weights": alone, "tokenizer": model_folder},
-        {"weights": pickled},
-        {"vae": model_folder},
-        {"vae": model_folder / "vae"},
-    ):
-        out.unlink()
-        result = edit(**changes)
-        assert result.code == 0, result.err
-        assert np.array_equal(pixels(out), expected), changes
-
-
-def test_another_autoencoder_is_used(edit, tmp_path):
-    assert edit().code == 0
-    before = pixels(tmp_path / "out" / "x.png")
-    save_folder(tiny_model(seed=50), tmp_path / "other")
-    assert edit(vae=tmp_path / "other").code == 0
-    assert not np.array_equal(pixels(tmp_path / "out" / "x.png"), before)
-    assert read_settings(tmp_path / "out" / "x.png")["vae"] == str(tmp_path / "other")
-
-
-def test_compiling_on_a_cpu_is_refused(refused):
-    refused("--compile does not pay on a CPU", "--compile")
+def test_low_memory_is_close(edit, tmp_path):
+    made = {}
+    for size, bound in ((192, 4), (64, 1)):  # tiles of the autoencoder see less of the image; one tile: rounding
+        for flags in ((), ("--low-memory",)):
+            assert edit(*flags, resolution=size).code == 0
+            made[flags] = pixels(tmp_path / "out" / "x.png").astype(int)
+        assert read_settings(tmp_path / "out" / "x.png")["low_memory"] is True
+        assert abs(made[()] - made["--low-memory",]).mean() < bound
+    assert abs(made[()] - made["--low-memory",]).max() <= 2
 
 
 def test_variants(edit, tmp_path):
-    result = edit("--num=6", seed=5)
+    result = edit("--num=4", seed=5)
     out = tmp_path / "out"
-    names = [f"x_seed{seed}.png" for seed in range(5, 11)]
-    assert result.code == 0
+    names = [f"x_seed{seed}.png" for seed in range(5, 9)]
     assert result.out == [str(out / name) for name in [*names, "x.png"]]
     assert sorted(path.name for path in out.iterdir()) == sorted([*names, "x.png"])
-    notes = [read_settings(out / name) for name in names]
-    assert [(note["seed"], note["num"]) for note in notes] == [(seed, 1) for seed in range(5, 11)]
-    pictures = [pixels(out / name) for name in names]
-    assert len({picture.tobytes() for picture in pictures}) == 6
-    sheet = pixels(out / "x.png")
-    for picture in pictures:
-        assert contains(sheet, picture)
-    assert 4 * 128 < sheet.shape[1] < 5 * 128  # four in a row
-
-    assert edit(seed=7).code == 0  # alone, or in a batch with others: the same noise
-    assert abs(pixels(out / "x.png").astype(int) - pictures[2]).max() <= 2
+    assert [(read_settings(out / name)["seed"], read_settings(out / name)["num"]) for name in names] == [
+        (seed, 1) for seed in range(5, 9)
+    ]
+    variants, sheet = [pixels(out / name) for name in names], pixels(out / "x.png")
+    assert len({variant.tobytes() for variant in variants}) == 4
+    assert all(contains(sheet, variant) for variant in variants)
+    assert edit(seed=7).code == 0
+    assert abs(pixels(out / "x.png").astype(int) - variants[2]).max() <= 2  # alone or among others: equal noise
 
 
 def contains(sheet, picture):
@@ -621,19 +511,16 @@ def contains(sheet, picture):
 
 
 def test_sweep(edit, photo, tmp_path):
-    result = edit("--sweep", seed=4)
+    result = edit("--sweep", seed=4, cfg_text=90)  # whose multiples stay within the range
     out = tmp_path / "out" / "x.png"
-    assert result.code == 0
     assert result.out == [str(out)]
     assert [path.name for path in out.parent.iterdir()] == ["x.png"]
     sheet = pixels(out)
     width, height = edit_size(60, 50, 64)
     assert sheet.shape[1] > (1 + len(sample.SWEEP_TEXT)) * width
     assert sheet.shape[0] > len(sample.SWEEP_IMAGE) * height
-    assert contains(sheet, np.array(images.fit(open_image(photo), 64)))
-    note = read_settings(out)
-    assert note["sweep"] is True
-    assert note["seed"] == 4
+    assert contains(sheet, np.array(images.resize_and_crop(open_image(photo), 64)))
+    assert read_settings(out)["sweep"] is True
 
 
 # ---- --again ----
@@ -651,38 +538,27 @@ def test_again_is_the_same_to_the_pixel(edit, run_sample, tmp_path):
 
 def test_again_of_variants_and_sheets(edit, run_sample, tmp_path):
     out = tmp_path / "out"
-    assert edit("--num=6", seed=5).code == 0
-    for name in ("x_seed5", "x_seed8", "x_seed9", "x_seed10"):
-        result = run_sample("--again", out / f"{name}.png")
-        assert result.out == [str(out / f"{name}_again.png")]
-        assert np.array_equal(pixels(out / f"{name}.png"), pixels(out / f"{name}_again.png"))
-        assert read_settings(out / f"{name}_again.png") == read_settings(out / f"{name}.png")
-    # a repeated variant can itself be repeated
-    result = run_sample("--again", out / "x_seed8_again.png", "--out", out / "twice.png")
-    assert np.array_equal(pixels(out / "x_seed8.png"), pixels(out / "twice.png"))
-    result = run_sample("--again", out / "x.png")
-    assert result.out[-1] == str(out / "x_again.png")
-    assert len(result.out) == 7
+    assert edit("--num=3", seed=5).code == 0
+    assert run_sample("--again", out / "x_seed6.png").out == [str(out / "x_seed6_again.png")]
+    assert np.array_equal(pixels(out / "x_seed6.png"), pixels(out / "x_seed6_again.png"))
+    assert len(run_sample("--again", out / "x.png").out) == 4
     assert np.array_equal(pixels(out / "x.png"), pixels(out / "x_again.png"))
     assert np.array_equal(pixels(out / "x_seed6.png"), pixels(out / "x_again_seed6.png"))
+    assert edit("--sweep", seed=5).code == 0
+    assert run_sample("--again", out / "x.png").code == 0
+    assert np.array_equal(pixels(out / "x.png"), pixels(out / "x_again.png"))
 
 
-def test_again_with_changes(edit, run_sample, model_folder, tmp_path):
+def test_again_with_changes(edit, run_sample, tmp_path):
     out = tmp_path / "out"
     assert edit(seed=3).code == 0
     assert run_sample("--again", out / "x.png", "--instr", "the thing", "--out", out / "y.png").code == 0
     then, now = read_settings(out / "x.png"), read_settings(out / "y.png")
     assert now == {**then, "instr": "the thing"}
-    assert not np.array_equal(pixels(out / "x.png"), pixels(out / "y.png"))
     assert edit(seed=3, instr="the thing").code == 0
     assert np.array_equal(pixels(out / "x.png"), pixels(out / "y.png"))
-
-    result = run_sample("--again", out / "x.png", "--num", 2)
+    result = run_sample("--again", out / "x.png", "--num", 2, "--dtype", "bfloat16")
     assert [os.path.basename(line) for line in result.out] == ["x_again_seed3.png", "x_again_seed4.png", "x_again.png"]
-    assert edit("--num=3", seed=3).code == 0
-    result = run_sample("--again", out / "x_seed4.png", "--seed", 9, "--num", 1)
-    assert result.out == [str(out / "x_seed4_again.png")]
-    assert run_sample("--again", out / "x.png", "--dtype", "bfloat16", "--num", 1).code == 0
 
 
 def test_again_of_what_carries_no_settings(run_sample, photo, tmp_path):
@@ -695,3 +571,14 @@ def test_again_of_what_carries_no_settings(run_sample, photo, tmp_path):
         check_refusal(result, [path, word])
     photo.write_bytes(photo.read_bytes()[:200])
     check_refusal(run_sample("--again", photo), str(photo))
+
+
+def test_again_with_damaged_settings(edit, run_sample, tmp_path):
+    out = tmp_path / "out" / "x.png"
+    assert edit(steps=1).code == 0
+    note, image = read_settings(out), Image.open(out).convert("RGB")
+    damage = {"image": [], "weights": "x\x00y", "steps": 10**30, "cfg_text": float("nan"), "seed": 1.5, "sweep": "yes"}
+    for damaged in (*({**note, key: value} for key, value in damage.items()), 5, [], {}, {"settings": {}}):
+        save_png(image, out, damaged)
+        check_refusal(run_sample("--again", out, "--out", tmp_path / "y.png"), [])
+        assert not (tmp_path / "y.png").exists(), damaged
