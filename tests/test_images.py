@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import colourful, png_header
-from PIL import Image, TiffImagePlugin
+from PIL import Image, TiffImagePlugin, features
 
 from images import edit_size, grid, open_image, read_settings, resize_and_crop, save_png, to_image, to_rgb, to_tensor
 
@@ -116,6 +116,19 @@ def test_deep_images_keep_their_range(tmp_path):
     dark = np.full((10, 10), 200, np.uint16)
     assert opened(Image.fromarray(dark), tmp_path / "dark.png").max() == 1  # and not 200 of 255
     assert np.array_equal(opened(Image.fromarray(deep), tmp_path / "x.png", transparency=0)[0, 0], [255] * 3)
+
+
+def test_floating_point_pictures(tmp_path):
+    unit = np.linspace(0, 1, 40 * 25, dtype=np.float32).reshape(25, 40)
+    expected = np.repeat((unit.astype(np.float64) * 255).round()[..., None], 3, axis=2)
+    assert np.array_equal(opened(Image.fromarray(unit), tmp_path / "unit.tif"), expected)
+    assert difference(opened(Image.fromarray(unit * 255), tmp_path / "bytes.tif"), expected) <= 1
+    assert difference(opened(Image.fromarray(unit * 65535), tmp_path / "deep.tif"), expected) <= 1
+    assert opened(Image.fromarray(unit * 300 - 20), tmp_path / "beyond.tif").min() == 0
+    for bad in (np.nan, np.inf):
+        unit[3, 4] = bad
+        with pytest.raises(UserError, match="NaN or Inf"):
+            opened(Image.fromarray(unit), tmp_path / "bad.tif")
 
 
 def test_cmyk_jpeg(tmp_path):

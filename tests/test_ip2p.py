@@ -11,7 +11,7 @@ from random_model import random_model, randomise
 from reference import edit_reference, real_vocabulary, relative_error
 
 from clip_text import CLIP_L_TEXT, CLIPText, CLIPTokenizer
-from diffusion import NoiseSchedule, Sampling
+from diffusion import NoiseSchedule, Sampling, euler, seeded_noise
 from formats.checkpoint import Model, save_folder, save_single_file
 from images import resize_and_crop, to_tensor
 from ip2p import InstructPix2Pix, drop_conditions, guided_eps, loss
@@ -126,6 +126,12 @@ def test_another_sampler_and_no_guidance(model):
         latent = euler(model.schedule.denoiser(predict_eps), noise * sigmas[0].item(), sigmas)
         x = model.vae.decode(latent / model.vae.config.scaling)[0]
     assert difference(((x + 1) / 2).clamp(0, 1).mul(255).byte().permute(1, 2, 0).numpy(), edited) <= 1
+
+
+def test_the_image_latent_is_the_unscaled_mode(model):
+    x = to_tensor(image_of())[None]
+    with torch.no_grad():
+        assert torch.equal(model.encode_image(x), model.vae.encode(x).mode())
 
 
 def test_eq_3():

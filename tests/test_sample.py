@@ -17,12 +17,13 @@ import pytest
 import torch
 from conftest import ROOT, colourful, lines_of, tiny_model
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import images
 import sample
 from formats.checkpoint import save_folder, save_single_file
-from images import edit_size, open_image, read_settings
+from images import edit_size, open_image, read_settings, save_png
 from ip2p import InstructPix2Pix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -201,6 +202,12 @@ def test_ctrl_c_in_the_middle(tmp_path, model_folder):
     assert "Traceback" not in text
     assert [line.split()[1] for line in lines_of(text)] == ["loading", "editing", "stopped;"]
     assert contents(tmp_path) == before
+
+
+def test_a_closed_stdout_does_not_matter(edit, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert edit().code == 0
+    assert (tmp_path / "out" / "x.png").exists()
 
 
 # ---- the picture ----
@@ -482,6 +489,39 @@ def test_low_memory_is_close(edit, tmp_path):
         assert read_settings(tmp_path / "out" / "x.png")["low_memory"] is True
         assert abs(made[()] - made["--low-memory",]).mean() < bound
     assert abs(made[()] - made["--low-memory",]).max() <= 2
+
+
+def test_the_model_s_own_defaults(edit, tmp_path):
+    assert edit(steps=None).code == 0
+    settings = read_settings(tmp_path / "out" / "x.png")
+    assert [settings[key] for key in ("steps", "cfg_text", "cfg_image", "resolution")] == [2, 4.0, 1.5, 64]
+
+
+def test_weights_in_every_layout_give_the_same_edit(edit, model_folder, single_file, tmp_path):
+    out = tmp_path / "out" / "x.png"
+    assert edit().code == 0
+    expected = pixels(out)
+    alone = tmp_path / "alone.safetensors"
+    shutil.copy(single_file, alone)
+    pickled = tmp_path / "pickled"
+    shutil.copytree(model_folder, pickled)
+    for file in (UNET_FILE, TEXT_FILE):
+        torch.save(load_file(pickled / file), (pickled / file).with_suffix(".bin"))
+        (pickled / file).unlink()
+    fp16_name = pickled / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+    (pickled / VAE_FILE).rename(fp16_name)
+    for changes in (
+        {"weights": single_file},
+        {"weights": alone, "tokenizer": model_folder / "tokenizer"},
+        {"weights": alone, "tokenizer": model_folder},
+        {"weights": pickled},
+        {"vae": model_folder},
+        {"vae": model_folder / "vae"},
+    ):
+        out.unlink()
+        result = edit(**changes)
+        assert result.code == 0, result.err
+        assert np.array_equal(pixels(out), expected), changes
 
 
 def test_variants(edit, tmp_path):
