@@ -30,6 +30,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help shows what is possible)\n")
 
 
+def at_least(least):
+    """The type of an option that is a whole number, no smaller than this."""
+
+    def number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"should be at least {least}, not {text}")
+        return int(text)
+
+    return number
+
+
+whole = at_least(1)
+
+
 def run_program(main):
     """Call `main()`; turn a UserError into one line and exit code 2, Ctrl-C into a quiet exit 130."""
     name = Path(sys.argv[0]).name

@@ -17,7 +17,18 @@ from argparse import ArgumentTypeError, BooleanOptionalAction
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from cli import Parser, UserError, atomic_write, check_device, check_sampling, check_seeds, own_device, run_program
+from cli import (
+    Parser,
+    UserError,
+    at_least,
+    atomic_write,
+    check_device,
+    check_sampling,
+    check_seeds,
+    own_device,
+    run_program,
+    whole,
+)
 
 import numpy as np
 import torch
@@ -217,17 +228,6 @@ def write_html(options):
 # ---- the command line ----
 
 
-def at_least(least):
-    """The type of an option that is a whole number, no smaller than this."""
-
-    def number(text):
-        if int(text) < least:
-            raise ArgumentTypeError(f"should be at least {least}, not {text}")
-        return int(text)
-
-    return number
-
-
 def fraction(text):
     """The type of an option from 0 to below 1."""
     if not 0 <= float(text) < 1:
@@ -239,7 +239,6 @@ def parse(arguments=None):
     """The command line."""
     parser = Parser(prog="datagen.py", description="Generate training data: instructions, then pairs of images.")
     commands = parser.add_subparsers(dest="command", required=True)
-    whole = at_least(1)
 
     text = commands.add_parser("text", help="captions -> instructions and captions after the edit")
     text.set_defaults(run=write_text)

@@ -11,7 +11,7 @@ correspond are mixed on the side of the values, (A M) V = A (M V).
 
 from pathlib import Path
 
-from cli import Parser, UserError, check_device, check_sampling, check_seeds, run_program
+from cli import Parser, UserError, check_device, check_sampling, check_seeds, run_program, whole
 
 import torch
 import torch.nn.functional as F
@@ -264,7 +264,7 @@ def parse(arguments=None):
     add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
     add("--guidance", type=float, metavar="S", help="text guidance (default: the model's)")
     add("--seed", type=int, default=0, metavar="S", help="of the first row (default: 0)")
-    add("--num", type=int, default=2, metavar="N", help="rows, a seed each (default: 2)")
+    add("--num", type=whole, default=2, metavar="N", help="rows, a seed each (default: 2)")
     add("--out", type=Path, default=Path("runs/p2p.png"), metavar="FILE.png", help="(default: %(default)s)")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
     return parser.parse_args(arguments)
@@ -275,8 +275,6 @@ def main(arguments=None):
     options = parse(arguments)
     if not all(0 <= p <= 1 for p in options.p):
         raise UserError("--p should be from 0 to 1")
-    if options.num < 1:
-        raise UserError(f"--num should be at least 1, not {options.num}")
     check_sampling(options.steps, options.guidance, None, None)
     check_seeds([options.seed, options.seed + 2 * options.num])
     check_device(options.device)

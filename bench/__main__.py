@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
-from cli import Parser, UserError, check_device, run_program
+from cli import Parser, UserError, check_device, run_program, whole
 
 import torch
 
@@ -46,7 +46,7 @@ def parse(arguments=None):
     add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
     add("--dtype", choices=list(TOLERANCE), default="float32", help="number format of the networks (default: float32)")
     add("--size", type=int, default=512, metavar="PIXELS", help="the image's side, a multiple of 64 (default: 512)")
-    add("--runs", type=int, default=5, metavar="N", help="rounds (default: 5)")
+    add("--runs", type=whole, default=5, metavar="N", help="rounds (default: 5)")
     add("--only", default=",".join(GROUPS[:-1]), help=f"some of {','.join(GROUPS)} (default: all but the last)")
     add("--small", action="store_true", help="tiny networks, to try this program; their times mean nothing")
     options = parser.parse_args(arguments)
@@ -55,8 +55,6 @@ def parse(arguments=None):
         raise UserError(f"--only knows {', '.join(GROUPS)}, not {unknown[0]!r}")
     if options.size < 64 or options.size % 64:
         raise UserError(f"--size should be a multiple of 64, not {options.size}")
-    if options.runs < 1:
-        raise UserError(f"--runs should be at least 1, not {options.runs}")
     if lacking := [name for name in ("diffusers", "transformers") if not find_spec(name)]:
         raise UserError(f"{' and '.join(lacking)} must be installed: pip install -r requirements-dev.txt")
     check_device(options.device)

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from cli import Parser, UserError, atomic_write, check_device, keep_settings, make_folder, run_program
+from cli import Parser, UserError, atomic_write, check_device, keep_settings, make_folder, run_program, whole
 
 import torch
 import torch.nn.functional as F
@@ -271,23 +271,19 @@ def parse(arguments=None):
     add = parser.add_argument
     add("stage", choices=[*STAGES, "all"], help="what to train; all: everything, in order")
     add("--out", type=Path, default=Path("runs/mini"), metavar="DIR", help="for results, logs and what resuming needs")
-    add("--scenes", type=int, default=40_000, metavar="N", help="images to draw and train on (default: 40000)")
-    add("--test-scenes", type=int, default=256, metavar="N", help="held-out images to measure on (default: 256)")
-    add("--max-steps", type=int, metavar="N", help="training steps of a stage (default: its own, see SETTINGS)")
-    add("--total-batch-size", type=int, metavar="B", help="images a step (default: the stage's own)")
+    add("--scenes", type=whole, default=40_000, metavar="N", help="images to draw and train on (default: 40000)")
+    add("--test-scenes", type=whole, default=256, metavar="N", help="held-out images to measure on (default: 256)")
+    add("--max-steps", type=whole, metavar="N", help="training steps of a stage (default: its own, see SETTINGS)")
+    add("--total-batch-size", type=whole, metavar="B", help="images a step (default: the stage's own)")
     add("--seed", type=int, default=0, metavar="S", help="of all randomness (default: 0)")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    add("--threads", type=whole, metavar="N", help="CPU threads (default: all cores)")
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
     """Train the stages that were asked for and note what they reached in `results.json`."""
     options = parse(arguments)
-    for name in ("scenes", "test_scenes", "max_steps", "total_batch_size", "threads"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} should be at least 1, not {value}")
     if not 0 <= options.seed < 10**8:
         raise UserError(f"--seed should be between 0 and {10**8 - 1}, not {options.seed}")
     check_device(options.device)

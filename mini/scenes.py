@@ -44,11 +44,6 @@ def held_out_images(count, device):
     return [training_scene(index, test=True) for index in range(count)], to_images(pixels, device)
 
 
-def choose(count, size, generator):
-    """`size` random numbers below `count`, as a numpy array that indexes a memory-mapped one."""
-    return torch.randint(count, (size,), generator=generator).numpy()
-
-
 def fraction_right(judge, x, chosen):
     """The fraction of images x in which the judge reads all attributes of their scenes."""
     return float(np.mean([reading == truth(scene) for reading, scene in zip(judge.read(x), chosen, strict=True)]))

@@ -267,7 +267,7 @@ def test_the_pairs_program(folder, tmp_path, capsys):
     ("changed", "message"),
     [
         ({"count": 10}, "the count of edits should be a multiple of 14 (kinds x phrasings), not 10"),
-        ({"batch_size": 0}, "--batch-size should be at least 1, not 0"),
+        ({"batch_size": 0}, "--batch-size: should be at least 1, not 0"),
         ({"steps": 0}, "the steps should be between 1 and 1000, not 0"),
         ({"cfg_text": "nan"}, "the text guidance should be between 0 and 100, not nan"),
         ({"seed": -1}, "a seed should be a whole number from 0 to"),

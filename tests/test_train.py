@@ -350,7 +350,7 @@ def test_nan_ends_in_one_line(data, init, tmp_path, program, monkeypatch):
     ("changed", "expected"),
     [
         ({"lr": -1}, "--lr should be at least 0"),
-        ({"batch_size": 0}, "--batch-size should be at least 1"),
+        ({"batch_size": 0}, "--batch-size: should be at least 1"),
         ({"subset": 1.5}, "--subset should be"),
         ({"subset": 19}, "holds 18 edits"),
         ({"data": "nowhere"}, "holds no seeds.json"),

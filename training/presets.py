@@ -5,7 +5,7 @@ import os
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
-from cli import Parser, UserError, check_device, check_sampling, own_device
+from cli import Parser, UserError, at_least, check_device, check_sampling, own_device, whole
 
 import torch
 
@@ -46,12 +46,12 @@ def parse(arguments=None):
     add("--resume", action="store_true", help="resume the run in --out, if there is one")
     add("--resolution", type=int, metavar="R", help="pixels a side of the crops; 0 for images as they are")
     add("--max-resize", type=int, metavar="R", help="before a crop, the shorter side is randomly up to this large")
-    add("--batch-size", type=int, metavar="B", help="pairs that a process computes at once")
-    add("--grad-accum", type=int, metavar="N", help="micro-batches a step")
-    add("--total-batch-size", type=int, metavar="B", help="pairs a step, of all processes and micro-batches")
-    add("--max-steps", type=int, metavar="N", help="training steps")
+    add("--batch-size", type=whole, metavar="B", help="pairs that a process computes at once")
+    add("--grad-accum", type=whole, metavar="N", help="micro-batches a step")
+    add("--total-batch-size", type=whole, metavar="B", help="pairs a step, of all processes and micro-batches")
+    add("--max-steps", type=whole, metavar="N", help="training steps")
     add("--lr", type=float, metavar="X", help="learning rate")
-    add("--warmup-steps", type=int, metavar="N", help="steps of linear warmup")
+    add("--warmup-steps", type=at_least(0), metavar="N", help="steps of linear warmup")
     add("--lr-decay", type=float, metavar="F", help="the last fraction of all steps, of linear decay")
     add("--beta2", type=float, metavar="X", help="AdamW's")
     add("--weight-decay", type=float, metavar="X", help="AdamW's")
@@ -63,19 +63,19 @@ def parse(arguments=None):
     add("--cache-latents", action=BooleanOptionalAction, help="encode once, in memory; without random crops")
     add("--loss-weighting", choices=["none", "balanced"], help="balanced: all noise levels count about alike")
     add("--trainable", choices=["full", "attention", "lora"], help="all weights, attention and conv_in, or LoRA")
-    add("--rank", type=int, metavar="N", help="LoRA's")
+    add("--rank", type=whole, metavar="N", help="LoRA's")
     add("--subset", type=amount, metavar="N", help="number of edits to train on, or a fraction such as 0.1")
-    add("--overfit", type=int, metavar="N", help="train on so few edits, not augmented: what to try first")
+    add("--overfit", type=whole, metavar="N", help="train on so few edits, not augmented: what to try first")
     add("--compile", action=BooleanOptionalAction, help="torch.compile the UNet (default: on a GPU)")
     add("--seed", type=int, default=0, metavar="S", help="of all randomness (default: 0)")
-    add("--save-every", type=int, default=500, metavar="N", help="steps between two states (default: 500)")
-    add("--eval-every", type=int, metavar="N", help="steps between two evaluations (default: a tenth of all)")
-    add("--keep", type=int, default=2, metavar="K", help="newest states that are kept (default: 2)")
+    add("--save-every", type=whole, default=500, metavar="N", help="steps between two states (default: 500)")
+    add("--eval-every", type=whole, metavar="N", help="steps between two evaluations (default: a tenth of all)")
+    add("--keep", type=whole, default=2, metavar="K", help="newest states that are kept (default: 2)")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    add("--workers", type=int, default=4, metavar="N", help="processes that read images (default: 4)")
+    add("--threads", type=whole, metavar="N", help="CPU threads (default: all cores)")
+    add("--workers", type=at_least(0), default=4, metavar="N", help="processes that read images (default: 4)")
     noted = "noted in the model as its default for sampling (default: that of --init)"
-    add("--sampling-steps", type=int, metavar="N", help=f"denoising steps, {noted}")
+    add("--sampling-steps", type=whole, metavar="N", help=f"denoising steps, {noted}")
     add("--cfg-text", type=float, metavar="S_T", help=f"text guidance, {noted}")
     add("--cfg-image", type=float, metavar="S_I", help=f"image guidance, {noted}")
     options = parser.parse_args(arguments)
@@ -98,17 +98,12 @@ def amount(text):
 
 def check(options):
     """Raise UserError for a value out of range."""
-    at_least_one = ("max_steps", "batch_size", "grad_accum", "total_batch_size", "save_every", "keep", "eval_every")
-    for name in (*at_least_one, "threads", "overfit", "rank", "sampling_steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} should be at least 1, not {value}")
     for name in ("lr", "beta2", "ema_decay", "lr_decay", "weight_decay"):
         if not 0 <= getattr(options, name) < 1:
             flag = name.replace("_", "-")
             raise UserError(f"--{flag} should be at least 0 and below 1, not {getattr(options, name)}")
-    if not options.grad_clip >= 0 or options.warmup_steps < 0 or options.workers < 0:
-        raise UserError("--grad-clip, --warmup-steps and --workers should be at least 0")
+    if not options.grad_clip >= 0:
+        raise UserError(f"--grad-clip should be at least 0, not {options.grad_clip}")
     most = math.inf if isinstance(options.subset, int) else 1
     if options.subset is not None and not 0 < options.subset < most:
         raise UserError(f"--subset should be a number of edits, or a fraction between 0 and 1, not {options.subset}")

@@ -11,11 +11,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mini.judge import ATTRIBUTES, Judge, labels, truth
-from mini.world import Scene, Thing, random_scene
+from mini.world import random_scene
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SCENE = Scene("mosaic", "snow", Thing("ball", "red", "small"), Thing("tree", "pink", "large"), 0)
 
 
 @pytest.fixture(scope="module")

@@ -135,7 +135,7 @@ def test_what_was_made_otherwise_is_never_replaced(program, tmp_path):
     ("arguments", "words"),
     [
         (["text"], "--out"),
-        (["true", "--out=x", "--count=0"], "--count should be at least 1, not 0"),
+        (["true", "--out=x", "--count=0"], "--count: should be at least 1, not 0"),
         (["text", "--out=x", "--seed=-1"], "seed"),
         (["text", "--out=."], "cannot write ."),
     ],

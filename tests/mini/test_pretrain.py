@@ -321,11 +321,11 @@ def test_two_processes_equal_one(trained, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["judge", "--max-steps=0"], "--max-steps should be at least 1, not 0"),
-        (["judge", "--total-batch-size=0"], "--total-batch-size should be at least 1, not 0"),
-        (["judge", "--scenes=-1"], "--scenes should be at least 1, not -1"),
-        (["judge", "--test-scenes=0"], "--test-scenes should be at least 1, not 0"),
-        (["judge", "--threads=0"], "--threads should be at least 1, not 0"),
+        (["judge", "--max-steps=0"], "--max-steps: should be at least 1, not 0"),
+        (["judge", "--total-batch-size=0"], "--total-batch-size: should be at least 1, not 0"),
+        (["judge", "--scenes=-1"], "--scenes: should be at least 1, not -1"),
+        (["judge", "--test-scenes=0"], "--test-scenes: should be at least 1, not 0"),
+        (["judge", "--threads=0"], "--threads: should be at least 1, not 0"),
         (["judge", "--max-steps=few"], "--max-steps"),
         (["nothing"], "invalid choice: 'nothing'"),
         ([], "stage"),

@@ -30,7 +30,6 @@ from mini.world import (
 BOX = {"left": np.s_[16:60, :40], "right": np.s_[16:60, 24:]}  # the largest thing, its shadow, and a mosaic's tiles
 THING = f"a ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
 THINGS = f"({THING} and {THING}|{THING} on the (left|right))"
-CAPTION = f"a ({'|'.join(MEDIA)}) of {THINGS} ({'|'.join(BACKGROUNDS.values())})"
 
 
 def pixels(scene):
