@@ -121,7 +121,7 @@ def keep_settings(path, settings):
     if different:
         name = different[0]
         change = f"{name} {begun.get(name)}, not {settings.get(name)}"
-        raise UserError(f"{path.parent} was begun with {change}; use the same settings, or another output")
+        raise UserError(f"{path}: the output was begun with {change}; use the same settings, or another output")
 
 
 def check_sampling(steps, text_guidance, image_guidance, resolution):
