@@ -481,16 +481,6 @@ def test_what_was_begun_otherwise_is_refused(models, many, data, program, tmp_pa
     assert contents(data) == before
 
 
-@pytest.mark.parametrize(("rank", "device"), [("1", "cuda:1"), (None, "cuda")])
-def test_each_process_of_torchrun_has_its_gpu(models, program, tmp_path, monkeypatch, rank, device):
-    """As the only GPU here is none, the message says which one was asked for."""
-    if rank:
-        monkeypatch.setenv("LOCAL_RANK", rank)
-    monkeypatch.setattr("torch.zeros", lambda *size, device: (_ for _ in ()).throw(RuntimeError(device)))
-    _, _, (line,) = program(*command(models, tmp_path / "data"), "--device=cuda")
-    assert f"no device {device};" in line
-
-
 # ---- a user's mistakes ----
 
 
@@ -498,14 +488,8 @@ def test_each_process_of_torchrun_has_its_gpu(models, program, tmp_path, monkeyp
     ("arguments", "words"),
     [
         ([], "command"),
-        (["nothing"], "invalid choice: 'nothing'"),
-        (["text"], "--captions, --out"),
-        (["text", "--captions=x", "--out=y", "--concurrency=few"], "--concurrency: invalid number value: 'few'"),
         (["text", "--captions=x", "--out=y", "--few-shot=-1"], "--few-shot: should be at least 0, not -1"),
-        (["calibrate"], "--edits"),
         (["calibrate", "--edits=x", "--fractions", "0", "0.5", "1"], "--fractions: should be from 0 to below 1, not 1"),
-        (["calibrate", "--edits=x", "--fractions", "-0.1", "0", "0"], "--fractions: should be from 0 to below 1"),
-        (["calibrate", "--edits=x", "--fractions", "0", "nan", "0"], "from 0 to below 1, not nan"),
         (["calibrate", "--edits=x"], "there is no file x"),
         (["images", "--out=x"], "--edits"),
     ],
@@ -524,24 +508,15 @@ def test_mistakes(program, tmp_path, monkeypatch, arguments, words):
     ("changed", "words"),
     [
         ({"edits": "nowhere.jsonl"}, "there is no file nowhere.jsonl; datagen.py text writes one"),
-        ({"edits": "."}, ". cannot be read"),
         ({"weights": "nowhere"}, "there are no weights at nowhere"),
         ({"weights": "EDITOR"}, "an InstructPix2Pix checkpoint: its UNet takes 8 channels, not 4"),
-        ({"clip": "nowhere"}, "there are no weights at nowhere"),
         ({"clip": "SD"}, "config.json is missing"),
         ({"samples": 0}, "--samples: should be at least 1, not 0"),
-        ({"keep": 0}, "--keep: should be at least 1, not 0"),
-        ({"batch-size": -2}, "--batch-size: should be at least 1, not -2"),
         ({"steps": 0}, "steps should be between 1 and 1000, not 0"),
-        ({"steps": 2000}, "steps should be between 1 and 1000, not 2000"),
-        ({"threads": 0}, "--threads: should be at least 1, not 0"),
         ({"resolution": 8}, "resolution should be between 64 and 4096, not 8"),
         ({"resolution": 100}, "the resolution should be a multiple of 8 for this model, not 100"),
-        ({"seed": -1}, "seed should be a whole number"),
         ({"seed": 2**70}, "seed should be a whole number"),
         ({"device": "abacus"}, "no device abacus"),
-        ({"dtype": "int8"}, "invalid choice: 'int8'"),
-        ({"out": "FILE"}, "FILE"),
         ({"out": "FILE/data"}, "FILE/data"),
     ],
 )
@@ -564,10 +539,7 @@ def test_mistakes_with_images(models, model_folder, program, tmp_path, monkeypat
     [
         '{"caption": "a", "edit": "b"}',
         '{"caption": "a", "edit": " ", "output": "c"}',
-        '{"caption": "a", "edit": 3, "output": "c"}',
-        "hello",
         "[]",
-        "",
         '{"caption": "a"',
         '{"caption": "\\ud800", "edit": "b", "output": "c"}',  # half a character
     ],

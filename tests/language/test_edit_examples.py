@@ -8,22 +8,6 @@ from pathlib import Path
 import pytest
 
 PATH = Path(__file__).resolve().parents[2] / "data" / "edit_examples.jsonl"
-KINDS = {
-    "object",
-    "attribute",
-    "material",
-    "season",
-    "weather",
-    "time",
-    "place",
-    "style",
-    "medium",
-    "add",
-    "remove",
-    "expression",
-}
-
-
 def words(text):
     return re.findall(r"[a-z0-9]+", text.lower())
 
