@@ -98,12 +98,6 @@ def test_phrases_as_a_person_names_them():
     assert phrase_tokens(TOKENIZER, text, "red house, a") == [*words[1], *words[2], *words[3]]
 
 
-@pytest.mark.parametrize("phrase", ["blue", "ouse", "", " ", "red house a"])
-def test_phrases_that_are_not_there(phrase):
-    with pytest.raises(UserError, match="does not hold the words"):
-        phrase_tokens(TOKENIZER, "a red house, a hat", phrase)
-
-
 def test_words_that_were_cut_off():
     text = " ".join(["house"] * 100) + " night"
     with pytest.raises(UserError, match="does not hold"):

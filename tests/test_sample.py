@@ -343,25 +343,6 @@ VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
 TEXT_FILE = "text_encoder/model.safetensors"
 
 
-def test_configurations_that_are_wrong(refused, model_folder, tmp_path):
-    folder = tmp_path / "model"
-    shutil.copytree(model_folder, folder)
-    for name, content, words in [
-        ("unet/config.json", "{", "unet/config.json"),
-        ("unet/config.json", '{"block_out_channels": [8, 16]}', "down_block_types"),
-        ("text_encoder/config.json", '{"hidden_act": "relu"}', "hidden_act"),
-        ("scheduler/scheduler_config.json", '{"prediction_type": "v_prediction"}', "prediction_type"),
-        ("sampling.json", '{"steps": 0}', ["sampling.json", "steps"]),
-        ("model_index.json", '{"_class_name": "StableDiffusionXLPipeline"}', "only Stable Diffusion 1.x"),
-    ]:
-        before = (folder / name).read_bytes()
-        (folder / name).write_text(content)
-        refused(words, weights=folder)
-        (folder / name).write_bytes(before)
-    (folder / "unet/config.json").unlink()
-    refused("unet/config.json is missing", weights=folder)
-
-
 @pytest.mark.parametrize("layout", ["folder", "single file"])
 def test_weights_with_a_tensor_wrong(layout, refused, model_folder, single_file, tmp_path):
     shutil.copytree(model_folder if layout == "folder" else single_file.parent, tmp_path / "model")

@@ -134,14 +134,6 @@ def test_the_pair_is_controlled(in_process, monkeypatch):
         bench.main([*SMALL, "--only", "p2p"])
 
 
-def test_ratios_are_taken_round_by_round():
-    ours, theirs = [(1.0, 5_000_000_000), (9.0, 6_000_000_000), (4.0, 1)], [(2.0, None), (3.0, 1), (4.0, 1)]
-    turns, errors = {"ours": ours, "theirs": theirs}, {"ours": 1e-7, "theirs": 0.0}
-    ours, theirs = bench.table_rows("this", turns, errors)
-    assert ours == "| this: ours | 4 s | **1.000** | 0.500 to 3.000 | 6.00 GB | 1.0e-07 |"
-    assert theirs == "| this: theirs | 3 s | **1.000** | 1.000 to 1.000 | unknown | 0.0e+00 |"
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -154,9 +146,3 @@ def test_mistakes(arguments, message, monkeypatch):
     monkeypatch.setattr("torch.zeros", None)  # stands for a device that is not there
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         bench.parse(arguments)
-
-
-def test_diffusers_must_be_there(monkeypatch):
-    monkeypatch.setattr(bench, "find_spec", lambda name: None if name == "diffusers" else name)
-    with pytest.raises(UserError, match=r"^diffusers must be installed: pip install -r requirements-dev\.txt$"):
-        bench.parse([])

@@ -20,7 +20,6 @@ from clip_text import CLIP_L_TEXT, CLIPText, CLIPTextConfig, CLIPTokenizer
 from formats import checkpoint, configs
 from formats.checkpoint import Model, load, load_clip, load_tokenizer, save_clip, save_folder, save_single_file
 from formats.configs import Config
-from formats.names import foreign_names
 from formats.weights import extend_input, fill, pick, read_tensors, renamed
 from unet import INSTRUCT_PIX2PIX, UNet
 from vae import STABLE_DIFFUSION_VAE, VAE
@@ -252,14 +251,6 @@ def test_a_plain_ckpt(model, single, archive):
         load(path)  # it lacks our note of its sizes, is taken for Stable Diffusion's, and misfits
 
 
-def test_another_vae(model, folder, single, tmp_path):
-    other = random_model(seed=50)
-    save_folder(other, tmp_path / "other")
-    for path in (tmp_path / "other", tmp_path / "other" / "vae"):
-        assert same_weights(load(folder, vae=path), replace(model, vae=other.vae))
-        assert same_weights(load(single, vae=path), replace(model, vae=other.vae))
-
-
 def test_a_vae_file_of_its_own(tmp_path):
     """With and without the prefix, as the published fine-tuned autoencoders have it. Full size, some 330 MB."""
     vae = randomise(VAE(STABLE_DIFFUSION_VAE), seed=6)
@@ -357,14 +348,6 @@ def test_the_published_configurations_are_understood():
             configs.unet_from(Config({**unet, key: value}, "test"))
 
 
-def test_every_name_is_used_once():
-    for network in (random_model().unet, random_model().vae, random_model().text_encoder):
-        names = foreign_names(network)
-        assert names.keys() == network.state_dict().keys()
-        assert len({name.diffusers for name in names.values()}) == len(names)
-        assert len({name.original for name in names.values()}) == len(names)
-
-
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux tells what memory belongs to")
 def test_the_weights_are_the_mapped_file(folder):
     """Neither initialised nor copied: every weight of the UNet lies where its file is mapped into memory."""
@@ -374,11 +357,6 @@ def test_the_weights_are_the_mapped_file(folder):
     spans = [[int(end, 16) for end in line.split()[0].split("-")] for line in lines]
     for weight in unet.parameters():
         assert any(first <= weight.data_ptr() < last for first, last in spans)
-
-
-def test_an_existing_folder_is_not_overwritten(model, folder):
-    with pytest.raises(UserError, match="exists already"):
-        save_folder(model, folder)
 
 
 MEASURE = """

@@ -21,7 +21,7 @@ import pytest
 from conftest import colourful
 from PIL import Image, features
 
-from images import open_image, read_settings, save_png
+from images import open_image
 from ip2p import InstructPix2Pix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -353,18 +353,3 @@ def test_damaged_pictures(tmp_path):
 
     succeeded = check_cases(cases())
     assert 50 < succeeded < 450
-
-
-def test_damaged_notes(tmp_path):
-    """The PNG of which an edit is to be repeated."""
-    save_png(colourful(16, 16), tmp_path / "whole.png", {"settings": {"instr": "밤"}, "edit": 0})
-    whole = (tmp_path / "whole.png").read_bytes()
-
-    def cases():
-        for seed in range(100):
-            rng = random.Random(f"note {seed}")
-            way = rng.choice(BYTES)
-            (tmp_path / "x.png").write_bytes(way(whole, rng))
-            yield f"seed {seed}, {way.__name__}", lambda: read_settings(tmp_path / "x.png")
-
-    check_cases(cases())

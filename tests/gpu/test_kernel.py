@@ -199,13 +199,6 @@ def test_wrong_inputs_are_named(change, message):
 # ---- the operation ----
 
 
-def test_it_has_no_derivative():
-    q, k, v = draw((1, 2, 1, 1, 4, 5, 8), torch.float32)
-    out = kernel.attend_values(q.requires_grad_(), k, v)
-    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
-        out.sum().backward()
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_torch_compile_sees_one_graph(backend):
     inputs = draw((1, 2, 1, 2, 7, 9, 8), torch.float32)

@@ -213,18 +213,6 @@ def test_without_a_key(write, monkeypatch):
         write(model, ["a cat"])
 
 
-@pytest.mark.parametrize(
-    ("name", "text"), [("missing.txt", None), ("c.parquet", "x"), ("c.csv", "x"), ("c.jsonl", "x")]
-)
-def test_a_wrong_file_of_captions_leaves_nothing_behind(tmp_path, name, text):
-    if text:
-        (tmp_path / name).write_text(text)
-    out = tmp_path / "out.jsonl"
-    with pytest.raises(UserError, match=name):
-        datagen.main(["text", "--captions", str(tmp_path / name), "--out", str(out)])
-    assert not out.exists()
-
-
 @pytest.mark.parametrize("limit", [1, 2000, 6000])
 def test_the_tokens_that_may_be_used(write, limit):
     """Never passed; the next run resumes."""
@@ -353,20 +341,3 @@ def test_a_job_from_upload_to_model(tmp_path, monkeypatch, capsys):
     (job,) = model.jobs
     assert (job["model"], job["training_file"]) == ("small", "file-1")
     assert job["method"]["supervised"]["hyperparameters"] == {"n_epochs": 2}
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "holds no edits"),
-        ("nonsense\n", "line 1: the texts caption, edit, output are needed"),
-        ('{"input": "a", "edit": "x", "output": "b"}\n', "1 triplets; at least 10 are needed"),  # the authors' name
-        ('{"caption": "a", "edit": "x", "output": "A."}\n', "line 1: the caption stays as it is"),
-    ],
-)
-def test_examples_that_will_not_do(tmp_path, text, message):
-    path = tmp_path / "examples.jsonl"
-    path.write_text(text)
-    with pytest.raises(UserError, match=message):
-        datagen.main(["finetune", "--examples", str(path), "--out", str(tmp_path / "chats.jsonl"), "--dry-run"])
-    assert not (tmp_path / "chats.jsonl").exists()

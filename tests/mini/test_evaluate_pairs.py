@@ -1,6 +1,5 @@
 """Measuring generated pairs: the edits, what counts as change and as right, and what the filter did to a data set."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 
 from dataset import Filter
 from mini import evaluate_pairs
-from mini.evaluate_pairs import NOISE, measure_filter, measure_pairs, measure_right, one_sided_edits
+from mini.evaluate_pairs import NOISE, measure_pairs, measure_right, one_sided_edits
 from mini.judge import Judge, truth
 from mini.world import caption
 from p2p import P_RANGE
@@ -178,37 +177,3 @@ def test_filtered_pairs_are_compared_with_all(edits, monkeypatch):
 
 
 # ---- a data set's candidates ----
-
-
-NAMES = ["clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image"]
-
-
-def write_candidates(root, kept):
-    """A data set of three edits of four candidates; similarities count up from 0.00, 0.20, 0.40 and 0.60."""
-    for edit in range(3):
-        folder = root / f"{edit:07d}"
-        folder.mkdir(parents=True)
-        for name, seeds in [("candidates", range(4 * edit, 4 * edit + 4)), ("metadata", kept)]:
-            lines = [
-                json.dumps(
-                    {"seed": seed, "p2p_threshold": 0.5} | {n: 0.2 * i + seed / 100 for i, n in enumerate(NAMES)}
-                )
-                for seed in seeds
-                if seed // 4 == edit
-            ]
-            (folder / f"{name}.jsonl").write_text("".join(line + "\n" for line in lines))
-    return root
-
-
-@pytest.mark.parametrize("kept", [[2, 3, 10], []])
-def test_what_the_filter_did(tmp_path, kept):
-    found = measure_filter(write_candidates(tmp_path, kept))
-    assert found["yield"] == len(kept) / 12
-    assert list(found["all"]) == NAMES
-    assert list(found["kept"]) == (NAMES if kept else [])
-    for number, name in enumerate(NAMES):
-        least = 0.2 * number
-        assert found["all"][name] == pytest.approx([least + x for x in (0.0055, 0.0275, 0.055, 0.0825, 0.1045)])
-        if kept:
-            assert found["kept"][name] == pytest.approx([least + x for x in (0.021, 0.025, 0.03, 0.065, 0.093)])
-    json.dumps(found)

@@ -15,19 +15,18 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from conftest import ROOT
 from random_model import randomise
 from reference import relative_error
 
-from clip_text import CLIPTextConfig, CLIPTokenizer
+from clip_text import CLIPTokenizer
 from formats.checkpoint import load, load_clip, load_vae
 from mini import pretrain
-from mini.judge import ATTRIBUTES, Judge, labels
+from mini.judge import Judge
 from mini.pretrain import normalise_latents, start_at_zero
-from mini.pretrain_clip import contrast, train_tokenizer, world_texts
-from mini.scenes import fraction_right, pixels_of, scenes, to_images, training_scene
+from mini.pretrain_clip import train_tokenizer, world_texts
+from mini.scenes import pixels_of, scenes, to_images, training_scene
 from mini.world import SIZE
 from stable_diffusion import StableDiffusion
 from training.runs import read_metrics
@@ -118,30 +117,6 @@ def test_the_tokenizer_equals_transformers(tokenizer, tmp_path):
     assert tokenizer(texts).tolist() == again(texts).tolist() == ids.tolist()
 
 
-def test_contrast_is_least_for_logits_that_are_right():
-    """With all texts different that is 0; texts that are equal share the picture between them, log 2 for a pair."""
-    ids = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 3]])
-    assert contrast(50 * torch.eye(3), ids).item() == pytest.approx(0, abs=1e-6)
-    assert contrast(torch.zeros(3, 3), ids).item() == pytest.approx(np.log(3))
-    assert contrast(-5 * torch.eye(3), ids) > 5
-
-    pair = torch.tensor([[1, 2], [3, 4], [1, 2], [5, 6]])
-    same = (pair[:, None] == pair).all(2).float()
-    least = contrast(50 * same, pair).item()
-    assert least == pytest.approx(0.5 * np.log(2), abs=1e-6)
-    assert contrast(50 * torch.eye(4), pair) > least + 1
-    logits = torch.randn(4, 4, generator=random_at(0, 0))
-    swap = [2, 1, 0, 3]
-    for swapped in (logits[swap], logits[:, swap]):
-        assert contrast(swapped, pair).item() == pytest.approx(contrast(logits, pair).item())
-    generator = random_at(0, 1)
-    near = [contrast(50 * same + torch.randn(4, 4, generator=generator), pair).item() for _ in range(20)]
-    assert min(near) > least
-
-
-TEXT = CLIPTextConfig(vocabulary=50, tokens=8, width=16, layers=2, heads=2, end_token=49, projection=12)
-
-
 # ---- Stable Diffusion ----
 
 
@@ -179,23 +154,6 @@ def test_a_unet_that_starts_at_zero():
         (unet(z, t, context) - 1).square().mean().backward()
         optimizer.step()
     assert all(weight.any() for weight in unet.parameters())
-
-
-def test_the_share_of_pictures_that_are_right(monkeypatch):
-    """A swapped scene is wrong, too."""
-    drawn = [training_scene(index) for index in range(20)]
-    drawn = [scene for scene in drawn if len(scene.things) == 2][:4]
-    swapped = replace(drawn[1], left=drawn[1].right, right=drawn[1].left)
-    seen = [drawn[0], swapped, replace(drawn[2], left=None), drawn[3]]
-    judge = Judge()
-
-    def forward(x):
-        answers = zip(ATTRIBUTES.items(), labels(seen).T, strict=True)
-        return {name: F.one_hot(answer.clamp(min=0), len(options)) for (name, options), answer in answers}
-
-    monkeypatch.setattr(judge, "forward", forward)
-    x = torch.zeros(4, 3, SIZE, SIZE)
-    assert fraction_right(judge, x, drawn) == 0.5
 
 
 # ---- the program ----
@@ -294,15 +252,6 @@ def test_a_stage_that_was_stopped_in_its_last_moments(trained, program, tmp_path
     assert len(out) == 1
     assert out[0].startswith(f"{stage}: ")
     assert results_of(folder, stage) == pytest.approx(results_of(trained, stage))
-
-
-def test_a_seed_repeats_a_stage(trained, program, tmp_path):
-    """Anew in a folder of its own, to the last bit; another seed gives another model."""
-    name, ours = "model.safetensors", (trained / "clip_model" / "model.safetensors").read_bytes()
-    assert program("clip", "--out", tmp_path / "again", *TOY)[0] == 0
-    assert (tmp_path / "again" / "clip_model" / name).read_bytes() == ours
-    assert program("clip", "--out", tmp_path / "other", "--seed=1", *TOY)[0] == 0
-    assert (tmp_path / "other" / "clip_model" / name).read_bytes() != ours
 
 
 @pytest.mark.slow

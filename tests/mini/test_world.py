@@ -29,9 +29,6 @@ from mini.world import (
 
 BOX = {"left": np.s_[16:60, :40], "right": np.s_[16:60, 24:]}  # the largest thing, its shadow, and a mosaic's tiles
 THING = f"a ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-THINGS = f"({THING} and {THING}|{THING} on the (left|right))"
-
-
 def pixels(scene):
     return np.asarray(render(scene))
 
@@ -147,23 +144,6 @@ def test_captions_are_read_back():
     rng = np.random.default_rng(0)
     for scene in (random_scene(rng, test) for test in (False, True) for _ in range(300)):
         assert read_caption(caption(scene), scene.layout) == scene
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "a cat on a mat",
-        "a painting of a small red ball at night",  # on which side?
-        "a painting of a small red ball and a large blue ball at night",
-        "a painting of a small red ball on the left at night.",
-        "A painting of a small red ball on the left at night",
-        "a painting of a small red ball and a small red tree on the left at night",
-    ],
-)
-def test_other_captions_are_refused(text):
-    with pytest.raises(ValueError, match="miniature's world"):
-        read_caption(text)
 
 
 def test_every_text_fits_the_text_tower():

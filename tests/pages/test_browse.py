@@ -199,14 +199,3 @@ def test_in_a_browser(browser):
     browser.find_element("id", "reset").click()
     assert len(listed()) == 4
     assert not [entry for entry in browser.get_log("browser") if "favicon" not in entry["message"]]
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="needs chromium and chromedriver")
-def test_more_pairs_on_demand(browser):
-    """Sixty at first, so that a page of thousands opens at once."""
-    browser.execute_script("for (let i = 0; i < 96; i++) data.pairs.push({...data.pairs[0]}); draw()")
-    count = "return document.querySelectorAll('article').length"
-    assert browser.execute_script(count) == 60
-    browser.find_element("id", "more").click()
-    assert browser.execute_script(count) == 100
-    assert not browser.find_element("id", "more").is_displayed()
