@@ -19,15 +19,7 @@ from clip_text import CLIPTextConfig
 from formats.checkpoint import save_clip, save_folder
 from mini import evaluate_world
 from mini.evaluate_pairs import NOISE
-from mini.evaluate_world import (
-    clip_scores,
-    edited_region,
-    held_out_edits,
-    l1_outside,
-    measure,
-    true_images,
-    wilson,
-)
+from mini.evaluate_world import clip_scores, edited_region, held_out_edits, l1_outside, measure, true_images, wilson
 from mini.judge import Judge, truth
 from mini.world import KINDS
 
@@ -250,10 +242,7 @@ def test_the_pairs_program(folder, tmp_path, capsys):
     ("changed", "message"),
     [
         ({"count": 10}, "the count of edits should be a multiple of 14 (kinds x phrasings), not 10"),
-        ({"batch_size": 0}, "--batch-size: should be at least 1, not 0"),
-        ({"steps": 0}, "the steps should be between 1 and 1000, not 0"),
         ({"cfg_text": "nan"}, "the text guidance should be between 0 and 100, not nan"),
-        ({"seed": -1}, "a seed should be a whole number from 0 to"),
         ({"device": "nonsense"}, "this machine or this torch has no device nonsense; try --device cpu"),
         ({"model": "no/such/folder"}, "there are no weights at no/such/folder"),
         ({"judge": "no/such.safetensors"}, "there is no judge at no/such.safetensors"),

@@ -70,6 +70,14 @@ def program(capsys, monkeypatch):
     return run
 
 
+def assert_one_line(ended, expected):
+    """`program` answered a mistake in one line with exit code 2; returns it."""
+    code, _, errors = ended
+    assert (code, len(errors)) == (2, 1)
+    assert expected in errors[0]
+    return errors[0]
+
+
 def start(*arguments, processes=1):
     """train.py in a process of its own, or under torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
@@ -114,7 +122,6 @@ def prepared(monkeypatch):
         monkeypatch.setattr(train, "replace_model", lambda *parts: None)
         monkeypatch.setattr(train, "loss", lambda *parts: (drawn.append(parts[2:]), usual(*parts))[1])
         train.train(parse(list(map(str, arguments))))
-        monkeypatch.setattr(train, "loss", lambda *parts: (drawn.append(parts[2:]), usual(*parts))[1])
         return *found[:3], drawn
 
     return prepare
@@ -264,9 +271,7 @@ def test_resumed_from_images_on_disk(data, init, tmp_path):
     for name, stops in (("whole", (4,)), ("parts", (1, 3, 4))):
         for steps in stops:
             train.main(command(data, init, tmp_path / name, "--resume", max_steps=steps, **flags))
-    one, two = (newest_state(tmp_path / name) for name in ("whole", "parts"))
-    for part in ("weights", "ema"):
-        assert all(torch.equal(one[part][name], two[part][name]) for name in one[part])
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(30, marks=pytest.mark.slow)])
@@ -317,9 +322,7 @@ def test_truncated_states_are_skipped(data, init, trained, tmp_path, program):
     assert any(f"{newest} is damaged and skipped" in line for line in printed)
     for path in state_paths(out):
         path.write_bytes(b"")
-    code, _, errors = program(*command(data, init, out, "--resume"))
-    assert (code, len(errors)) == (2, 1)
-    assert "all states" in errors[0]
+    assert_one_line(program(*command(data, init, out, "--resume")), "all states")
 
 
 def test_a_full_disk_is_one_line(data, init, tmp_path, program, monkeypatch):
@@ -327,9 +330,7 @@ def test_a_full_disk_is_one_line(data, init, tmp_path, program, monkeypatch):
         raise RuntimeError("[enforce fail at inline_container.cc:595] . unexpected pos 64 vs 0")
 
     monkeypatch.setattr(torch, "save", full)
-    code, _, errors = program(*command(data, init, tmp_path / "run"))
-    assert (code, len(errors)) == (2, 1)
-    assert "is the disk full?" in errors[0]
+    assert_one_line(program(*command(data, init, tmp_path / "run")), "is the disk full?")
 
 
 def test_nan_ends_in_one_line(data, init, tmp_path, program, monkeypatch):
@@ -340,10 +341,8 @@ def test_nan_ends_in_one_line(data, init, tmp_path, program, monkeypatch):
         return usual(*parts) * (math.nan if len(calls) > 2 else 1)
 
     monkeypatch.setattr(train, "loss", breaks)
-    code, _, errors = program(*command(data, init, tmp_path / "run", save_every=1, eval_every=4))
-    assert (code, len(errors)) == (2, 1)
-    assert "NaN or Inf at step 3" in errors[0]
-    assert str(state_paths(tmp_path / "run")[-1]) in errors[0]
+    ended = program(*command(data, init, tmp_path / "run", save_every=1, eval_every=4))
+    assert str(state_paths(tmp_path / "run")[-1]) in assert_one_line(ended, "NaN or Inf at step 3")
 
 
 @pytest.mark.parametrize(
@@ -362,19 +361,12 @@ def test_nan_ends_in_one_line(data, init, tmp_path, program, monkeypatch):
 def test_mistakes(data, init, tmp_path, program, changed, expected):
     flags = ["--compile"] if "compile" in changed else []
     changed = {name: value for name, value in changed.items() if name != "compile"}
-    code, _, errors = program(*command(data, init, tmp_path / "run", *flags, **changed))
-    assert (code, len(errors)) == (2, 1)
-    assert expected in errors[0]
+    assert_one_line(program(*command(data, init, tmp_path / "run", *flags, **changed)), expected)
     assert not (tmp_path / "run" / "model").exists()
 
 
 def test_another_run_is_refused(data, init, trained, program):
-    code, _, errors = program(*command(data, init, trained))
-    assert (code, len(errors)) == (2, 1)
-    assert "--resume" in errors[0]
-    code, _, errors = program(*command(data, init, trained, "--resume", seed=1, sampling_steps=3))
-    assert (code, len(errors)) == (2, 1)
-    assert "begun with" in errors[0]
-    code, _, errors = program("export", f"--run={trained}", f"--out={trained / 'lora.safetensors'}", "--lora")
-    assert (code, len(errors)) == (2, 1)
-    assert "has no LoRA" in errors[0]
+    assert_one_line(program(*command(data, init, trained)), "--resume")
+    assert_one_line(program(*command(data, init, trained, "--resume", seed=1, sampling_steps=3)), "begun with")
+    lora = program("export", f"--run={trained}", f"--out={trained / 'lora.safetensors'}", "--lora")
+    assert_one_line(lora, "has no LoRA")

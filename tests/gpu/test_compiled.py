@@ -2,8 +2,6 @@
 
 import contextlib
 
-from cli import UserError
-
 import numpy as np
 import pytest
 import torch
@@ -109,12 +107,6 @@ def test_pairs_need_three_graphs_where_the_kernel_serves_steps_that_control_all(
     assert len(graphs) == 3
     with only_known_code():
         assert draw([2, 3], SharedMaps).isfinite().all()
-
-
-def test_on_a_cpu_it_is_refused():
-    model = InstructPix2Pix(random_model())
-    with pytest.raises(UserError, match="--compile does not pay on a CPU"):
-        compile_model(model)
 
 
 # ---- the same images ----

@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 
 import attention
 from attention import Layer, fused, join_heads, split_heads
-from gpu import kernel, shared_maps
+from gpu import kernel
 from p2p import PairControl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -182,11 +182,8 @@ def test_any_strides():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q, k, v: (q, k[..., :7], v), "k should be"),
         (lambda q, k, v: (q, k, v[:, :, :, :, 1:]), "v should be"),
-        (lambda q, k, v: (q, k, v[:, 0]), "q and k should have 5 axes, v 6"),
         (lambda q, k, v: (q.half(), k, v), "k is torch.float32 on"),
-        (lambda q, k, v: (q.double(), k.double(), v.double()), "not torch.float64"),
         (lambda q, k, v: (q, k[:, :, :, :0], v[:, :, :, :, :0]), "at least one key"),
         (lambda q, k, v: (q, k, v.repeat(1, 33, 1, 1, 1, 1)), "66 values of width 8"),
     ],
@@ -199,14 +196,20 @@ def test_wrong_inputs_are_named(change, message):
 # ---- the operation ----
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_torch_compile_sees_one_graph(backend):
+def test_it_has_no_derivative():
+    q, k, v = draw((1, 2, 1, 1, 4, 5, 8), torch.float32)
+    out = kernel.attend_values(q.requires_grad_(), k, v)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        out.sum().backward()
+
+
+def test_torch_compile_sees_one_graph():
     inputs = draw((1, 2, 1, 2, 7, 9, 8), torch.float32)
 
     def layer(q, k, v):
         return join_heads(kernel.attend_values(2 * q, k, v).flatten(0, 2)) + 1
 
-    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert relative_error(compiled(*inputs), layer(*inputs)) <= 1e-6
 
 
@@ -226,12 +229,6 @@ def test_pairs_are_controlled_as_without_the_kernel(cross, step, p, monkeypatch)
     layer = Layer(0, "down", cross, (4, 4))
     assert relative_error(kernel.SharedMaps(control)(q, k, v, layer), control(q, k, v, layer)) <= 1e-6
     assert len(launches) == (not cross and all(x > step / 4 for x in p))
-
-
-def test_programs_choose_the_kernel_on_cuda_alone():
-    assert shared_maps("cpu") is None
-    if torch.version.cuda:
-        assert shared_maps("cuda") is kernel.SharedMaps
 
 
 # ---- the compiler ----
