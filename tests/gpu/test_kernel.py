@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 
 import attention
 from attention import Layer, fused, join_heads, split_heads
-from gpu import kernel
+from gpu import kernel, shared_maps
 from p2p import PairControl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -203,17 +203,24 @@ def test_it_has_no_derivative():
         out.sum().backward()
 
 
-def test_torch_compile_sees_one_graph():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_torch_compile_sees_one_graph(backend):
     inputs = draw((1, 2, 1, 2, 7, 9, 8), torch.float32)
 
     def layer(q, k, v):
         return join_heads(kernel.attend_values(2 * q, k, v).flatten(0, 2)) + 1
 
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
     assert relative_error(compiled(*inputs), layer(*inputs)) <= 1e-6
 
 
 # ---- Prompt-to-Prompt ----
+
+
+def test_programs_choose_the_kernel_on_cuda_alone():
+    assert shared_maps("cpu") is None
+    if torch.version.cuda:
+        assert shared_maps("cuda") is kernel.SharedMaps
 
 
 @pytest.mark.parametrize("cross", [False, True])

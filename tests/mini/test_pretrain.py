@@ -25,7 +25,7 @@ from formats.checkpoint import load, load_clip, load_vae
 from mini import pretrain
 from mini.judge import Judge
 from mini.pretrain import normalise_latents, start_at_zero
-from mini.pretrain_clip import train_tokenizer, world_texts
+from mini.pretrain_clip import contrast, train_tokenizer, world_texts
 from mini.scenes import pixels_of, scenes, to_images, training_scene
 from mini.world import SIZE
 from stable_diffusion import StableDiffusion
@@ -115,6 +115,27 @@ def test_the_tokenizer_equals_transformers(tokenizer, tmp_path):
     texts = [*world_texts()[::500], "", "unknown words, naïve 밤 😀 123!", "word " * 50]
     ids = theirs(texts, padding="max_length", truncation=True, max_length=24, return_tensors="pt").input_ids
     assert tokenizer(texts).tolist() == again(texts).tolist() == ids.tolist()
+
+
+def test_contrast_is_least_for_logits_that_are_right():
+    """With all texts different that is 0; texts that are equal share the image between them, log 2 for a pair."""
+    ids = torch.tensor([[1, 2, 3], [1, 2, 4], [1, 5, 3]])
+    assert contrast(50 * torch.eye(3), ids).item() == pytest.approx(0, abs=1e-6)
+    assert contrast(torch.zeros(3, 3), ids).item() == pytest.approx(np.log(3))
+    assert contrast(-5 * torch.eye(3), ids) > 5
+
+    pair = torch.tensor([[1, 2], [3, 4], [1, 2], [5, 6]])
+    same = (pair[:, None] == pair).all(2).float()
+    least = contrast(50 * same, pair).item()
+    assert least == pytest.approx(0.5 * np.log(2), abs=1e-6)
+    assert contrast(50 * torch.eye(4), pair) > least + 1
+    logits = torch.randn(4, 4, generator=random_at(0, 0))
+    swap = [2, 1, 0, 3]
+    for swapped in (logits[swap], logits[:, swap]):
+        assert contrast(swapped, pair).item() == pytest.approx(contrast(logits, pair).item())
+    generator = random_at(0, 1)
+    near = [contrast(50 * same + torch.randn(4, 4, generator=generator), pair).item() for _ in range(20)]
+    assert min(near) > least
 
 
 # ---- Stable Diffusion ----
