@@ -1,6 +1,7 @@
 """What all programs share: a mistake of the user's ends in one line, and no file is ever left half-written."""
 
 import argparse
+import errno
 import importlib.util
 import json
 import os
@@ -45,21 +46,37 @@ whole = at_least(1)
 
 
 def run_program(main):
-    """Call `main()`; turn a UserError into one line and exit code 2, Ctrl-C into a quiet exit 130."""
+    """Call `main()`; a mistake or what the system refuses ends in one line and exit code 2, Ctrl-C in a quiet 130."""
     name = Path(sys.argv[0]).name
     if sys.stdout:  # None where it was closed
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter of a file's name
     try:
         main()
-    except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+    except BrokenPipeError:  # the reader of our output has ended; Python flushes once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (UserError, OSError) as error:
+        known = isinstance(error, OSError) and error.filename
+        print(f"{name}: {UserError(f'{error.filename}: {error.strerror}' if known else error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{name}: stopped; nothing half-written is left behind", file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has ended; Python flushes once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+
+
+@contextmanager
+def reported_as(sentence, kinds=Exception):
+    """Turn an exception of these kinds into a UserError: the sentence, and the exception's own words.
+
+    It is for what reads a file, since decoders and parsers meet damaged files with exceptions of every kind.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{sentence}: {reason}") from error
 
 
 @contextmanager
@@ -70,13 +87,12 @@ def atomic_write(path):
     Raises UserError where the system refuses (no permission, disk full).
     """
     path = Path(path)
-    make_folder(path.parent)
     beside = path.parent / f".{path.name[:40]}.{os.getpid()}.tmp"  # no longer than a file's name may be
     try:
-        yield beside
-        os.replace(beside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        with reported_as(f"cannot write {path}", OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield beside
+            os.replace(beside, path)
     finally:
         with suppress(OSError):  # there may be nothing to remove, nor a folder where it could have been
             beside.unlink()
@@ -84,23 +100,12 @@ def atomic_write(path):
 
 
 def append_whole(path, data):
-    """Append bytes to a file, all or nothing. Raises UserError where the system refuses."""
-    try:
-        with open(path, "ab", buffering=0) as file:
-            size = file.tell()
-            if file.write(data) < len(data):  # one call of the system: what it cannot do at all raises
-                file.truncate(size)
-                raise OSError("the disk is full")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-def make_folder(folder):
-    """Make a folder and its parents. Raises UserError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror}") from error
+    """Append bytes to a file, all or nothing."""
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        if file.write(data) < len(data):  # one call of the system: what it cannot do at all raises
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, "the disk is full", str(path))
 
 
 def keep_settings(path, settings):
@@ -113,11 +118,9 @@ def keep_settings(path, settings):
         with atomic_write(path) as beside:
             beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return
-    try:
+    with reported_as(f"{path} cannot be read"):
         begun = json.loads(path.read_text(encoding="utf-8"))
         different = [name for name in {**begun, **settings} if begun.get(name) != settings.get(name)]
-    except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
     if different:
         name = different[0]
         change = f"{name} {begun.get(name)}, not {settings.get(name)}"

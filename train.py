@@ -16,7 +16,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 
-from cli import UserError, keep_settings, make_folder, run_program
+from cli import UserError, keep_settings, run_program
 
 import torch
 from torch import nn
@@ -179,7 +179,7 @@ def train(options):
     if any(side % model.side_multiple for side in sides):
         raise UserError(f"the images need sides of multiples of {model.side_multiple} pixels; see --resolution")
     if RANK == 0:
-        make_folder(out)
+        out.mkdir(parents=True, exist_ok=True)
         keep_settings(out / "settings.json", {name: getattr(options, name) for name in SAME})
     unet, schedule = model.unet, NoiseSchedule()
     choose_weights(unet, options.trainable, options.rank)

@@ -9,7 +9,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from cli import UserError, append_whole, keep_settings, make_folder
+from cli import UserError, append_whole, keep_settings
 
 FIELDS = ("caption", "edit", "output")
 CAPTIONS, URLS = ("caption", "input", "TEXT"), ("url", "URL")  # ours, the authors' and LAION's names
@@ -134,7 +134,7 @@ class Records:
     def __init__(self, path):
         """Read what is there; a torn last line is cut off. `keys`: its captions' fingerprints. Raises UserError."""
         self.path, self.keys = Path(path), set()
-        make_folder(self.path.parent)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(self.path, "a+b") as file:
                 file.seek(0)

@@ -6,7 +6,7 @@ Both are measured on generated pairs of the miniature world, whose captions say 
 import json
 from dataclasses import asdict
 
-from cli import UserError, make_folder
+from cli import UserError
 
 import numpy as np
 import torch
@@ -133,7 +133,7 @@ def evaluate_pairs(options, settings):
     candidates = measure_filter(options.data) if options.data else None
     model = StableDiffusion(load(options.sd, options.device))
     judge, (clip, tokenizer) = Judge.load(options.judge).to(options.device), load_clip(options.clip, options.device)
-    make_folder(options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
     edits, how = one_sided_edits(options.count, options.seed), (options.steps, options.batch_size)
     ways, shown = measure_pairs(model, judge, edits, options.guidance, *how)
     rng, wanted = np.random.default_rng([8_004, options.seed]), Filter.read(options.clip)

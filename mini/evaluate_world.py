@@ -7,7 +7,7 @@ the image differs from the true one by at most 0.05 on average. Choose guidance 
 
 from dataclasses import asdict, replace
 
-from cli import UserError, make_folder
+from cli import UserError
 
 import numpy as np
 import torch
@@ -202,7 +202,7 @@ def evaluate_world(options, settings):
     asked = {"steps": options.steps, "text_guidance": options.cfg_text, "image_guidance": options.cfg_image}
     asked = {key: value for key, value in asked.items() if value is not None}
     sampling = {name: replace(model.sampling, **asked) for name, model in models.items()}
-    make_folder(options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
     before, after = true_images(edits)
     edited = {name: edit_all(models[name], edits, before, sampling[name], options.batch_size) for name in models}
     floor = through_vae(models[EDITOR], after, options.batch_size)

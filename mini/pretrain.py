@@ -10,7 +10,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from cli import Parser, UserError, atomic_write, check_device, keep_settings, make_folder, run_program, whole
+from cli import Parser, UserError, atomic_write, check_device, keep_settings, run_program, whole
 
 import torch
 import torch.nn.functional as F
@@ -304,7 +304,7 @@ def main(arguments=None):
         return replace(own, **changed, seed=own.seed + 1000 * options.seed)
 
     options.settings = settings
-    make_folder(options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
     for stage in STAGES if options.stage == "all" else [options.stage]:
         barrier()  # what the stage before has left is whole
         noted = options.out / stage / "results.json"
