@@ -4,6 +4,7 @@ import argparse
 import errno
 import importlib.util
 import json
+import math
 import os
 import shutil
 import sys
@@ -31,18 +32,21 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help shows what is possible)\n")
 
 
-def at_least(least):
-    """The type of an option that is a whole number, no smaller than this."""
+def between(least, most=math.inf, kind=int):
+    """The type of an option that is a number in this range, ends included."""
 
     def number(text):
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"should be at least {least}, not {text}")
-        return int(text)
+        if not least <= kind(text) <= most:
+            wanted = f"from {least} to {most}" if most < math.inf else f"at least {least}"
+            raise argparse.ArgumentTypeError(f"should be {wanted}, not {text}")
+        return kind(text)
 
     return number
 
 
-whole = at_least(1)
+WHOLE, FRACTION, SEED = between(1), between(0, 1, float), between(0, 10**18)
+whole = WHOLE  # TODO
+STEPS, SCALE, PIXELS = between(1, 1000), between(0, 100, float), between(64, 4096)  # as in `check_sampling`
 
 
 def run_program(main):

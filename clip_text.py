@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError
+from cli import reported_as
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
@@ -104,25 +104,14 @@ class CLIPTokenizer:
     SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
     def __init__(self, vocabulary, merges, tokens=77):
-        """vocabulary: {token: id}; merges: [(left, right), ...] in order of rank; tokens: L. Raises UserError."""
+        """vocabulary: {token: id}; merges: [(left, right), ...] in order of rank; tokens: L."""
         self.vocabulary, self.merges, self.tokens = vocabulary, merges, tokens
-        try:
-            bpe = BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END)
-            self.start, self.end = vocabulary[START], vocabulary[END]
-        except KeyError as error:
-            raise UserError(f"the tokenizer's vocabulary lacks the token {error}") from error
-        except Exception as error:  # the library raises bare exceptions for merges that do not fit the vocabulary
-            raise UserError(f"the tokenizer's merges do not fit its vocabulary: {error}") from error
+        self.start, self.end = vocabulary[START], vocabulary[END]
+        bpe = BPE(vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=END)
         self.bpe = Tokenizer(bpe)
-        self.bpe.normalizer = normalizers.Sequence(
-            [
-                normalizers.Replace(Regex("[\u2018\u2019]"), "'"),
-                normalizers.Replace(Regex("[\u201c\u201d]"), '"'),
-                normalizers.NFC(),
-                normalizers.Replace(Regex(r"\s+"), " "),
-                normalizers.Lowercase(),
-            ]
-        )
+        straight = [normalizers.Replace(Regex(f"[{curly}]"), mark) for curly, mark in (("‘’", "'"), ("“”", '"'))]
+        spaces = normalizers.Replace(Regex(r"\s+"), " ")
+        self.bpe.normalizer = normalizers.Sequence([*straight, normalizers.NFC(), spaces, normalizers.Lowercase()])
         words = pre_tokenizers.Split(Regex(self.SPLIT), "removed", invert=True)
         self.bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
         self.bpe.decoder = decoders.ByteLevel()
@@ -146,7 +135,8 @@ class CLIPTokenizer:
     def load(cls, folder, tokens=77):
         """From a folder with `vocab.json` and `merges.txt`, or with a `tokenizer.json`. Raises UserError."""
         folder = Path(folder)
-        try:
+        needed = "vocab.json and merges.txt, or tokenizer.json, are needed"
+        with reported_as(f"the tokenizer in {folder} cannot be read ({needed})"):
             if (folder / "vocab.json").exists():
                 vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
                 merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
@@ -158,28 +148,13 @@ class CLIPTokenizer:
             pairs = [pair for pair in pairs if pair]
             if not all(isinstance(i, int) and i >= 0 for i in vocabulary.values()) or any(len(p) != 2 for p in pairs):
                 raise ValueError("not a vocabulary of ids and merges of two tokens")
-        except FileNotFoundError as error:
-            raise UserError(
-                f"{folder} holds no tokenizer: vocab.json and merges.txt, or tokenizer.json, are needed"
-            ) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"the tokenizer in {folder} cannot be read: {error}") from error
-        try:
             return cls(vocabulary, pairs, tokens)
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from error
 
     def save(self, folder):
         """Write `vocab.json`, `merges.txt` and the configuration that transformers reads into an existing folder."""
         folder = Path(folder)
-        config = {
-            "tokenizer_class": "CLIPTokenizer",
-            "bos_token": START,
-            "eos_token": END,
-            "pad_token": END,
-            "unk_token": END,
-            "model_max_length": self.tokens,
-        }
+        config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": self.tokens}
+        config |= {"bos_token": START, "eos_token": END, "pad_token": END, "unk_token": END}
         (folder / "vocab.json").write_text(json.dumps(self.vocabulary, ensure_ascii=False), encoding="utf-8")
         lines = ["#version: 0.2", *(" ".join(pair) for pair in self.merges)]
         (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

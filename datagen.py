@@ -13,22 +13,11 @@
 import hashlib
 import os
 import shutil
-from argparse import ArgumentTypeError, BooleanOptionalAction
+from argparse import BooleanOptionalAction
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from cli import (
-    Parser,
-    UserError,
-    at_least,
-    atomic_write,
-    check_device,
-    check_sampling,
-    check_seeds,
-    own_device,
-    run_program,
-    whole,
-)
+import cli
 
 import numpy as np
 import torch
@@ -78,7 +67,7 @@ class Sampler:
         resolution = options.resolution or model.sampling.resolution
         if resolution % parts.side_multiple:
             multiple = f"the resolution should be a multiple of {parts.side_multiple} for this model"
-            raise UserError(f"{multiple}, not {resolution}")
+            raise cli.UserError(f"{multiple}, not {resolution}")
         own = model.sampling.text_guidance
         guidance = tuple(options.guidance or (own, 2 * own))
         clip, tokenizer = checkpoint.load_clip(options.clip, options.device)
@@ -96,17 +85,16 @@ class Sampler:
         # x: twice [B, 3, H, W]
         x = sample_pairs(model, before, after, noise, self.steps, control=self.control, wrap=wrap)
         if not all(half.isfinite().all() for half in x):
-            raise UserError("the networks gave NaN or Inf: damaged weights, or --dtype float16 is too narrow")
+            raise cli.UserError("the networks gave NaN or Inf: damaged weights, or --dtype float16 is too narrow")
         images = [[to_image(image) for image in half] for half in x]
         # CLIP sees what will be on disk: whole numbers, in [0, 1]
         seen = [torch.stack([to_tensor(image) for image in half]).add(1).div(2).to(model.device) for half in images]
         ids = (self.tokenizer(texts).to(model.device) for texts in (before, after))
         scores = {"p2p_threshold": noise.p, "cfg_scale": noise.guidance, **self.clip.edit_similarities(*seen, *ids)}
-        pairs = []
-        for index, (_, seed) in enumerate(jobs):
-            metadata = {"seed": seed, **{name: round(values[index].item(), 6) for name, values in scores.items()}}
-            pairs.append(Pair(images[0][index], images[1][index], metadata))
-        return pairs
+        rows = zip(*(values.tolist() for values in scores.values()), strict=True)
+        found = [{name: round(x, 6) for name, x in zip(scores, row, strict=True)} for row in rows]
+        lines = [{"seed": seed, **one} for (_, seed), one in zip(jobs, found, strict=True)]
+        return [Pair(*parts) for parts in zip(*images, lines, strict=True)]
 
     def sample_all(self, jobs, batch_size):
         """The same in batches."""
@@ -189,7 +177,7 @@ def calibrate(options):
     path = Path(options.clip) / "filter.json"
     if path.exists():
         if Config.read(path).values.get("calibrated") != settings:
-            raise UserError(f"{path} is there already, made otherwise; remove it to calibrate anew")
+            raise cli.UserError(f"{path} is there already, made otherwise; remove it to calibrate anew")
         print(f"{path} is there already")
         return
     jobs = [(number, options.seed + number) for number in range(len(sampler.edits))]
@@ -198,7 +186,7 @@ def calibrate(options):
     worst = [[min(score[name] for name in group) for score in scores] for group in names]
     chosen = Filter(*(round(float(np.quantile(*pair)), 3) for pair in zip(worst, options.fractions, strict=True)))
     kept = sum(chosen.keeps(score) for score in scores) / len(scores)
-    with atomic_write(path) as beside:
+    with cli.atomic_write(path) as beside:
         write_json(beside, {**asdict(chosen), "calibrated": settings})
     print(f"{path}: {asdict(chosen)} keep {100 * kept:.0f} % of {len(scores)} candidates")
 
@@ -228,16 +216,9 @@ def write_html(options):
 # ---- the command line ----
 
 
-def fraction(text):
-    """The type of an option from 0 to below 1."""
-    if not 0 <= float(text) < 1:
-        raise ArgumentTypeError(f"should be from 0 to below 1, not {text}")
-    return float(text)
-
-
 def parse(arguments=None):
     """The command line."""
-    parser = Parser(prog="datagen.py", description="Generate training data: instructions, then pairs of images.")
+    parser = cli.Parser(prog="datagen.py", description="Generate training data: instructions, then pairs of images.")
     commands = parser.add_subparsers(dest="command", required=True)
 
     text = commands.add_parser("text", help="captions -> instructions and captions after the edit")
@@ -246,17 +227,17 @@ def parse(arguments=None):
     add("--captions", type=Path, required=True, metavar="FILE", help="captions, in a .txt, .jsonl or .csv file")
     add("--out", type=Path, required=True, metavar="FILE.jsonl")
     add("--model", default="gpt-4o-mini", metavar="NAME", help="the language model (default: %(default)s)")
-    add("--few-shot", type=at_least(0), default=8, metavar="N", help="examples to show; 0 if fine-tuned (default: 8)")
-    add("--concurrency", type=whole, default=16, metavar="N", help="requests at a time (default: 16)")
+    add("--few-shot", type=cli.between(0), default=8, metavar="N", help="examples to show; 0 if tuned (default: 8)")
+    add("--concurrency", type=cli.WHOLE, default=16, metavar="N", help="requests at a time (default: 16)")
     add("--moderate", action="store_true", help="drop what the moderation endpoint flags")
-    add("--max-tokens-total", type=whole, metavar="N", help="stop before more tokens are used in this run")
+    add("--max-tokens-total", type=cli.WHOLE, metavar="N", help="stop before more tokens are used in this run")
 
     tune = commands.add_parser("finetune", help="fine-tune a language model on hand-written triplets")
     tune.set_defaults(run=finetune_text)
     add = tune.add_argument
     add("--out", type=Path, default=Path("runs/chats.jsonl"), metavar="FILE.jsonl", help="(default: %(default)s)")
     add("--model", default="gpt-4o-mini-2024-07-18", metavar="NAME", help="to start from (default: %(default)s)")
-    add("--epochs", type=whole, default=1, metavar="N", help="(default: 1, as in the paper)")
+    add("--epochs", type=cli.WHOLE, default=1, metavar="N", help="(default: 1, as in the paper)")
     add("--dry-run", action="store_true", help="check and convert, and send nothing")
     add("--job", metavar="ID", help="only follow a job that was started before")
     for command in (text, tune):
@@ -267,8 +248,8 @@ def parse(arguments=None):
     images.set_defaults(run=make_images)
     add = images.add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="the data set, in the authors' layout")
-    add("--samples", type=whole, default=100, metavar="N", help="candidates for each edit (default: 100)")
-    add("--keep", type=whole, default=4, metavar="N", help="pairs kept of an edit, at most (default: 4)")
+    add("--samples", type=cli.WHOLE, default=100, metavar="N", help="candidates for each edit (default: 100)")
+    add("--keep", type=cli.WHOLE, default=4, metavar="N", help="pairs kept of an edit, at most (default: 4)")
     for field in fields(Filter):
         name = field.name.replace("_", "-")
         add(f"--min-{name}", type=float, metavar="X", help=f"threshold (default: the CLIP's own, else {field.default})")
@@ -276,16 +257,16 @@ def parse(arguments=None):
     thresholds = commands.add_parser("calibrate", help="the filter's thresholds for a CLIP of one's own: filter.json")
     thresholds.set_defaults(run=calibrate)
     add = thresholds.add_argument
-    add("--count", type=whole, default=256, metavar="N", help="candidates to sample, one an edit (default: 256)")
+    add("--count", type=cli.WHOLE, default=256, metavar="N", help="candidates to sample, one an edit (default: 256)")
     failing = "fractions of the candidates that fail each threshold (default: 0.2 0.05 0.2)"
     names = {"nargs": 3, "metavar": ("TEXT", "IMAGE", "DIR")}
-    add("--fractions", type=fraction, default=[0.2, 0.05, 0.2], help=failing, **names)
+    add("--fractions", type=cli.FRACTION, default=[0.2, 0.05, 0.2], help=failing, **names)
 
     browse = commands.add_parser("browse", help="one page that shows a data set, to be opened in any browser")
     browse.set_defaults(run=write_html)
     add = browse.add_argument
     add("data", type=Path, metavar="DIR", help="the data set, in the authors' layout")
-    add("--count", type=whole, default=2000, metavar="N", help="pairs on it, spread over all, at most (default: 2000)")
+    add("--count", type=cli.WHOLE, default=2000, metavar="N", help="pairs to show, spread over all (default: 2000)")
     add("--out", type=Path, metavar="FILE.html", help="(default: DIR/index.html)")
 
     for command in (images, thresholds):
@@ -295,15 +276,15 @@ def parse(arguments=None):
         add("--vae", metavar="PATH", help="an autoencoder to use instead of the model's, such as the fine-tuned one")
         add("--clip", default=str(ROOT / "models/mini/clip"), metavar="PATH", help="the CLIP that filters")
         add("--control", choices=CONTROLS, default="self", help="what Prompt-to-Prompt shares (default: self)")
-        add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
-        add("--guidance", type=float, nargs=2, metavar=("LOW", "HIGH"), help="(default: 1 to 2 times the model's)")
-        add("--resolution", type=int, metavar="R", help="pixels a side (default: the model's)")
-        add("--batch-size", type=whole, default=16, metavar="B", help="pairs sampled at once (default: 16)")
-        add("--seed", type=int, default=0, metavar="S", help="of the first candidate (default: 0)")
+        add("--steps", type=cli.STEPS, metavar="N", help="denoising steps (default: the model's)")
+        add("--guidance", type=cli.SCALE, nargs=2, metavar=("LOW", "HIGH"), help="(default: 1 to 2 times the model's)")
+        add("--resolution", type=cli.PIXELS, metavar="R", help="pixels a side (default: the model's)")
+        add("--batch-size", type=cli.WHOLE, default=16, metavar="B", help="pairs sampled at once (default: 16)")
+        add("--seed", type=cli.SEED, default=0, metavar="S", help="of the first candidate (default: 0)")
         add("--compile", action=BooleanOptionalAction, help="compile the networks first (default: on a GPU)")
         add("--device", default="cpu", metavar="D", help="cpu or cuda, under torchrun a GPU for each process")
         add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-        add("--threads", type=whole, metavar="N", help="CPU threads (default: all cores)")
+        add("--threads", type=cli.WHOLE, metavar="N", help="CPU threads (default: all cores)")
     return parser.parse_args(arguments)
 
 
@@ -312,13 +293,10 @@ def main(arguments=None):
     options = parse(arguments)
     options.shard = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if hasattr(options, "device"):
-        check_seeds([options.seed])
-        for scale in options.guidance or (None,):
-            check_sampling(options.steps, scale, None, options.resolution)
-        options.device = own_device(options.device)
-        check_device(options.device)
+        options.device = cli.own_device(options.device)
+        cli.check_device(options.device)
     options.run(options)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    cli.run_program(main)

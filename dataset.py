@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
 
-from cli import UserError, atomic_write, keep_settings
+from cli import UserError, atomic_write, keep_settings, reported_as
 
 import torch
 from PIL import Image, ImageOps
@@ -95,14 +95,9 @@ def write_edit(root, number, prompt, pairs, candidates=None):
                 # without chroma subsampling, which at 64 pixels a side would smear the colours
                 data = to_jpeg(image, quality=100, subsampling=0)
                 (beside / f"{pair.metadata['seed']}_{side}.jpg").write_bytes(data)
-        write_lines(beside / "metadata.jsonl", [pair.metadata for pair in pairs])
-        if candidates is not None:
-            write_lines(beside / "candidates.jsonl", candidates)
-
-
-def write_lines(path, records):
-    """A JSON object a line."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        lines = {"metadata": [pair.metadata for pair in pairs]}
+        for name, records in (lines if candidates is None else {**lines, "candidates": candidates}).items():
+            (beside / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def write_seeds(root):
@@ -120,28 +115,20 @@ def write_seeds(root):
 
 
 def read_metadata(path):
-    """The lines of a metadata.jsonl: a dict for each pair. Raises FileNotFoundError, or UserError for a damaged one."""
-    try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if not all("seed" in line for line in lines):
-            raise ValueError("a line without a seed")
-        return lines
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove its folder, and the edit is made anew") from error
+    """The lines of a metadata.jsonl or candidates.jsonl: a dict for each pair. Raises UserError."""
+    with reported_as(f"{path} cannot be read; remove its folder, and the edit is made anew"):
+        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        return [{"seed": line["seed"], **line} for line in lines]
 
 
 def read_seeds(root):
     """What seeds.json lists: (folder, its seeds) of every edit, in order. Raises UserError."""
     path = Path(root) / "seeds.json"
-    try:
+    with reported_as(f"{path} cannot be read; datagen.py images makes such a folder"):
         entries = json.loads(path.read_text(encoding="utf-8"))
         if not all(type(folder) is str and type(seeds) is list and seeds for folder, seeds in entries):
             raise ValueError("a list of folders with lists of seeds is expected")
         return entries
-    except FileNotFoundError as error:
-        raise UserError(f"{root} holds no seeds.json; datagen.py images makes such a folder") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
 
 
 class EditDataset(Dataset):
@@ -209,13 +196,15 @@ class EditDataset(Dataset):
         if self.broken[place]:
             return None
         try:
-            instruction = read_instruction(path / "prompt.json")
+            with reported_as(f"{path / 'prompt.json'} is missing or damaged"):
+                instruction = json.loads((path / "prompt.json").read_text(encoding="utf-8"))["edit"]
+                instruction.encode()  # a text, and one that has an encoding
             images = [open_image(path / f"{seeds[k]}_{side}.jpg") for side in (0, 1)]
             if images[0].size != images[1].size:
                 raise UserError(f"{path}: the images of seed {seeds[k]} differ in size")
         except UserError as error:
             self.broken[place] = True
-            count, least, fraction = int(self.broken.sum()), *TOLERATED
+            count, (least, fraction) = int(self.broken.sum()), TOLERATED
             if count > max(least, fraction * len(self.broken)):
                 reason = f"{count} of {len(self.broken)} pairs are missing or damaged, which is too many; the last one"
                 raise UserError(f"{reason}: {error}") from error
@@ -240,14 +229,3 @@ class EditDataset(Dataset):
             cropped = image.resize(size, Image.Resampling.LANCZOS)
             cropped = cropped.crop((left, top, left + self.resolution, top + self.resolution))
             yield ImageOps.mirror(cropped) if mirrored else cropped
-
-
-def read_instruction(path):
-    """The instruction in a prompt.json. Raises UserError."""
-    try:
-        instruction = json.loads(path.read_text(encoding="utf-8"))["edit"]
-        if not isinstance(instruction, str):
-            raise ValueError("its edit is no text")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is missing or damaged: {error}") from error
-    return instruction

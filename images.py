@@ -5,7 +5,7 @@ import json
 import logging
 import warnings
 
-from cli import UserError, atomic_write
+from cli import UserError, atomic_write, reported_as
 
 import numpy as np
 import torch
@@ -25,20 +25,10 @@ def open_image(path):
 
     Grey, palette, 16-bit and CMYK images are converted. Raises UserError for what cannot be read or edited.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # doubts about damaged metadata; a damaged image raises
-            with Image.open(path, formats=FORMATS) as file:
-                image = to_rgb(file)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"there is no image {path}") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder; an image file is needed") from error
-    except Image.DecompressionBombError as error:
-        limit = 2 * Image.MAX_IMAGE_PIXELS // 1_000_000
-        raise UserError(f"{path} has more than {limit} million pixels; make it smaller first") from error
-    except Exception as error:  # decoders meet damaged files with exceptions of every kind
-        raise UserError(f"{path} cannot be read as an image: {error}") from error
+    with reported_as(f"{path} cannot be read as an image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # doubts about damaged metadata; a damaged image raises
+        with Image.open(path, formats=FORMATS) as file:
+            image = to_rgb(file)
     check_size(image, path)
     return image
 
@@ -119,16 +109,11 @@ def to_jpeg(image, **settings):
 
 def read_settings(path):
     """The settings that `save_png` left in a file. Raises UserError where there are none."""
-    try:
-        with Image.open(path, formats=("PNG",)) as file:
-            file.load()  # text may also stand behind the pixels
-            return json.loads(file.text["ip2p"])
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"there is no file {path}") from error
-    except KeyError as error:
-        raise UserError(f"{path} carries no settings; only a PNG written by sample.py can be repeated") from error
-    except Exception as error:  # as in open_image
-        raise UserError(f"{path} cannot be read as a PNG: {error}") from error
+    with reported_as(f"{path} cannot be read as a PNG"), Image.open(path, formats=("PNG",)) as file:
+        file.load()  # text may also stand behind the pixels
+        if "ip2p" not in file.text:
+            raise UserError(f"{path} carries no settings; only a PNG written by sample.py can be repeated")
+        return json.loads(file.text["ip2p"])
 
 
 def enlarge(image, least=128):
@@ -151,10 +136,10 @@ def grid(images, columns, labels=None, column_titles=(), row_titles=(), title=""
 
     label_lines = [wrap(text, font, width) for text in labels or [""] * len(images)]
     row_height = height + line * max(map(len, label_lines)) + gap
-    margin = gap + max((round(font.getlength(text)) + 3 * gap for text in row_titles or ()), default=0)
+    margin = gap + max((round(font.getlength(text)) + 3 * gap for text in row_titles), default=0)
     left = margin + (width + gap if beside else 0)
     sheet_width = left + columns * (width + gap)
-    title_lines = wrap(title or "", font, sheet_width - 2 * gap)
+    title_lines = wrap(title, font, sheet_width - 2 * gap)
     top = gap + line * (len(title_lines) + bool(column_titles))
 
     sheet = Image.new("RGB", (sheet_width, top + rows * row_height), "white")
@@ -165,9 +150,9 @@ def grid(images, columns, labels=None, column_titles=(), row_titles=(), title=""
 
     for number, text in enumerate(title_lines):
         write(text, gap, gap + line * (number + 0.5), "lm")
-    for column, text in enumerate(column_titles or ()):
+    for column, text in enumerate(column_titles):
         write(text, left + column * (width + gap) + width / 2, top - line / 2)
-    for row, text in enumerate(row_titles or ()):
+    for row, text in enumerate(row_titles):
         write(text, left - 2 * gap, top + row * row_height + height / 2, "rm")
     if beside:
         y = top + (rows * row_height - height) // 2

@@ -75,19 +75,9 @@ class InstructPix2Pix(LatentDiffusion):
 
     @torch.no_grad()
     def sample(
-        self,
-        text,
-        image_latent,
-        seeds,
-        text_guidance,
-        image_guidance,
-        steps,
-        *,
-        sampler=euler_ancestral,
-        low_memory=False,
-        callback=None,
-        attend=fused,
-    ):
+        self, text, image_latent, seeds, text_guidance, image_guidance, steps,
+        *, sampler=euler_ancestral, low_memory=False, callback=None, attend=fused,
+    ):  # fmt: skip
         """Edit B images by B instructions in one batch: `edit` without its files, checks and defaults.
 
         text [B, L, E] from `encode_text`, image_latent [B, C, h, w] from `encode_image`, seeds: B whole numbers, the
@@ -106,21 +96,9 @@ class InstructPix2Pix(LatentDiffusion):
 
     @torch.no_grad()
     def edit(
-        self,
-        image,
-        instruction,
-        text_guidance=None,
-        image_guidance=None,
-        steps=None,
-        seed=0,
-        resolution=None,
-        *,
-        sampler=euler_ancestral,
-        low_memory=False,
-        progress=False,
-        callback=None,
-        attend=fused,
-    ):
+        self, image, instruction, text_guidance=None, image_guidance=None, steps=None, seed=0, resolution=None,
+        *, sampler=euler_ancestral, low_memory=False, progress=False, callback=None, attend=fused,
+    ):  # fmt: skip
         """Edit a PIL image by a written instruction.
 
         text_guidance (s_T), image_guidance (s_I), steps and resolution (pixels of the longer side, about) default to
@@ -146,6 +124,7 @@ class InstructPix2Pix(LatentDiffusion):
         text = self.encode_text([instruction]).expand(len(seeds), -1, -1)
         image_latent = self.encode_image(x).expand(len(seeds), -1, -1, -1)
         scales = torch.tensor([text_scales, image_scales], dtype=torch.float32, device=self.device)
+        scales = scales[:, :, None, None, None]  # [2, B, 1, 1, 1]
 
         with tqdm(total=sampling.steps, desc="editing", unit="step", disable=not progress, leave=False) as bar:
 
@@ -155,16 +134,9 @@ class InstructPix2Pix(LatentDiffusion):
                     callback(step, sigma, denoised)
 
             edited = self.sample(
-                text,
-                image_latent,
-                seeds,
-                *scales[:, :, None, None, None],  # [2, B, 1, 1, 1]
-                sampling.steps,
-                sampler=sampler,
-                low_memory=low_memory,
-                callback=step_done,
-                attend=attend,
-            )
+                text, image_latent, seeds, *scales, sampling.steps,
+                sampler=sampler, low_memory=low_memory, callback=step_done, attend=attend,
+            )  # fmt: skip
         edited = [to_image(x) for x in edited]
         return edited if isinstance(seed, (list, tuple, range)) else edited[0]
 

@@ -11,7 +11,7 @@ correspond are mixed on the side of the values, (A M) V = A (M V).
 
 from pathlib import Path
 
-from cli import Parser, UserError, check_device, check_sampling, check_seeds, run_program, whole
+from cli import FRACTION, SCALE, SEED, STEPS, WHOLE, Parser, UserError, check_device, run_program
 
 import torch
 import torch.nn.functional as F
@@ -174,18 +174,9 @@ class PairNoise:
 
 @torch.no_grad()
 def sample_pairs(
-    model,
-    before,
-    after,
-    noise,
-    steps=None,
-    sampler=euler_ancestral,
-    *,
-    control="self",
-    scale=None,
-    blend=None,
-    wrap=None,
-):
+    model, before, after, noise, steps=None, sampler=euler_ancestral,
+    *, control="self", scale=None, blend=None, wrap=None,
+):  # fmt: skip
     """B caption pairs -> (images before, images after), each [B, 3, H, W], about in [-1, 1].
 
     model: a `StableDiffusion`, before and after: lists of B captions, noise: a `PairNoise` of B seeds. control: which
@@ -256,27 +247,23 @@ def parse(arguments=None):
     add("--vae", metavar="PATH", help="another autoencoder, such as the paper's fine-tuned one")
     add("--control", choices=CONTROLS, default="self", help="which attention maps are borrowed (default: self)")
     fractions = "fractions of the steps (default: 0 0.3 0.6 0.9)"
-    add("--p", type=float, nargs="+", default=[0.0, 0.3, 0.6, 0.9], metavar="P", help=fractions)
+    add("--p", type=FRACTION, nargs="+", default=[0.0, 0.3, 0.6, 0.9], metavar="P", help=fractions)
     multiply = "multiply the attention to words of the target"
     add("--reweight", type=reweighting, nargs="+", metavar="WORDS=X", help=multiply)
     blend = "change the image only where these are: words of the source, words of the target"
     add("--blend", nargs=2, metavar="WORDS", help=blend)
-    add("--steps", type=int, metavar="N", help="denoising steps (default: the model's)")
-    add("--guidance", type=float, metavar="S", help="text guidance (default: the model's)")
-    add("--seed", type=int, default=0, metavar="S", help="of the first row (default: 0)")
-    add("--num", type=whole, default=2, metavar="N", help="rows, a seed each (default: 2)")
+    add("--steps", type=STEPS, metavar="N", help="denoising steps (default: the model's)")
+    add("--guidance", type=SCALE, metavar="S", help="text guidance (default: the model's)")
+    add("--seed", type=SEED, default=0, metavar="S", help="of the first row (default: 0)")
+    add("--num", type=WHOLE, default=2, metavar="N", help="rows, a seed each (default: 2)")
     add("--out", type=Path, default=Path("runs/p2p.png"), metavar="FILE.png", help="(default: %(default)s)")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
     return parser.parse_args(arguments)
 
 
 def main(arguments=None):
-    """Check the settings and make the figure."""
+    """Make the figure."""
     options = parse(arguments)
-    if not all(0 <= p <= 1 for p in options.p):
-        raise UserError("--p should be from 0 to 1")
-    check_sampling(options.steps, options.guidance, None, None)
-    check_seeds([options.seed, options.seed + 2 * options.num])
     check_device(options.device)
     figure(options)
 

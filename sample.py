@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 # torch and the model are imported when the arguments are read, so that --help and mistakes are answered at once
-from cli import Parser, UserError, check_device, check_instruction, check_sampling, check_seeds, run_program
+from cli import PIXELS, SCALE, SEED, STEPS, Parser, UserError, between, check_device, check_instruction, run_program
 
 BUNDLED = Path(__file__).resolve().parent / "models" / "mini" / "editor"
 WORLD = 64  # pixels a side of the images that the bundled model was made for
@@ -37,12 +37,12 @@ def make_parser():
 
     brackets = "Defaults come with the model; those of the public weights stand in brackets."
     add = parser.add_argument_group("the edit", brackets).add_argument
-    add("--steps", type=int, metavar="N", help="denoising steps [100]")
-    add("--cfg-text", type=float, metavar="S_T", help="how strongly to follow the instruction [7.5]")
-    add("--cfg-image", type=float, metavar="S_I", help="how closely to keep to the image [1.5]")
-    add("--resolution", type=int, metavar="R", help="pixels of the longer side, about [512]")
-    add("--seed", type=int, default=0, metavar="S", help="of the noise (default: 0)")
-    add("--num", type=int, default=1, metavar="N", help="make N variants, seeds S, S+1, ..., and a sheet of them")
+    add("--steps", type=STEPS, metavar="N", help="denoising steps [100]")
+    add("--cfg-text", type=SCALE, metavar="S_T", help="how strongly to follow the instruction [7.5]")
+    add("--cfg-image", type=SCALE, metavar="S_I", help="how closely to keep to the image [1.5]")
+    add("--resolution", type=PIXELS, metavar="R", help="pixels of the longer side, about [512]")
+    add("--seed", type=SEED, default=0, metavar="S", help="of the noise (default: 0)")
+    add("--num", type=between(1, 1000), default=1, metavar="N", help="N variants, seeds S, S+1, ..., and a sheet")
     add("--sweep", action="store_true", help="make a grid over both guidance scales, as in Fig. 4")
 
     add = parser.add_argument_group("the machine").add_argument
@@ -81,23 +81,16 @@ def check(options):
     if options.instr is None:
         raise UserError('say what to change with --instr, such as --instr "make it night"')
     check_instruction(options.instr)
-    check_sampling(options.steps, options.cfg_text, options.cfg_image, options.resolution)
-    if not 1 <= options.num <= 1000:
-        raise UserError(f"--num should be between 1 and 1000, not {options.num}")
     if options.sweep and options.num > 1:
         raise UserError("--num and --sweep cannot be used together")
-    check_seeds([options.seed, options.seed + options.num - 1])
     if options.out.suffix.lower() != ".png":
         raise UserError(f"the output {options.out} should end in .png, which keeps the settings along with the image")
     variants = range(options.seed, options.seed + options.num) if options.num > 1 else ()
-    try:
-        if options.out.is_dir():
-            raise UserError(f"the output {options.out} is a folder; name a file")
-        written = [path for path in (options.out, *(variant(options.out, seed) for seed in variants)) if path.exists()]
-        if os.path.exists(options.image) and any(path.samefile(options.image) for path in written):
-            raise UserError(f"the output would overwrite the input {options.image}; choose another --out")
-    except OSError as error:
-        raise UserError(f"cannot write {options.out}: {error.strerror}") from error
+    if options.out.is_dir():
+        raise UserError(f"the output {options.out} is a folder; name a file")
+    written = [path for path in (options.out, *(variant(options.out, seed) for seed in variants)) if path.exists()]
+    if os.path.exists(options.image) and any(path.samefile(options.image) for path in written):
+        raise UserError(f"the output would overwrite the input {options.image}; choose another --out")
 
 
 def variant(out, seed):

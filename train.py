@@ -11,8 +11,9 @@ what is learned. In --out: settings.json, states/, metrics.jsonl, loss.png, samp
 """
 
 import math
+import signal
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -30,25 +31,9 @@ from formats.export import choose_weights, export, load_editor, replace_model
 from gpu.compiled import compiled
 from images import enlarge, grid, save_png, to_image
 from ip2p import InstructPix2Pix, loss
+from training import runs
 from training.batches import Draws, ImageBatches, LatentBatches, draws_of
 from training.presets import parse, parse_export
-from training.runs import (
-    PROCESSES,
-    RANK,
-    Log,
-    StopSignal,
-    advice,
-    agree,
-    averaged,
-    copy_into,
-    draw_losses,
-    join,
-    newest_state,
-    resume,
-    save_state,
-    state_paths,
-    update_ema,
-)
 from unet import ResBlock, Transformer
 
 SHOWN, MEASURED = 8, 64  # pairs of the validation split on samples.png; examples of the validation loss
@@ -112,53 +97,53 @@ def fit(network, loss_of, settings, out, evaluate=None):
     weights = {name: weight for name, weight in names if weight.requires_grad}
     parameters, device = list(weights.values()), next(network.parameters()).device
     ema = [weight.detach().to(settings.ema_device or device, copy=True) for weight in parameters]
-    betas, total = (0.9, settings.beta2), settings.batch_size * settings.grad_accum * PROCESSES
+    betas, total = (0.9, settings.beta2), settings.batch_size * settings.grad_accum * runs.PROCESSES
     optimizer = torch.optim.AdamW(parameters, settings.lr, betas, weight_decay=settings.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
-    start, seconds = resume(out, weights, ema, optimizer, scaler)
+    start, seconds = runs.resume(out, weights, ema, optimizer, scaler)
     objective = Loss(network, loss_of)
-    if PROCESSES > 1:
+    if runs.PROCESSES > 1:
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
-    log = Log(out, settings.max_steps, start, seconds, total)
-    with StopSignal() as stop, log:
+    log = runs.Log(out, settings.max_steps, start, seconds, total)
+    with runs.stop_signals() as signals, closing(log):
         for step in range(start, settings.max_steps):
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr_at(step)
             value = torch.zeros((), device=device)
             for micro in range(settings.grad_accum):
                 last = micro == settings.grad_accum - 1  # gradients are averaged over the processes there alone
-                with nullcontext() if PROCESSES == 1 or last else objective.no_sync():
+                with nullcontext() if runs.PROCESSES == 1 or last else objective.no_sync():
                     part = objective(draws_of(settings, step, micro)) / settings.grad_accum
                     scaler.scale(part).backward()
                 value += part.detach()
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf)
-            value, norm, stopped = agree(value, norm, stop.asked)
+            value, norm, stopped = runs.agree(value, norm, bool(signals))
             if not math.isfinite(value) or not (math.isfinite(norm) or scaler.is_enabled()):
-                raise UserError(f"the loss or its gradient is NaN or Inf at step {step + 1} of {out}; {advice(out)}")
+                raise UserError(f"the loss or its gradient is NaN or Inf at step {step + 1} of {out}; lower --lr")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            update_ema(ema, parameters, min(settings.ema_decay, (step + 1) / (step + 10)))
+            runs.update_ema(ema, parameters, min(settings.ema_decay, (step + 1) / (step + 10)))
             done = step + 1
             log.step(done, value)
             finished = done == settings.max_steps
-            if RANK == 0 and (stopped or finished or done % settings.save_every == 0):
+            if runs.RANK == 0 and (stopped or finished or done % settings.save_every == 0):
                 parts = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "seconds": log.seconds}
                 parts |= {"weights": weights, "ema": dict(zip(weights, ema, strict=True))}
-                save_state(out, done, parts, settings.keep)
-            if RANK == 0 and (finished or done % settings.eval_every == 0):
-                with averaged(parameters, ema), torch.no_grad(), log.paused():
+                runs.save_state(out, done, parts, settings.keep)
+            if runs.RANK == 0 and (finished or done % settings.eval_every == 0):
+                with runs.averaged(parameters, ema), torch.no_grad(), log.paused():
                     found = (evaluate and evaluate(done)) or {}
                 log.write(done, **found)
-                draw_losses(log.path, out / "loss.png")
+                runs.draw_losses(log.path, out / "loss.png")
             if stopped:
                 break
     if start < settings.max_steps and done < settings.max_steps:
-        if RANK == 0:
+        if runs.RANK == 0:
             print(f"stopped at step {done}; the same command with --resume continues")
-        sys.exit(128 + stop.number)
-    copy_into(parameters, ema)
+        sys.exit(128 + (signals or [signal.SIGTERM])[0])  # another process may be the one that was told
+    runs.copy_into(parameters, ema)
     return network.eval()
 
 
@@ -167,8 +152,8 @@ def fit(network, loss_of, settings, out, evaluate=None):
 
 def train(options):
     """Train, and write the editor as a model folder."""
-    out, device = options.out, join(options.device)
-    if state_paths(out) and not options.resume:
+    out, device = options.out, runs.join(options.device)
+    if runs.state_paths(out) and not options.resume:
         raise UserError(f"{out} holds a run; continue it by --resume, or use another --out")
     dataset = EditDataset(
         options.data, "train", options.resolution, options.max_resize,
@@ -178,7 +163,7 @@ def train(options):
     sides = dataset[0][0].shape[1:]
     if any(side % model.side_multiple for side in sides):
         raise UserError(f"the images need sides of multiples of {model.side_multiple} pixels; see --resolution")
-    if RANK == 0:
+    if runs.RANK == 0:
         out.mkdir(parents=True, exist_ok=True)
         keep_settings(out / "settings.json", {name: getattr(options, name) for name in SAME})
     unet, schedule = model.unet, NoiseSchedule()
@@ -188,7 +173,7 @@ def train(options):
     if options.cache_latents:
         data = LatentBatches(dataset, model, device, autocast, not options.overfit, first_only=bool(options.overfit))
     else:
-        steps = range((newest_state(out) or {"step": 0})["step"], settings.max_steps)
+        steps = range((runs.newest_state(out) or {"step": 0})["step"], settings.max_steps)
         data = ImageBatches(dataset, model, device, autocast, settings, steps, options.workers)
     if options.gradient_checkpointing:  # blocks are computed twice instead of kept (Chen et al. 2016)
         apply_activation_checkpointing(unet, check_fn=lambda layer: isinstance(layer, ResBlock | Transformer))
@@ -206,7 +191,7 @@ def train(options):
             each = loss(predict_eps, schedule, latent, image_latent, text, batches.instructions.null_text, t, noise, u)
         return (each * schedule.balanced(t)).mean() if options.loss_weighting == "balanced" else each.mean()
 
-    if RANK == 0:
+    if runs.RANK == 0:
         shown, check = validation(options, dataset, model, device, autocast)
         print(f"{len(dataset)} edits, {options.total_batch_size} pairs a step")
 
@@ -222,7 +207,7 @@ def train(options):
         return {"validation": round(value, 6)}
 
     fit(unet, lambda network, draws: editor_loss(draws, data), settings, out, evaluate)
-    if RANK == 0:
+    if runs.RANK == 0:
         replace_model(model, out / "model")
         print(out / "model")
 
@@ -266,7 +251,7 @@ def main(arguments=None):
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] == ["export"]:
         options = parse_export(arguments[1:])
-        if (state := newest_state(options.run)) is None:
+        if (state := runs.newest_state(options.run)) is None:
             raise UserError(f"{options.run} holds no states of a training")
         export(options.run, state, options.out, options.lora, options.raw)
         print(options.out)

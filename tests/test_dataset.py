@@ -192,7 +192,7 @@ def test_a_subset_of_the_edits(tmp_path, subset, count):
 
 def test_a_folder_that_is_no_data_set(tmp_path):
     for folder in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(UserError, match=f"^{folder} holds no seeds.json; datagen.py images makes such a folder$"):
+        with pytest.raises(UserError, match=f"^{folder}.seeds.json cannot be read; datagen.py images makes"):
             EditDataset(folder)
     (tmp_path / "file").write_text("hello")
     with pytest.raises(UserError, match="file"):
@@ -209,10 +209,10 @@ def test_a_folder_that_is_no_data_set(tmp_path):
 )
 def test_damaged_seeds(tmp_path, text):
     (tmp_path / "seeds.json").write_text(text)
-    with pytest.raises(UserError, match="seeds.json is damaged: "):
+    with pytest.raises(UserError, match="seeds.json cannot be read"):
         EditDataset(tmp_path, "all")
     (tmp_path / "seeds.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="seeds.json is damaged: "):
+    with pytest.raises(UserError, match="seeds.json cannot be read"):
         EditDataset(tmp_path, "all")
 
 

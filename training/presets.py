@@ -5,7 +5,7 @@ import os
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
-from cli import Parser, UserError, at_least, check_device, check_sampling, own_device, whole
+from cli import FRACTION, SCALE, STEPS, WHOLE, Parser, UserError, between, check_device, own_device
 
 import torch
 
@@ -44,40 +44,40 @@ def parse(arguments=None):
     add("--out", type=Path, required=True, metavar="DIR", help="for all that the run writes")
     add("--preset", choices=PRESETS, default="paper", help="defaults of all other flags (default: paper)")
     add("--resume", action="store_true", help="resume the run in --out, if there is one")
-    add("--resolution", type=int, metavar="R", help="pixels a side of the crops; 0 for images as they are")
+    add("--resolution", type=between(0, 4096), metavar="R", help="pixels a side of the crops; 0 for images as they are")
     add("--max-resize", type=int, metavar="R", help="before a crop, the shorter side is randomly up to this large")
-    add("--batch-size", type=whole, metavar="B", help="pairs that a process computes at once")
-    add("--grad-accum", type=whole, metavar="N", help="micro-batches a step")
-    add("--total-batch-size", type=whole, metavar="B", help="pairs a step, of all processes and micro-batches")
-    add("--max-steps", type=whole, metavar="N", help="training steps")
-    add("--lr", type=float, metavar="X", help="learning rate")
-    add("--warmup-steps", type=at_least(0), metavar="N", help="steps of linear warmup")
-    add("--lr-decay", type=float, metavar="F", help="the last fraction of all steps, of linear decay")
-    add("--beta2", type=float, metavar="X", help="AdamW's")
-    add("--weight-decay", type=float, metavar="X", help="AdamW's")
-    add("--grad-clip", type=float, metavar="X", help="largest norm of a step's gradient; 0 for no clipping")
-    add("--ema-decay", type=float, metavar="X", help="of the weights' moving average, which becomes the editor")
+    add("--batch-size", type=WHOLE, metavar="B", help="pairs that a process computes at once")
+    add("--grad-accum", type=WHOLE, metavar="N", help="micro-batches a step")
+    add("--total-batch-size", type=WHOLE, metavar="B", help="pairs a step, of all processes and micro-batches")
+    add("--max-steps", type=WHOLE, metavar="N", help="training steps")
+    add("--lr", type=FRACTION, metavar="X", help="learning rate")
+    add("--warmup-steps", type=between(0), metavar="N", help="steps of linear warmup")
+    add("--lr-decay", type=FRACTION, metavar="F", help="the last fraction of all steps, of linear decay")
+    add("--beta2", type=FRACTION, metavar="X", help="AdamW's")
+    add("--weight-decay", type=FRACTION, metavar="X", help="AdamW's")
+    add("--grad-clip", type=between(0, kind=float), metavar="X", help="largest norm of a gradient; 0 for no clipping")
+    add("--ema-decay", type=FRACTION, metavar="X", help="of the weights' moving average, which becomes the editor")
     add("--ema-device", metavar="D", help="where that average lies")
     add("--mixed-precision", choices=["no", "fp16", "bf16", "auto"], help="autocast's number format")
     add("--gradient-checkpointing", action=BooleanOptionalAction, help="compute activations twice")
     add("--cache-latents", action=BooleanOptionalAction, help="encode once, in memory; without random crops")
     add("--loss-weighting", choices=["none", "balanced"], help="balanced: all noise levels count about alike")
     add("--trainable", choices=["full", "attention", "lora"], help="all weights, attention and conv_in, or LoRA")
-    add("--rank", type=whole, metavar="N", help="LoRA's")
+    add("--rank", type=WHOLE, metavar="N", help="LoRA's")
     add("--subset", type=amount, metavar="N", help="number of edits to train on, or a fraction such as 0.1")
-    add("--overfit", type=whole, metavar="N", help="train on so few edits, not augmented: what to try first")
+    add("--overfit", type=WHOLE, metavar="N", help="train on so few edits, not augmented: what to try first")
     add("--compile", action=BooleanOptionalAction, help="torch.compile the UNet (default: on a GPU)")
-    add("--seed", type=int, default=0, metavar="S", help="of all randomness (default: 0)")
-    add("--save-every", type=whole, default=500, metavar="N", help="steps between two states (default: 500)")
-    add("--eval-every", type=whole, metavar="N", help="steps between two evaluations (default: a tenth of all)")
-    add("--keep", type=whole, default=2, metavar="K", help="newest states that are kept (default: 2)")
+    add("--seed", type=between(0, 10**8), default=0, metavar="S", help="of all randomness (default: 0)")
+    add("--save-every", type=WHOLE, default=500, metavar="N", help="steps between two states (default: 500)")
+    add("--eval-every", type=WHOLE, metavar="N", help="steps between two evaluations (default: a tenth of all)")
+    add("--keep", type=WHOLE, default=2, metavar="K", help="newest states that are kept (default: 2)")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
-    add("--threads", type=whole, metavar="N", help="CPU threads (default: all cores)")
-    add("--workers", type=at_least(0), default=4, metavar="N", help="processes that read images (default: 4)")
+    add("--threads", type=WHOLE, metavar="N", help="CPU threads (default: all cores)")
+    add("--workers", type=between(0), default=4, metavar="N", help="processes that read images (default: 4)")
     noted = "noted in the model as its default for sampling (default: that of --init)"
-    add("--sampling-steps", type=whole, metavar="N", help=f"denoising steps, {noted}")
-    add("--cfg-text", type=float, metavar="S_T", help=f"text guidance, {noted}")
-    add("--cfg-image", type=float, metavar="S_I", help=f"image guidance, {noted}")
+    add("--sampling-steps", type=STEPS, metavar="N", help=f"denoising steps, {noted}")
+    add("--cfg-text", type=SCALE, metavar="S_T", help=f"text guidance, {noted}")
+    add("--cfg-image", type=SCALE, metavar="S_I", help=f"image guidance, {noted}")
     options = parser.parse_args(arguments)
     given_total, given_resize = options.total_batch_size, options.max_resize
     for name, value in PRESETS[options.preset].items():
@@ -98,22 +98,13 @@ def amount(text):
 
 def check(options):
     """Raise UserError for a value out of range."""
-    for name in ("lr", "beta2", "ema_decay", "lr_decay", "weight_decay"):
-        if not 0 <= getattr(options, name) < 1:
-            flag = name.replace("_", "-")
-            raise UserError(f"--{flag} should be at least 0 and below 1, not {getattr(options, name)}")
-    if not options.grad_clip >= 0:
-        raise UserError(f"--grad-clip should be at least 0, not {options.grad_clip}")
     most = math.inf if isinstance(options.subset, int) else 1
     if options.subset is not None and not 0 < options.subset < most:
         raise UserError(f"--subset should be a number of edits, or a fraction between 0 and 1, not {options.subset}")
     if options.subset and options.overfit:
         raise UserError("--subset and --overfit both say how many edits; use one of them")
-    if not 0 <= options.seed < 10**8:
-        raise UserError(f"--seed should be between 0 and {10**8 - 1}, not {options.seed}")
     if options.resolution and options.max_resize and options.max_resize < options.resolution:
         raise UserError(f"--max-resize should be at least the resolution, {options.resolution}")
-    check_sampling(options.sampling_steps, options.cfg_text, options.cfg_image, options.resolution or None)
 
 
 def decide(options, processes, given_total):

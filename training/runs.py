@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from cli import UserError, append_whole, atomic_write, own_device
+from cli import UserError, append_whole, atomic_write, own_device, reported_as
 
 import torch
 import torch.distributed as dist
@@ -77,23 +77,23 @@ def agree(value, norm, stop):
     return both[0].item() / PROCESSES, norm.item(), both[1].item() > 0
 
 
-class StopSignal:
-    """Ctrl-C and SIGTERM end the training after the current step; a second signal gets Python's default handling."""
+@contextmanager
+def stop_signals():
+    """Ctrl-C and SIGTERM end the training after the current step: the list of them so far, to be looked at.
 
-    def __enter__(self):
-        """Handle the signals from here on."""
-        self.asked, self.number = False, signal.SIGTERM
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
+    A second signal gets Python's default handling.
+    """
+    received = []
 
-    def ask(self, number, frame):
-        """Note the signal."""
-        self.asked, self.number = True, number
+    def receive(number, frame):
+        received.append(number)
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
-    def __exit__(self, *error):
-        """Put the handlers back."""
-        for number, handler in self.before.items():
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -108,13 +108,11 @@ def state_paths(out):
 def save_state(out, step, parts, keep):
     """Write OUT/states/STEP.pt, whole or not at all, and remove all but the `keep` newest. Raises UserError."""
     path = out / "states" / f"{step:08d}.pt"
-    try:
-        with atomic_write(path) as beside:
-            torch.save({"step": step, **parts}, beside)
-            with open(beside, "rb") as file:
-                os.fsync(file.fileno())  # older states are removed only when this one is on the disk
-    except RuntimeError as error:  # torch's own writer says so of a full disk
-        raise UserError(f"cannot write {path}; is the disk full? ({' '.join(str(error).split())[:100]})") from error
+    full = reported_as(f"cannot write {path}; is the disk full?", RuntimeError)  # torch's own writer raises it
+    with full, atomic_write(path) as beside:
+        torch.save({"step": step, **parts}, beside)
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())  # older states are removed only when this one is on the disk
     paths = state_paths(out)
     place = paths.index(path)
     for old in [*paths[: max(0, place + 1 - keep)], *paths[place + 1 :], *path.parent.glob(".*.tmp")]:
@@ -147,21 +145,14 @@ def resume(out, weights, ema, optimizer, scaler):
             raise UserError("the processes found different states; they need to share the folder of the run")
     if not state:
         return 0, 0.0
-    try:
+    with reported_as(f"the state in {out} is of another network; use another folder"):
         copy_into(weights.values(), [state["weights"][name] for name in weights])
         copy_into(ema, [state["ema"][name] for name in weights])
         optimizer.load_state_dict(state["optimizer"])
         if scaler.is_enabled():
             scaler.load_state_dict(state["scaler"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(f"the state in {out} is of another network; use another folder") from error
     return step, state["seconds"]
 
-
-def advice(out):
-    """What to do when a training has diverged."""
-    paths = state_paths(out)
-    return f"resume from {paths[-1]} with a lower learning rate" if paths else "use a lower learning rate"
 
 class Log:
     """A bar, and metrics.jsonl with a line now and then; in all processes but the first, nothing."""
@@ -208,25 +199,17 @@ class Log:
         yield
         self.written += time.monotonic() - start
 
-    def __enter__(self):
-        """The bar is there already."""
-        return self
-
-    def __exit__(self, *error):
+    def close(self):
         """End the bar, so that what is printed next has its own line."""
         self.bar.close()
 
 
 def read_metrics(path):
     """The whole lines of a metrics.jsonl. Raises UserError."""
-    try:
+    with reported_as(f"{path} cannot be read; remove it, and the run resumes without it"):
         text = path.read_text(encoding="utf-8")
-        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]  # the last may be torn
-        if not all(type(line["step"]) is int for line in lines):
-            raise ValueError("a step is a whole number")
-        return lines
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); remove it, and the run resumes without it") from error
+        lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())  # the last may be torn
+        return [{**line, "step": int(line["step"])} for line in lines]
 
 
 def memory():
@@ -239,28 +222,24 @@ def memory():
 
 def draw_losses(path, image_path):
     """Plot the losses of a metrics.jsonl over the steps: of training (blue), of validation (orange)."""
-    metrics = read_metrics(path)
-    curves = [
-        (name, colour, [(line["step"], line[name]) for line in metrics if name in line and math.isfinite(line[name])])
-        for name, colour in (("loss", "#1f5fae"), ("validation", "#c2571a"))
-    ]
-    points = [point for _, _, curve in curves for point in curve]
-    if not points:
-        return
-    last, low, high = max(x for x, _ in points), min(y for _, y in points), max(y for _, y in points)
+    metrics, curves = read_metrics(path), {}
+    for name in ("loss", "validation"):
+        curves[name] = [(m["step"], m[name]) for m in metrics if math.isfinite(m.get(name, math.nan))]
+    steps, values = zip(*(curves["loss"] + curves["validation"] or [(1, 0.0)]), strict=True)
+    low, high = min(values), max(values)
     image = Image.new("RGB", (900, 420), "white")
     draw = ImageDraw.Draw(image)
 
     def place(step, y):
-        return 60 + 820 * step / last, 380 - 340 * (y - low) / (high - low or 1)
+        return 60 + 820 * step / max(steps), 380 - 340 * (y - low) / (high - low or 1)
 
     for i in range(5):
-        y, step = low + (high - low) * i / 4, round(last * i / 4)
-        draw.line([place(0, y), place(last, y)], fill="#e4e4e4")
+        y, step = low + (high - low) * i / 4, round(max(steps) * i / 4)
+        draw.line([place(0, y), place(max(steps), y)], fill="#e4e4e4")
         draw.text((52, place(0, y)[1]), f"{y:.3f}", fill="black", anchor="rm")
         draw.text((place(step, low)[0], 388), f"{step:,}", fill="black", anchor="ma")
-    for number, (name, colour, curve) in enumerate(curves):
+    for number, (name, curve) in enumerate(curves.items()):
+        colour = ("#1f5fae", "#c2571a")[number]
         draw.text((70 + 100 * number, 12), name if curve else "", fill=colour)
-        if len(curve) > 1:
-            draw.line([place(*point) for point in curve], fill=colour, width=2)
+        draw.line([place(*point) for point in curve], fill=colour, width=2)
     save_png(image, image_path)
