@@ -81,9 +81,8 @@ class Sampler:
         side = self.resolution // latent.factor
         shape = (latent.latent_channels, side, side)
         noise = PairNoise([seed for _, seed in jobs], shape, self.guidance, device=model.device)
-        wrap = shared_maps(model.device)
         # x: twice [B, 3, H, W]
-        x = sample_pairs(model, before, after, noise, self.steps, control=self.control, wrap=wrap)
+        x = sample_pairs(model, before, after, noise, self.steps, control=self.control, wrap=shared_maps(model.device))
         if not all(half.isfinite().all() for half in x):
             raise cli.UserError("the networks gave NaN or Inf: damaged weights, or --dtype float16 is too narrow")
         images = [[to_image(image) for image in half] for half in x]

@@ -53,15 +53,11 @@ def empty_output(q, k, v):
     if q.ndim != 5 or k.ndim != 5 or v.ndim != 6:
         raise ValueError("q and k should have 5 axes, v 6")
     (G, B, H, N, D), M, S = q.shape, k.shape[3], v.shape[1]
-    for name, x, shape in (("k", k, (G, B, H, M, D)), ("v", v, (G, S, B, H, M, D))):
-        if x.shape != shape:
-            raise ValueError(f"{name} should be {list(shape)}, not {list(x.shape)}")
-        if (x.dtype, x.device) != (q.dtype, q.device):
-            raise ValueError(f"{name} is {x.dtype} on {x.device}, q {q.dtype} on {q.device}")
-    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(f"q should be bfloat16, float16 or float32, not {q.dtype}")
-    if M == 0:
-        raise ValueError("there should be at least one key")
+    if k.shape != (G, B, H, M, D) or v.shape != (G, S, B, H, M, D) or M == 0:
+        raise ValueError(f"the shapes {list(q.shape)}, {list(k.shape)} and {list(v.shape)} do not fit")
+    types = {(x.dtype, x.device) for x in (q, k, v)}
+    if len(types) > 1 or q.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"q, k and v should have one type, bfloat16, float16 or float32, on one device, not {types}")
     if max(TILES) < S * D:
         raise ValueError(f"{S} values of width {D} side by side are wider than {max(TILES)}")
     return q.new_empty(G, S, B, N, H, D).transpose(3, 4)

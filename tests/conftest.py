@@ -27,7 +27,6 @@ from cli import run_program
 from PIL import Image
 from random_model import randomise, small_tokenizer
 
-import sample
 from clip_text import CLIPText, CLIPTextConfig
 from diffusion import Sampling
 from formats.checkpoint import Model, save_folder, save_single_file
@@ -106,21 +105,25 @@ class Run(NamedTuple):
 
 
 def lines_of(stderr):
-    """stderr's lines, without those that are empty or belong to the progress bar."""
-    lines = re.split(r"[\r\n]", stderr)
-    return [line for line in lines if line.strip() and not line.startswith("editing:")]
+    """stderr's lines, without those that are empty or belong to a progress bar."""
+    return [line for line in re.split(r"[\r\n]", stderr) if line.strip() and not re.match(r"\w+: +\d+(%|it)", line)]
+
+
+def contents(folder):
+    """{path: bytes} of every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture
-def run_sample(capsys, monkeypatch):
-    """sample.py with the arguments given, as its own `__main__` runs it, but in this process."""
+def run_main(capsys, monkeypatch):
+    """A program (its module, its arguments) as its own `__main__` runs it, but in this process."""
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         capsys.readouterr()
         code = 0
         try:
-            run_program(sample.main)
+            run_program(module.main)
         except SystemExit as end:
             code = end.code
         captured = capsys.readouterr()

@@ -4,18 +4,18 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import resource
 import shutil
 import signal
 import sys
 import time
+from functools import partial
 
 from cli import run_program
 
 import numpy as np
 import pytest
-from conftest import lines_of, tiny_model
+from conftest import contents, tiny_model
 from PIL import Image
 from random_model import randomise, small_tokenizer
 
@@ -71,22 +71,9 @@ def pairs(models, tmp_path_factory):
 
 
 @pytest.fixture
-def program(capsys, monkeypatch):
-    """datagen.py with the arguments given: (exit code, lines of stdout, lines of stderr without the progress bar)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["datagen.py", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            run_program(datagen.main)
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        errors = [line for line in lines_of(captured.err) if not re.match(r"\w+: +\d+%", line)]
-        return code, captured.out.splitlines(), errors
-
-    return run
+def program(run_main):
+    """datagen.py with the arguments given: (exit code, lines of stdout, lines of stderr without progress bars)."""
+    return partial(run_main, datagen)
 
 
 def read_lines(path):
@@ -95,17 +82,11 @@ def read_lines(path):
 
 def candidates_of(folder):
     """{edit: the seeds that were kept, every candidate}."""
-    return {
-        int(path.name): (
-            [line["seed"] for line in read_lines(path / "metadata.jsonl")],
-            read_lines(path / "candidates.jsonl"),
-        )
-        for path in sorted(folder.glob("0*"))
-    }
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found = {}
+    for path in sorted(folder.glob("0*")):
+        kept, every = (read_lines(path / f"{name}.jsonl") for name in ("metadata", "candidates"))
+        found[int(path.name)] = ([line["seed"] for line in kept], every)
+    return found
 
 
 def equal_but_for_rounding(folder, other):
@@ -133,12 +114,8 @@ def test_pairs_in_the_authors_layout(models, pairs):
     for number, (name, kept) in enumerate(seeds):
         assert len(kept) == len(set(kept)) == KEEP
         pictures = {f"{seed}_{side}.jpg" for seed in kept for side in (0, 1)}
-        assert {path.name for path in (pairs / name).iterdir()} == {
-            "candidates.jsonl",
-            "metadata.jsonl",
-            "prompt.json",
-            *pictures,
-        }
+        files = {"candidates.jsonl", "metadata.jsonl", "prompt.json", *pictures}
+        assert {path.name for path in (pairs / name).iterdir()} == files
         edit = EDITS[number]
         expected = {**{field: edit[field] for field in ("caption", "edit", "output")}, "url": edit.get("url")}
         assert json.loads((pairs / name / "prompt.json").read_text(encoding="utf-8")) == expected
@@ -184,12 +161,6 @@ def test_the_batch_changes_nothing(models, pairs, program, tmp_path, monkeypatch
     assert max(sizes) <= batch
     assert sum(sizes) == len(EDITS) * SAMPLES
     assert len(sizes) == {2: 8, 3: 4, 100: 1}[batch]
-
-
-def test_compiling_on_a_cpu_is_refused(models, program, tmp_path):
-    code, _, errors = program(*command(models, tmp_path / "data", *OPEN, "--compile"))
-    assert code == 2
-    assert "--compile does not pay on a CPU" in errors[0]
 
 
 def test_settings_reach_the_sampler(models, program, tmp_path, monkeypatch):
@@ -372,26 +343,6 @@ def test_processes_share_the_work_and_end_in_the_same_files(models, many, data, 
     assert contents(folder) == contents(data)
 
 
-def test_two_processes_at_once(models, many, data, tmp_path):
-    """The first half of a run by one process, then two at a time."""
-    folder, context = tmp_path / "data", multiprocessing.get_context("fork")
-    shutil.copytree(data, folder)
-    for number in range(11, MANY):
-        shutil.rmtree(folder / f"{number:07d}")
-
-    def run(rank):
-        os.environ.update(RANK=str(rank), WORLD_SIZE="2")
-        datagen.main(long_run(models, many, folder))
-
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    assert contents(folder) == contents(data)
-
-
 @pytest.mark.parametrize("size", [1000, 14_000])
 def test_a_full_disk(models, many, data, tmp_path, capfd, size):
     """Full at the start of an image or at its end: a line, nothing torn; and with space again it resumes."""
@@ -491,7 +442,6 @@ def test_mistakes_with_images(models, model_folder, program, tmp_path, monkeypat
 @pytest.mark.parametrize(
     "line",
     [
-        '{"caption": "a", "edit": "b"}',
         '{"caption": "a", "edit": " ", "output": "c"}',
         "[]",
         '{"caption": "a"',

@@ -185,18 +185,6 @@ def test_eq_1_equals_a_step_written_with_diffusers():
     assert relative_error(unet.conv_out.weight.grad, theirs.conv_out.weight.grad) <= 1e-5
 
 
-def test_pictures_of_any_kind_are_accepted(model):
-    grey = image_of().convert("L")
-    edited = model.edit(grey.convert("RGB"), INSTRUCTION, steps=1)
-    transparent = Image.new("RGBA", (256, 128), "red")
-    assert difference(model.edit(grey, INSTRUCTION, steps=1), edited) == 0
-    assert difference(model.edit(grey.convert("P"), INSTRUCTION, steps=1), edited) == 0
-    transparent.putalpha(0)
-    white = Image.new("RGB", (256, 128), "white")
-    assert difference(model.edit(transparent, INSTRUCTION, steps=1), model.edit(white, INSTRUCTION, steps=1)) == 0
-    assert model.edit(image_of(333, 200), INSTRUCTION, steps=1, resolution=128).size == (192, 128)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -210,13 +198,6 @@ def test_pictures_of_any_kind_are_accepted(model):
 def test_settings_out_of_range(model, settings, message):
     with pytest.raises(UserError, match=message):
         model.edit(image_of(), INSTRUCTION, **settings)
-
-
-def test_damaged_weights_are_noticed(folder):
-    model = InstructPix2Pix.load(folder)
-    model.unet.conv_out.bias.data[0] = float("nan")
-    with pytest.raises(UserError, match="NaN or Inf"):
-        model.edit(image_of(), INSTRUCTION, steps=1)
 
 
 @pytest.mark.gpu

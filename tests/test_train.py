@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-
-from cli import run_program
+from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, lines_of, tiny_model
+from conftest import ROOT, tiny_model
 from dataset_of_true_pairs import write_pairs
 from reference import relative_error, unet_reference
 
@@ -52,22 +51,9 @@ def command(data, init, out, /, *flags, **changed):
 
 
 @pytest.fixture
-def program(capsys, monkeypatch):
+def program(run_main):
     """train.py with the arguments given: (exit code, lines of stdout, lines of stderr without progress bars)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            run_program(train.main)
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        errors = [line for line in lines_of(captured.err) if not re.match(r"\w+: +\d+(%|it)", line)]
-        return code, captured.out.splitlines(), errors
-
-    return run
+    return partial(run_main, train)
 
 
 def assert_one_line(ended, expected):

@@ -182,9 +182,9 @@ def test_any_strides():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda q, k, v: (q, k, v[:, :, :, :, 1:]), "v should be"),
-        (lambda q, k, v: (q.half(), k, v), "k is torch.float32 on"),
-        (lambda q, k, v: (q, k[:, :, :, :0], v[:, :, :, :, :0]), "at least one key"),
+        (lambda q, k, v: (q, k, v[:, :, :, :, 1:]), "do not fit"),
+        (lambda q, k, v: (q.half(), k, v), "should have one type"),
+        (lambda q, k, v: (q, k[:, :, :, :0], v[:, :, :, :, :0]), "do not fit"),
         (lambda q, k, v: (q, k, v.repeat(1, 33, 1, 1, 1, 1)), "66 values of width 8"),
     ],
 )
