@@ -161,7 +161,7 @@ def test_noise_levels_may_count_alike(data, model_folder, tmp_path, prepared):
 def trained(data, init, tmp_path_factory):
     """What a tiny run leaves."""
     out = tmp_path_factory.mktemp("train") / "run"
-    train.main(command(data, init, out, sampling_steps=3, cfg_text=5, cfg_image=1.25))
+    train.main(command(data, init, out, sampling_steps=3, cfg_text=5, cfg_image=1.25, eval_every=1))
     return out
 
 

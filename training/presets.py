@@ -69,7 +69,7 @@ def parse(arguments=None):
     add("--compile", action=BooleanOptionalAction, help="torch.compile the UNet (default: on a GPU)")
     add("--seed", type=between(0, 10**8), default=0, metavar="S", help="of all randomness (default: 0)")
     add("--save-every", type=WHOLE, default=500, metavar="N", help="steps between two states (default: 500)")
-    add("--eval-every", type=WHOLE, metavar="N", help="steps between two evaluations (default: a tenth of all)")
+    add("--eval-every", type=WHOLE, metavar="N", help="steps between evaluations (default: a tenth of all, or 100)")
     add("--keep", type=WHOLE, default=2, metavar="K", help="newest states that are kept (default: 2)")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
     add("--threads", type=WHOLE, metavar="N", help="CPU threads (default: all cores)")
@@ -124,7 +124,7 @@ def decide(options, processes, given_total):
     elif given_total not in (None, each * options.grad_accum):
         raise UserError(f"--total-batch-size is not --batch-size times --grad-accum times {processes} processes")
     options.total_batch_size = each * options.grad_accum
-    options.eval_every = options.eval_every or max(1, options.max_steps // 10)
+    options.eval_every = options.eval_every or max(100, options.max_steps // 10)
     for device in {options.device, options.ema_device or options.device}:
         check_device(own_device(device))
     on_gpu = torch.device(options.device).type == "cuda"
