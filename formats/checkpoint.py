@@ -29,12 +29,6 @@ from vae import STABLE_DIFFUSION_VAE, VAE
 
 PUBLIC = "timbrooks/instruct-pix2pix"
 CLIP_L = "openai/clip-vit-large-patch14"
-MODEL_FILES = [  # of a repository, to fetch
-    *("*.json", "*/*.json", "*/merges.txt", "text_encoder/model.safetensors"),
-    *("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"),
-]
-CLIP_FILES = ["config.json", "vocab.json", "merges.txt", "model.safetensors"]
-TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer/*"]
 SUPPORTED = "only Stable Diffusion 1.x and InstructPix2Pix made from it are supported"
 
 
@@ -59,6 +53,11 @@ PARTS = {  # as folders and `Model` call them
     "text_encoder": Part(CLIPText, configs.text_from, configs.text_json, "model", TEXT_PREFIX),
 }
 CLIP_TOWERS = Part(lambda towers: CLIP(*towers), configs.clip_from, configs.clip_json, "model")
+
+# What to fetch of a repository
+MODEL_FILES = ["*.json", "*/*.json", "*/merges.txt", *(f"{name}/{PARTS[name].stem}.safetensors" for name in PARTS)]
+CLIP_FILES = ["config.json", "vocab.json", "merges.txt", "model.safetensors"]
+TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer/*"]
 
 
 @dataclass
@@ -211,20 +210,18 @@ def tokenizer_beside(path):
 
 # ---- what is it, and does it fit together? ----
 
-OTHER_KINDS = [  # what it is, and how some of its names begin
-    ("Stable Diffusion XL checkpoint", "conditioner.embedders.", UNET_PREFIX + "label_emb."),
-    ("Stable Diffusion 2 checkpoint", "cond_stage_model.model."),
-    ("Stable Diffusion 3 checkpoint", UNET_PREFIX + "joint_blocks."),
-    ("Flux checkpoint", UNET_PREFIX + "double_blocks.", "double_blocks."),
-    ("LoRA, which changes a model but is none", "lora_"),
-]
+OTHER_KINDS = {  # how some of its names begin: what it is
+    "conditioner.embedders.": "Stable Diffusion XL", UNET_PREFIX + "label_emb.": "Stable Diffusion XL",
+    "cond_stage_model.model.": "Stable Diffusion 2", UNET_PREFIX + "joint_blocks.": "Stable Diffusion 3",
+    "double_blocks.": "Flux", UNET_PREFIX + "double_blocks.": "Flux", "lora_": "LoRA",
+}
 
 
 def check_kind(tensors, path):
     """Raise UserError unless these are the names of an original Stable Diffusion 1.x file, saying what they are."""
-    for kind, *beginnings in OTHER_KINDS:
-        if any(name.startswith(tuple(beginnings)) for name in tensors):
-            raise UserError(f"{path} is a {kind}; {SUPPORTED}")
+    for beginning, kind in OTHER_KINDS.items():
+        if any(name.startswith(beginning) for name in tensors):
+            raise UserError(f"{path} is a file of {kind}; {SUPPORTED}")
     if UNET_PREFIX + "input_blocks.0.0.weight" not in tensors:
         found = f"it holds {next(iter(tensors))}, ..." if tensors else "it holds no tensors"
         raise UserError(f"{path} is no Stable Diffusion checkpoint ({found}); its UNet should be {UNET_PREFIX}...")

@@ -10,9 +10,8 @@ from cli import UserError, reported_as
 import torch
 
 from formats import checkpoint
-from formats.lora import add_lora, merge_lora, write_lora
+from formats.lora import adapted_layers, add_lora, merge_lora, write_lora
 from formats.weights import extend_input
-from unet import Attention
 
 
 def load_editor(path, device="cpu", sampling=None):
@@ -36,7 +35,7 @@ def choose_weights(unet, trainable, rank):
     if trainable == "lora":
         add_lora(unet, rank)
     elif trainable == "attention":
-        for layer in [unet.conv_in, *(layer for layer in unet.modules() if isinstance(layer, Attention))]:
+        for layer in adapted_layers(unet).values():
             layer.requires_grad_(True)
 
 

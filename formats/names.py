@@ -1,7 +1,8 @@
 """What one and the same weight is called: here, in diffusers' folders, and in original single files.
 
 The rows of these tables are (ours, diffusers or transformers, original), or (ours, theirs) where both others agree;
-the levels' numbers are worked out below them. `foreign_names(network)` gives the whole correspondence for one network.
+the levels' numbers are worked out below them, for layers that a network lacks as well. `foreign_names(network)` gives
+the whole correspondence for one network.
 """
 
 from typing import NamedTuple
@@ -109,41 +110,34 @@ def aliases(name):
 
 
 def under(ours, theirs, original, rows):
-    """The rows of a table, each of three names, below one prefix a layout."""
+    """The rows of a table, with one prefix a layout before their names; a last name that is missing is the second."""
     return [(ours + row[0], theirs + row[1], original + row[-1]) for row in rows]
 
 
 def unet_rows(config):
     """The table of a whole UNet. The original numbers its blocks straight through, down- and upsampling included."""
-    rows, deepest = list(UNET_ENDS), len(config.levels) - 1
-
-    def block(ours, theirs, original, j, attention):
-        rows.extend(under(f"{ours}.resblocks.{j}.", f"{theirs}.resnets.{j}.", f"{original}.0.", RESBLOCK))
-        if attention:
-            rows.extend(under(f"{ours}.transformers.{j}.", f"{theirs}.attentions.{j}.", f"{original}.1.", TRANSFORMER))
-
-    number = 1
-    for i, level in enumerate(config.levels):
-        for j in range(config.resblocks):
-            block(f"down.{i}", f"down_blocks.{i}", f"input_blocks.{number}", j, level.attention)
-            number += 1
-        if i < deepest:
-            rows.append((f"down.{i}.downsample", f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{number}.0.op"))
-            number += 1
-
+    rows = list(UNET_ENDS)
+    for step, blocks, number, levels, resblocks in [
+        ("down", "input_blocks", 1, config.levels, config.resblocks),
+        ("up", "output_blocks", 0, config.levels[::-1], config.resblocks + 1),
+    ]:
+        for i, level in enumerate(levels):
+            ours, theirs = f"{step}.{i}", f"{step}_blocks.{i}"
+            for j in range(resblocks):
+                place = f"{blocks}.{number}"
+                rows += under(f"{ours}.resblocks.{j}.", f"{theirs}.resnets.{j}.", f"{place}.0.", RESBLOCK)
+                if level.attention:
+                    rows += under(f"{ours}.transformers.{j}.", f"{theirs}.attentions.{j}.", f"{place}.1.", TRANSFORMER)
+                number += 1
+            if step == "down":  # a block of its own
+                place = f"{blocks}.{number}.0.op"
+                number += 1
+            else:  # the end of the level's last block
+                place = f"{place}.{2 if level.attention else 1}.conv"
+            rows.append((f"{ours}.{step}sample", f"{theirs}.{step}samplers.0.conv", place))
     rows += under("middle.resblock1.", "mid_block.resnets.0.", "middle_block.0.", RESBLOCK)
     rows += under("middle.transformer.", "mid_block.attentions.0.", "middle_block.1.", TRANSFORMER)
-    rows += under("middle.resblock2.", "mid_block.resnets.1.", "middle_block.2.", RESBLOCK)
-
-    number = 0
-    for i, level in enumerate(reversed(config.levels)):
-        for j in range(config.resblocks + 1):
-            block(f"up.{i}", f"up_blocks.{i}", f"output_blocks.{number}", j, level.attention)
-            number += 1
-        if i < deepest:
-            place = f"output_blocks.{number - 1}.{2 if level.attention else 1}.conv"
-            rows.append((f"up.{i}.upsample", f"up_blocks.{i}.upsamplers.0.conv", place))
-    return rows
+    return rows + under("middle.resblock2.", "mid_block.resnets.1.", "middle_block.2.", RESBLOCK)
 
 
 def vae_rows(config):
