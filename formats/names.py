@@ -110,7 +110,7 @@ def aliases(name):
 
 
 def under(ours, theirs, original, rows):
-    """The rows of a table, with one prefix a layout before their names; a last name that is missing is the second."""
+    """Put one prefix a layout before the names of every row; of two names, the second is both other layouts'."""
     return [(ours + row[0], theirs + row[1], original + row[-1]) for row in rows]
 
 

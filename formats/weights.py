@@ -52,7 +52,7 @@ def read_tensors(path):
         refused = "holds more than plain weights, which could run code, or is damaged"
         raise UserError(f"{path} {refused}; use a .safetensors file") from error
     values = values.get("state_dict", values) if isinstance(values, dict) else {}
-    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}, {}
+    return {str(name): value for name, value in values.items() if isinstance(value, torch.Tensor)}, {}
 
 
 def fill(make, tensors, candidates, where):
@@ -77,11 +77,10 @@ def fill(make, tensors, candidates, where):
             raise UserError(f"{where}: tensor {found[0]} has shape {list(tensor.shape)}, not {list(blank.shape)}")
         weights[key] = tensor.reshape(blank.shape)  # a 1x1 convolution and a linear layer hold the same numbers
     if missing:
-        count = f"{len(missing)} of {len(names)} tensors are" if len(missing) > 1 else "a tensor is"
-        raise UserError(f"{where}: {count} missing: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}")
-    extra = sorted(name for name in tensors if name not in taken and not name.endswith(HARMLESS))
+        raise UserError(f"{where}: {len(missing)} of {len(names)} tensors are missing, such as {missing[0]}")
+    extra = [name for name in tensors if name not in taken and not name.endswith(HARMLESS)]
     if extra:
-        raise UserError(f"{where}: unknown tensors: {', '.join(extra[:3])}{', ...' if len(extra) > 3 else ''}")
+        raise UserError(f"{where}: {len(extra)} unknown tensors, such as {min(extra)}")
     network.load_state_dict(weights, assign=True)
     return network.eval().requires_grad_(False)
 
