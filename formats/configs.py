@@ -4,8 +4,9 @@ A file that asks for something these networks do not do is refused, by name; not
 """
 
 import json
+from dataclasses import replace
 
-from cli import UserError
+from cli import UserError, reported_as
 
 from clip_image import CLIPImageConfig
 from clip_text import ACTIVATIONS, CLIPTextConfig
@@ -17,72 +18,37 @@ UP_BLOCKS = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlo
 
 # Our field: (its key in a config.json, the value that diffusers or transformers take where the key is missing).
 UNET = {
-    "resblocks": ("layers_per_block", 2),
-    "in_channels": ("in_channels", 4),
-    "out_channels": ("out_channels", 4),
-    "context_width": ("cross_attention_dim", 1280),
-    "groups": ("norm_num_groups", 32),
+    "resblocks": ("layers_per_block", 2), "in_channels": ("in_channels", 4), "out_channels": ("out_channels", 4),
+    "context_width": ("cross_attention_dim", 1280), "groups": ("norm_num_groups", 32),
 }
 VAE = {
-    "resblocks": ("layers_per_block", 1),
-    "latent_channels": ("latent_channels", 4),
-    "groups": ("norm_num_groups", 32),
+    "resblocks": ("layers_per_block", 1), "latent_channels": ("latent_channels", 4), "groups": ("norm_num_groups", 32),
 }
 TEXT = {
-    "vocabulary": ("vocab_size", 49408),
-    "tokens": ("max_position_embeddings", 77),
-    "width": ("hidden_size", 512),
-    "layers": ("num_hidden_layers", 12),
-    "heads": ("num_attention_heads", 8),
+    "vocabulary": ("vocab_size", 49408), "tokens": ("max_position_embeddings", 77), "width": ("hidden_size", 512),
+    "layers": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 8),
 }
 IMAGE = {
-    "size": ("image_size", 224),
-    "patch": ("patch_size", 32),
-    "width": ("hidden_size", 768),
-    "layers": ("num_hidden_layers", 12),
-    "heads": ("num_attention_heads", 12),
-    "projection": ("projection_dim", 512),
+    "size": ("image_size", 224), "patch": ("patch_size", 32), "width": ("hidden_size", 768),
+    "layers": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 12), "projection": ("projection_dim", 512),
 }
+CLIP = {"projection": ("projection_dim", 512)}  # beside the configurations of the two towers
 
 # What diffusers can vary and Stable Diffusion 1.x never does. A file need not name them.
 UNET_FIXED = {
-    "act_fn": "silu",
-    "addition_embed_type": None,
-    "center_input_sample": False,
-    "class_embed_type": None,
-    "conv_in_kernel": 3,
-    "conv_out_kernel": 3,
-    "downsample_padding": 1,
-    "dual_cross_attention": False,
-    "encoder_hid_dim": None,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "norm_eps": 1e-5,
-    "only_cross_attention": False,
-    "resnet_time_scale_shift": "default",
-    "time_embedding_dim": None,
-    "time_embedding_type": "positional",
-    "transformer_layers_per_block": 1,
-    "use_linear_projection": False,
+    "act_fn": "silu", "addition_embed_type": None, "center_input_sample": False, "class_embed_type": None,
+    "conv_in_kernel": 3, "conv_out_kernel": 3, "downsample_padding": 1, "dual_cross_attention": False,
+    "encoder_hid_dim": None, "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-5, "only_cross_attention": False,
+    "resnet_time_scale_shift": "default", "time_embedding_dim": None, "time_embedding_type": "positional",
+    "transformer_layers_per_block": 1, "use_linear_projection": False,
 }
 VAE_FIXED = {
-    "act_fn": "silu",
-    "in_channels": 3,
-    "latents_mean": None,
-    "latents_std": None,
-    "mid_block_add_attention": True,
-    "out_channels": 3,
-    "shift_factor": None,
-    "use_post_quant_conv": True,
-    "use_quant_conv": True,
+    "act_fn": "silu", "in_channels": 3, "latents_mean": None, "latents_std": None, "mid_block_add_attention": True,
+    "out_channels": 3, "shift_factor": None, "use_post_quant_conv": True, "use_quant_conv": True,
 }
 SCHEDULER_FIXED = {
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
 }
 
@@ -98,12 +64,8 @@ class Config:
     @classmethod
     def read(cls, path):
         """From a file."""
-        try:
+        with reported_as(f"{path} cannot be read"):
             return cls(json.loads(path.read_text(encoding="utf-8")), path)
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is missing") from error
-        except (OSError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
 
     def must(self, condition, what):
         """Refuse the file unless `condition`."""
@@ -117,27 +79,20 @@ class Config:
             only = f"only {json.dumps(value)} is supported, as in Stable Diffusion 1.x"
             self.must(asked == value, f"{key} is {json.dumps(asked)[:80]}; {only}")
 
-    def number(self, key, default=None):
-        """A whole number; its bound keeps a damaged file from asking for endless layers."""
-        return self.check(key, self.values.get(key, default))
-
     def numbers(self, key, count=None, default=None):
-        """`count` such numbers, or one that stands for them all. count None: any up to 8."""
+        """`count` whole numbers, or one that stands for them all. count None: any up to 8."""
         value = self.values.get(key, default)
         value = value if isinstance(value, list) else [value] * (count or 1)
         self.must(1 <= len(value) <= 8 and count in (None, len(value)), f"{key} should be {count or '1 to 8'} numbers")
-        return tuple(self.check(key, item) for item in value)
-
-    def check(self, key, value):
-        """`value`, if it is a whole number in range."""
-        most = 256 if "layers" in key else 1_000_000
-        good = type(value) is int and 1 <= value <= most
-        self.must(good, f"{key} is {value!r:.80}; a whole number from 1 to {most} is needed")
-        return value
+        most = 256 if "layers" in key else 1_000_000  # a damaged file should not ask for endless layers
+        for number in value:
+            good = type(number) is int and 1 <= number <= most
+            self.must(good, f"{key} is {number!r:.80}; a whole number from 1 to {most} is needed")
+        return tuple(value)
 
     def sizes(self, table):
         """{our field: number} for one of the tables above."""
-        return {field: self.number(key, default) for field, (key, default) in table.items()}
+        return {field: self.numbers(key, 1, default)[0] for field, (key, default) in table.items()}
 
 
 def written(config, table):
@@ -190,26 +145,35 @@ def vae_from(config):
 
 def vae_json(config):
     """VAEConfig -> diffusers' configuration."""
-    levels = len(config.channels)
     return {
         "_class_name": "AutoencoderKL",
         "_diffusers_version": DIFFUSERS_VERSION,
         "block_out_channels": list(config.channels),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "down_block_types": ["DownEncoderBlock2D"] * len(config.channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(config.channels),
         "scaling_factor": config.scaling,
         **written(config, VAE),
     }
 
 
-def text_from(config, projected):
-    """transformers' CLIPTextConfig (a Config) -> CLIPTextConfig; projected: the tower carries CLIP's projection."""
-    sizes = tower(config, TEXT)
+def tower_from(config, table):
+    """The sizes and the activation of a CLIP tower."""
+    config.fixed({"layer_norm_eps": 1e-5})
+    sizes, activation = config.sizes(table), config.values.get("hidden_act", "quick_gelu")
+    config.must(sizes["width"] % sizes["heads"] == 0, f"hidden_size cannot be split into {sizes['heads']} heads")
+    config.fixed({"intermediate_size": 4 * sizes["width"]})
+    known = str(activation) in ACTIVATIONS
+    config.must(known, f"hidden_act is {activation!r:.80}; supported: {', '.join(ACTIVATIONS)}")
+    return {**sizes, "activation": activation}
+
+
+def text_from(config):
+    """transformers' CLIPTextConfig (a Config) -> CLIPTextConfig, without CLIP's projection."""
+    sizes = tower_from(config, TEXT)
     end = config.values.get("eos_token_id", 49407)
     end = sizes["vocabulary"] - 1 if end == 2 else end  # 2 stands in many published files by mistake
     config.must(type(end) is int and 0 <= end < sizes["vocabulary"], "eos_token_id is not in the vocabulary")
-    width = config.number("projection_dim", 512) if projected else None
-    return CLIPTextConfig(**sizes, end_token=end, projection=width)
+    return CLIPTextConfig(**sizes, end_token=end)
 
 
 def text_json(config):
@@ -228,77 +192,40 @@ def text_json(config):
     }
 
 
-def image_from(config):
-    """transformers' CLIPVisionConfig (a Config) -> CLIPImageConfig."""
-    sizes = tower(config, IMAGE)
-    config.must(sizes["size"] % sizes["patch"] == 0, "image_size should be a multiple of patch_size")
-    return CLIPImageConfig(**sizes)
-
-
-def image_json(config):
-    """CLIPImageConfig -> transformers' configuration."""
-    return {
-        "hidden_act": config.activation,
-        "intermediate_size": 4 * config.width,
-        "model_type": "clip_vision_model",
-        **written(config, IMAGE),
-    }
-
-
-def tower(config, table):
-    """The sizes and the activation of a CLIP tower."""
-    config.fixed({"layer_norm_eps": 1e-5})
-    sizes, activation = config.sizes(table), config.values.get("hidden_act", "quick_gelu")
-    config.must(sizes["width"] % sizes["heads"] == 0, f"hidden_size cannot be split into {sizes['heads']} heads")
-    config.fixed({"intermediate_size": 4 * sizes["width"]})
-    supported = ", ".join(ACTIVATIONS)
-    config.must(str(activation) in ACTIVATIONS, f"hidden_act is {activation!r:.80}; supported: {supported}")
-    return {**sizes, "activation": activation}
-
-
 def clip_from(config):
     """transformers' CLIPConfig (a Config) -> (CLIPTextConfig, CLIPImageConfig)."""
-    width = config.number("projection_dim", 512)
-    text, image = (
-        Config({**Config(config.values.get(key), f"{config.name}, {key}").values, "projection_dim": width}, config.name)
-        for key in ("text_config", "vision_config")
-    )
-    return text_from(text, projected=True), image_from(image)
+    text, image = (Config(config.values.get(key), f"{config.name}, {key}") for key in ("text_config", "vision_config"))
+    sizes, shared = tower_from(image, IMAGE), config.sizes(CLIP)
+    image.must(sizes["size"] % sizes["patch"] == 0, "image_size should be a multiple of patch_size")
+    return replace(text_from(text), **shared), CLIPImageConfig(**{**sizes, **shared})
 
 
 def clip_json(config):
     """(CLIPTextConfig, CLIPImageConfig) -> transformers' configuration."""
     text, image = config
+    vision = {"hidden_act": image.activation, "intermediate_size": 4 * image.width, "model_type": "clip_vision_model"}
     return {
         "architectures": ["CLIPModel"],
         "model_type": "clip",
         "projection_dim": image.projection,
         "text_config": text_json(text),
-        "vision_config": image_json(image),
+        "vision_config": {**vision, **written(image, IMAGE)},
     }
 
 
-def scheduler_json():
-    """The paper's sampler for diffusers."""
-    return {
-        "_class_name": "EulerAncestralDiscreteScheduler",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        **SCHEDULER_FIXED,
-        "steps_offset": 1,
-        "timestep_spacing": "linspace",
-    }
+SCHEDULER = {  # the paper's sampler for diffusers
+    "_class_name": "EulerAncestralDiscreteScheduler", "_diffusers_version": DIFFUSERS_VERSION,
+    **SCHEDULER_FIXED, "steps_offset": 1, "timestep_spacing": "linspace",
+}
 
 
 def index_json(in_channels):
     """model_index.json: which classes of diffusers and transformers the folders are for."""
-    editor = in_channels == 8
     return {
-        "_class_name": "StableDiffusionInstructPix2PixPipeline" if editor else "StableDiffusionPipeline",
+        "_class_name": "StableDiffusionInstructPix2PixPipeline" if in_channels == 8 else "StableDiffusionPipeline",
         "_diffusers_version": DIFFUSERS_VERSION,
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
+        "feature_extractor": [None, None], "image_encoder": [None, None],
+        "requires_safety_checker": False, "safety_checker": [None, None],
         "scheduler": ["diffusers", "EulerAncestralDiscreteScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],

@@ -5,14 +5,13 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
-from cli import UserError
+from cli import UserError, reported_as
 
 import torch
 
 from formats import checkpoint
-from formats.lora import add_lora, merge_lora, write_lora
+from formats.lora import adapted_layers, add_lora, merge_lora, write_lora
 from formats.weights import extend_input
-from unet import Attention
 
 
 def load_editor(path, device="cpu", sampling=None):
@@ -36,15 +35,13 @@ def choose_weights(unet, trainable, rank):
     if trainable == "lora":
         add_lora(unet, rank)
     elif trainable == "attention":
-        for layer in [unet.conv_in, *(layer for layer in unet.modules() if isinstance(layer, Attention))]:
+        for layer in adapted_layers(unet).values():
             layer.requires_grad_(True)
 
 
 def write_model(model, path):
     """Write an editor in half precision: a .safetensors file, or else a folder. Raises UserError if it is there."""
     merge_lora(model.unet)
-    if path.exists():
-        raise UserError(f"{path} exists already; name another one, or remove it first")
     save = checkpoint.save_single_file if path.suffix == ".safetensors" else checkpoint.save_folder
     save(model, path, torch.float16)
 
@@ -60,12 +57,10 @@ def replace_model(model, folder):
 
 def export(folder, state, out, lora=False, raw=False):
     """Write the editor of a run's folder from a state, with the averaged weights or (raw) the last ones."""
-    try:
+    with reported_as(f"{folder / 'settings.json'} cannot be read"):
         run = SimpleNamespace(**json.loads((folder / "settings.json").read_text(encoding="utf-8")))
         sampling = {"steps": run.sampling_steps, "text_guidance": run.cfg_text, "image_guidance": run.cfg_image}
         init, trainable, rank = run.init, run.trainable, run.rank
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / 'settings.json'} is missing or damaged: {error}") from error
     if lora and trainable != "lora":
         raise UserError(f"{folder} was trained with --trainable {trainable}; it has no LoRA")
     model = load_editor(init, sampling=sampling)

@@ -6,13 +6,12 @@ shape and be wanted; what is not so is named.
 """
 
 import json
-import struct
 import warnings
 import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-from cli import UserError
+from cli import UserError, reported_as
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,33 +40,26 @@ def read_component(folder):
 
 def read_tensors(path):
     """(tensors by name, the header's text fields) of a .safetensors file, memory-mapped, or of a plain pickle."""
-    path = Path(path)
+    if Path(path).suffix == ".safetensors":
+        with reported_as(f"{path} is damaged or cannot be read"), safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    with reported_as(f"{path} cannot be read"), open(path, "rb") as file:
+        mapped = zipfile.is_zipfile(file)  # files from before 2020 are no archives, and must be read whole
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        mapped = zipfile.is_zipfile(path)  # files from before 2020 are no archives, and must be read whole
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it doubts pickles that it reads well
+        with warnings.catch_warnings(action="ignore"):  # torch doubts pickles that it reads well
             values = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (SafetensorError, struct.error) as error:
-        raise UserError(f"{path} is damaged or cut short ({error}); fetch it again") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # torch.load meets foreign files with exceptions of every kind
-        raise UserError(
-            f"{path} holds more than plain weights, or is damaged; pickles can run code, so it is not opened. "
-            "Use a .safetensors file"
-        ) from error
+    except Exception as error:  # torch's own words advise to run the code
+        refused = "holds more than plain weights, which could run code, or is damaged"
+        raise UserError(f"{path} {refused}; use a .safetensors file") from error
     values = values.get("state_dict", values) if isinstance(values, dict) else {}
-    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}, {}
+    return {str(name): value for name, value in values.items() if isinstance(value, torch.Tensor)}, {}
 
 
 def fill(make, tensors, candidates, where):
     """Make a network without memory and give it its weights; returns it, frozen and in eval mode.
 
-    tensors: {foreign name: tensor}, candidates(Name) -> the foreign names to look under, first one first, where: named
-    in errors. Raises UserError for a tensor that is missing, of the wrong shape or kind, or not asked for.
+    tensors: {foreign name: tensor}, candidates(Name) -> the foreign names to look under, where: named in errors.
+    Raises UserError for a tensor that is missing, of the wrong shape or kind, or not asked for.
     """
     with torch.device("meta"):
         network = make()
@@ -81,37 +73,27 @@ def fill(make, tensors, candidates, where):
         tensor = tensors[found[0]]
         if not tensor.is_floating_point():
             raise UserError(f"{where}: tensor {found[0]} holds {tensor.dtype}, not floating-point weights")
-        if without_ones(tensor.shape) != without_ones(blank.shape):
+        if with_ones(tensor.shape) != with_ones(blank.shape):
             raise UserError(f"{where}: tensor {found[0]} has shape {list(tensor.shape)}, not {list(blank.shape)}")
         weights[key] = tensor.reshape(blank.shape)  # a 1x1 convolution and a linear layer hold the same numbers
     if missing:
-        count = f"{len(missing)} of {len(names)} tensors are" if len(missing) > 1 else "a tensor is"
-        raise UserError(f"{where}: {count} missing: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}")
-    extra = sorted(name for name in tensors if name not in taken and not name.endswith(HARMLESS))
+        raise UserError(f"{where}: {len(missing)} of {len(names)} tensors are missing, such as {missing[0]}")
+    extra = [name for name in tensors if name not in taken and not name.endswith(HARMLESS)]
     if extra:
-        raise UserError(f"{where}: unknown tensors: {', '.join(extra[:3])}{', ...' if len(extra) > 3 else ''}")
+        raise UserError(f"{where}: {len(extra)} unknown tensors, such as {min(extra)}")
     network.load_state_dict(weights, assign=True)
     return network.eval().requires_grad_(False)
 
 
-def pick(tensors, names):
-    """The tensors of these names."""
-    return {name: tensor for name, tensor in tensors.items() if name in names}
-
-
-def without_ones(shape):
-    """A shape without its trailing ones."""
-    shape = list(shape)
-    while len(shape) > 1 and shape[-1] == 1:
-        shape.pop()
-    return shape
+def with_ones(shape):
+    """A shape with ones appended, up to the four dimensions of a convolution's weight."""
+    return [*shape, *[1] * (4 - len(shape))]
 
 
 def extend_input(unet, in_channels=8):
     """A UNet with more input channels whose new weights are zero (Sec. 3.2); it shares all others with `unet`."""
-    config = replace(unet.config, in_channels=in_channels)
     with torch.device("meta"):
-        extended = UNet(config)
+        extended = UNet(replace(unet.config, in_channels=in_channels))
     weights = unet.state_dict()
     first = weights["conv_in.weight"]  # [C, 4, 3, 3]
     weights["conv_in.weight"] = nn.functional.pad(first, (0, 0, 0, 0, 0, in_channels - first.shape[1]))
@@ -121,8 +103,7 @@ def extend_input(unet, in_channels=8):
 
 def renamed(network, layout, dtype):
     """A network's weights under the names of a layout, "diffusers" or "original"."""
-    names = foreign_names(network)
-    weights = network.state_dict()
+    names, weights = foreign_names(network), network.state_dict()
     return {getattr(names[key], layout): tensor.to(dtype or tensor.dtype) for key, tensor in weights.items()}
 
 
