@@ -1,4 +1,4 @@
-"""The miniature's scenes as training data: by number, as pixels, as tensors; and what the judge says of images."""
+"""The miniature's scenes as training data: by number, as pixels, as tensors; and work on them in batches."""
 
 from concurrent.futures import ProcessPoolExecutor
 
@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mini.judge import truth
 from mini.world import random_scene, render
 
 
@@ -44,6 +43,8 @@ def held_out_images(count, device):
     return [training_scene(index, test=True) for index in range(count)], to_images(pixels, device)
 
 
-def fraction_right(judge, x, chosen):
-    """The fraction of images x in which the judge reads all attributes of their scenes."""
-    return float(np.mean([reading == truth(scene) for reading, scene in zip(judge.read(x), chosen, strict=True)]))
+@torch.no_grad()
+def in_batches(compute, size, *inputs, desc=None):
+    """Call compute(*batch) for batches of the inputs, which are of one length, and join what it returns, tensors."""
+    starts = tqdm(range(0, len(inputs[0]), size), desc=desc, unit="batch", leave=False, disable=desc is None)
+    return torch.cat([compute(*(values[start : start + size] for values in inputs)) for start in starts])

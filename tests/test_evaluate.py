@@ -21,7 +21,8 @@ from mini import evaluate_world
 from mini.evaluate_pairs import NOISE
 from mini.evaluate_world import clip_scores, edited_region, held_out_edits, l1_outside, measure, true_images, wilson
 from mini.judge import Judge, truth
-from mini.world import KINDS
+from mini.report import SIMILARITIES
+from mini.world import KINDS, caption
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -152,7 +153,7 @@ def test_clip_scores_by_their_definition(edits, images, clip):
     for number in range(5):
         pairs = torch.stack([before[number], after[number]])
         image = model.image.features((pairs + 1) / 2).numpy()
-        texts = [evaluate_world.caption(scene) for scene in (edits[number].before, edits[number].after)]
+        texts = [caption(scene) for scene in (edits[number].before, edits[number].after)]
         text = model.text.features(tokenizer(texts)).numpy()
         turn, said = image[1] - image[0], text[1] - text[0]
         directional = turn @ said / np.linalg.norm(turn) / np.linalg.norm(said)
@@ -220,7 +221,7 @@ def test_the_program_writes_its_results(folder, tmp_path, capsys):
 def test_the_pairs_program(folder, tmp_path, capsys):
     edit = tmp_path / "data" / "0000000"
     edit.mkdir(parents=True)
-    scores = json.dumps({f"clip_sim_{part}": 0.5 for part in ("0", "1", "dir", "image")}) + "\n"
+    scores = json.dumps({"seed": 1, **dict.fromkeys(SIMILARITIES, 0.5)}) + "\n"
     (edit / "candidates.jsonl").write_text(4 * scores)
     (edit / "metadata.jsonl").write_text(scores)
     paths = {"sd": folder / "sd", "judge": folder / "judge.safetensors", "clip": folder / "clip"}
@@ -247,7 +248,7 @@ def test_the_pairs_program(folder, tmp_path, capsys):
         ({"model": "no/such/folder"}, "there are no weights at no/such/folder"),
         ({"judge": "no/such.safetensors"}, "there is no judge at no/such.safetensors"),
         ({"model": "SD"}, "is a text-to-image checkpoint"),
-        ({"out": "FILE"}, "cannot make the folder"),
+        ({"out": "FILE"}, "file: File exists"),
     ],
 )
 def test_mistakes_end_in_one_line(folder, tmp_path, capsys, monkeypatch, changed, message):

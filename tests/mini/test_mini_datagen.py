@@ -107,7 +107,8 @@ def test_captions_of_another_world(program, tmp_path):
     (tmp_path / "captions.txt").write_text("a cat on a mat\n")
     code, lines, error = program("text", f"--captions={tmp_path / 'captions.txt'}", f"--out={tmp_path / 'edits.jsonl'}")
     assert (code, lines) == (2, [])
-    assert '"a cat on a mat" is not a caption of the miniature\'s world; datagen.py text reads any' in error
+    assert "needs datagen.py text, which reads any caption" in error
+    assert '"a cat on a mat" is not a caption of the miniature\'s world' in error
     assert list(tmp_path.iterdir()) == [tmp_path / "captions.txt"]
 
 
