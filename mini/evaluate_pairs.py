@@ -46,14 +46,13 @@ def sample(model, edits, guidance, steps=None, batch_size=32, p=P_RANGE, shared=
     side = model.sampling.resolution // model.vae.config.factor
     shape = (model.vae.config.latent_channels, side, side)
 
+    def pair(edits, seeds):
+        texts = [caption(edit.before) for edit in edits], [caption(edit.after) for edit in edits]
+        return sample_pairs(model, *texts, PairNoise(seeds, shape, guidance, p, model.device), steps)
+
     def compute(edits, seeds):
-        before, after = [caption(edit.before) for edit in edits], [caption(edit.after) for edit in edits]
-
-        def pair(seeds):
-            return sample_pairs(model, before, after, PairNoise(seeds, shape, guidance, p, model.device), steps)
-
-        x, y = pair(seeds)
-        y = y if shared else pair([seed + 1_000_000 for seed in seeds])[1]
+        x, y = pair(edits, seeds)
+        y = y if shared else pair(edits, [seed + 1_000_000 for seed in seeds])[1]
         return torch.stack([x, y], dim=1).clamp(-1, 1).cpu()
 
     return in_batches(compute, batch_size, edits, range(len(edits)), desc=desc).unbind(1)
@@ -77,8 +76,8 @@ def measure_pairs(model, judge, edits, guidance, steps=None, batch_size=32):
         error = ((after - before).abs() / 2).mean((1, 2))  # [N, width]
         halves = torch.stack([half.mean(1) for half in error.chunk(2, dim=1)])  # [2, N]: left, right
         changes = [halves[int(is_left), row].item() for row, is_left in enumerate(left)]
-        fraction = float(both_right(judge, before, after, edits).mean())
-        measured[way] = {"change": float(np.mean(changes)), "both_right": fraction}
+        found = both_right(judge, before, after, edits)
+        measured[way] = {"change": float(np.mean(changes)), "both_right": float(found.mean())}
         shown[way] = torch.stack([before[:8], after[:8]], dim=1)
     return measured, shown
 

@@ -1,8 +1,7 @@
 """Measure an editor on edits of the miniature world, whose true edited images are known (`evaluate.py world`).
 
-All scenes are held-out compositions, and half of the edits have phrasings that training never uses. An edit SUCCEEDS
-when the judge reads every attribute of the edited image as in the true edited scene, and outside the edited region
-the image differs from the true one by at most 0.05 on average. Choose guidance scales with `--validation`.
+All scenes are held-out compositions, and half of the edits have phrasings that training never uses. MEANING says which
+edits succeed. Choose guidance scales with `--validation`.
 """
 
 from dataclasses import asdict, replace
@@ -66,9 +65,8 @@ def edit_all(model, edits, before, sampling, batch_size):
 
     def compute(edits, before):
         text, image = model.encode_text([edit.instruction for edit in edits]), model.encode_image(before)
-        scales = sampling.text_guidance, sampling.image_guidance
-        seeds = [edit.before.layout for edit in edits]
-        return model.sample(text, image, seeds, *scales, sampling.steps).clamp(-1, 1).cpu()
+        how = sampling.text_guidance, sampling.image_guidance, sampling.steps
+        return model.sample(text, image, [edit.before.layout for edit in edits], *how).clamp(-1, 1).cpu()
 
     return in_batches(compute, batch_size, edits, before, desc="editing")
 

@@ -1,7 +1,7 @@
 """The judge: a small convolutional classifier that reads a scene's attributes from an image, for evaluation only.
 
-It has one head for the medium and the background, and one for a place (left, right). It shares neither weights nor
-architecture with the CLIP that filters the training data; its own error is reported (`python -m mini.pretrain judge`).
+It shares neither weights nor architecture with the CLIP that filters the training data. `python -m mini.pretrain judge`
+reports its own error.
 """
 
 from dataclasses import replace
@@ -86,9 +86,9 @@ class Judge(nn.Module):
             scenes.append(Scene(medium, background, *things, layout=0))
         return scenes
 
-    def save(self, path, dtype=torch.float16):
-        """Write the weights to a .safetensors file."""
-        write_tensors(path, {name: tensor.to(dtype) for name, tensor in self.state_dict().items()})
+    def save(self, path):
+        """Write the weights to a .safetensors file, in float16."""
+        write_tensors(path, {name: tensor.half() for name, tensor in self.state_dict().items()})
 
     @classmethod
     def load(cls, path, device="cpu"):

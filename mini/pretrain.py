@@ -19,7 +19,7 @@ from attention import fused, reference
 from clip_text import CLIPText
 from diffusion import NoiseSchedule, Sampling
 from formats.checkpoint import Model, load_clip, load_vae, save_folder, save_vae
-from formats.weights import read_tensors, write_json, write_tensors
+from formats.weights import write_json
 from images import enlarge, grid, save_png, to_image
 from mini.judge import Judge, labels, right
 from mini.pretrain_clip import clip_stage
@@ -40,10 +40,8 @@ MINI_UNET = UNetConfig(
         Level(   128,      True,     4),  # 8x8
         Level(   160,     False,     5),  # 4x4; only the middle's transformer uses these heads
     ),
-    resblocks=1,
-    context_width=128,
-    groups=16,
-)
+    resblocks=1, context_width=128, groups=16,
+)  # fmt: skip
 MINI_SAMPLING = Sampling(steps=20, text_guidance=4.0, image_guidance=1.5, resolution=SIZE)
 
 SETTINGS = {  # batch_size: examples a step, of all processes together
@@ -56,9 +54,6 @@ SETTINGS = {  # batch_size: examples a step, of all processes together
 
 # A stage returns what `run_stage` needs: the network to train, its loss_of and evaluate as `train.fit` takes them, and
 # finish(network), which saves what was trained, measures it and returns numbers for results.json.
-
-
-# ---- the judge ----
 
 
 def judge_stage(options, settings, drawn, pixels):
@@ -122,8 +117,8 @@ def vae_stage(options, settings, drawn, pixels):
         return error.abs().mean() + 2 * error.square().mean() + 0.3 * edges + 2e-4 * divergence
 
     def evaluate(step):
-        again = vae.decode(vae.encode(held_out[:16]).mode())
-        write_grid(options.out / "vae" / "samples.png", [*held_out[:16], *again])
+        some = held_out[:16]
+        write_grid(options.out / "vae" / "samples.png", [*some, *vae.decode(vae.encode(some).mode())])
 
     def finish(vae):
         normalise_latents(vae, encode_all(vae, pixels[:2048], options).float())
@@ -172,12 +167,7 @@ def sd_stage(options, settings, drawn, pixels):
     vae = load_vae(out / "vae_model").float().to(device)
     clip, tokenizer = load_clip(out / "clip_model", device)
     judge = Judge.load(out / "judge.safetensors", device)
-    kept = out / "sd" / f"latents_{options.scenes}.safetensors"  # so that resuming need not encode again
-    if RANK == 0 and not kept.exists():
-        with atomic_write(kept) as beside:
-            write_tensors(beside, {"latents": encode_all(vae, pixels, options)})
-    barrier()
-    latents = read_tensors(kept)[0]["latents"]
+    latents = encode_all(vae, pixels, options).contiguous()
     captions, null = tokenizer([caption(scene) for scene in drawn]), tokenizer([""])
     model = Model(unet, vae, text_alone(clip.text), tokenizer, MINI_SAMPLING)
     sampler, schedule = StableDiffusion(model), NoiseSchedule()
@@ -211,28 +201,25 @@ def sd_stage(options, settings, drawn, pixels):
 
 def start_at_zero(unet):
     """Let every residual block and transformer begin as the identity, and the prediction as zero."""
-    with torch.no_grad():
-        for name, weight in unet.named_parameters():
-            last = ".conv2." in name or ".transformer" in name and name.endswith((".proj_out.weight", ".proj_out.bias"))
-            if (last and "feed_forward" not in name) or name.startswith("conv_out"):
-                weight.zero_()
+    for name, weight in unet.named_parameters():
+        last = ".conv2." in name or ".transformer" in name and name.endswith((".proj_out.weight", ".proj_out.bias"))
+        if (last and "feed_forward" not in name) or name.startswith("conv_out"):
+            weight.data.zero_()
 
 
 def text_alone(tower):
     """CLIP's text tower without the projection, as Stable Diffusion uses it; the weights are shared."""
     alone = CLIPText(replace(tower.config, projection=None))
-    weights = tower.state_dict()
-    weights.pop("projection.weight")
-    alone.load_state_dict(weights, assign=True)
+    alone.load_state_dict({k: v for k, v in tower.state_dict().items() if k != "projection.weight"}, assign=True)
     return alone.eval().requires_grad_(False)
-
-
-# ---- the program ----
 
 
 def write_grid(path, images, captions=None):
     """A sheet of images [3, 64, 64], eight a row."""
     save_png(grid([enlarge(to_image(x)) for x in images], 8, captions), path)
+
+
+# ---- the program ----
 
 
 STAGES = {"vae": vae_stage, "clip": clip_stage, "judge": judge_stage, "sd": sd_stage}
@@ -266,8 +253,8 @@ def run_stage(stage, options):
         print(f"{stage}: " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()))
 
 
-def parse(arguments=None):
-    """The command line."""
+def main(arguments=None):
+    """Train the stages that were asked for."""
     parser = Parser(prog="mini.pretrain", description="Train the miniature's autoencoder, CLIP and Stable Diffusion.")
     add = parser.add_argument
     add("stage", choices=[*STAGES, "all"], help="what to train; all: everything, in order")
@@ -279,12 +266,7 @@ def parse(arguments=None):
     add("--seed", type=int, default=0, metavar="S", help="of all randomness (default: 0)")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
     add("--threads", type=whole, metavar="N", help="CPU threads (default: all cores)")
-    return parser.parse_args(arguments)
-
-
-def main(arguments=None):
-    """Train the stages that were asked for."""
-    options = parse(arguments)
+    options = parser.parse_args(arguments)
     if not 0 <= options.seed < 10**8:
         raise UserError(f"--seed should be between 0 and {10**8 - 1}, not {options.seed}")
     check_device(options.device)

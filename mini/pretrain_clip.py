@@ -31,19 +31,12 @@ def train_tokenizer(texts, tokens=MINI_TOKENS):
     bpe.normalizer = normalizers.Lowercase()
     words = pre_tokenizers.Split(Regex(CLIPTokenizer.SPLIT), "removed", invert=True)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,
-        min_frequency=2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    learned = json.loads(bpe.to_str())["model"]
-    merges = [tuple(merge.split()) if isinstance(merge, str) else tuple(merge) for merge in learned["merges"]]
+    letters, end = sorted(pre_tokenizers.ByteLevel.alphabet()), "</w>"
+    learning = {"initial_alphabet": letters, "end_of_word_suffix": end, "min_frequency": 2, "vocab_size": 2000}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(**learning, show_progress=False))
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     # CLIP's order: the bytes, the bytes that end a word, the merges, the two special tokens
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = letters + [letter + "</w>" for letter in letters] + [a + b for a, b in merges] + [START, END]
+    pieces = letters + [letter + end for letter in letters] + [a + b for a, b in merges] + [START, END]
     return CLIPTokenizer({piece: number for number, piece in enumerate(dict.fromkeys(pieces))}, merges, tokens)
 
 

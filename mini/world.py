@@ -126,8 +126,7 @@ def random_scene(rng, test=False):
 def random_edit(rng, kind=None, test=False, new_phrasing=False):
     """An edit of a random scene. kind: one of KINDS, or None for any.
 
-    test: the scenes before and after are both held-out compositions, else neither is.
-    new_phrasing: the instruction is worded as training never words it.
+    test: both scenes are held-out compositions, else neither is; new_phrasing: worded as training never words it.
     """
     kind = kind or pick(rng, KINDS)
     while True:
@@ -184,12 +183,11 @@ def pick(rng, options, but=()):
 
 def render(scene):
     """Draw a scene: an RGB image of 64x64 pixels. Equal scenes give equal pixels."""
-    rng = np.random.default_rng(scene.layout)
+    rng, sketched = np.random.default_rng(scene.layout), scene.medium == "sketch"
     pixels = draw_background(scene.background, rng)  # [64, 64, 3], float in [0, 255]
-    places = [(18 + rng.uniform(-2, 2), 51 + rng.uniform(-3, 3)), (46 + rng.uniform(-2, 2), 51 + rng.uniform(-3, 3))]
+    places = [(x + rng.uniform(-2, 2), 51 + rng.uniform(-3, 3)) for x in (18, 46)]
     tints, scales, tilts = rng.uniform(-10, 10, (2, 3)), rng.uniform(0.94, 1.06, 2), rng.uniform(-0.1, 0.1, 2)
     tiles = rng.uniform(0.92, 1.06, (SIZE // 4, SIZE // 4, 1))
-    sketched = scene.medium == "sketch"
     if sketched:
         pixels = 0.62 * PAPER + 0.38 * (0.75 * pixels + 0.25 * pixels.mean(2, keepdims=True))
     for side, thing in enumerate((scene.left, scene.right)):
@@ -243,7 +241,7 @@ def draw_background(name, rng):
         pixels = ground(pixels, (40, 130, 190), (70, 185, 215), horizon)
         hills = hills + 13  # the beach begins lower
     elif name == "desert":
-        pixels = blend(pixels, (255, 250, 225), disc(far, 12, 6))
+        pixels = blend(pixels, (255, 250, 225), disc(far, 12, 6))  # the sun
     elif name == "sunset":
         pixels = blend(pixels, (255, 225, 120), disc(far, horizon - 1, 8))
     elif name == "night":
