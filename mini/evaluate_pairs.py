@@ -28,13 +28,13 @@ NOISE = {  # name: (the same noise for both images?, range of p)
 
 
 def one_sided_edits(count, seed=0):
-    """Edits of one of two things, whose other half should stay as it is: a list of (Edit, is it the left one?)."""
+    """Edits of one of two things, whose other half should stay as it is."""
     edits = []
     for number in range(count):
         rng = np.random.default_rng([8_003, seed, number])
         while len((edit := random_edit(rng, ("colour", "shape", "size")[number % 3], test=True)).before.things) < 2:
             pass
-        edits.append((edit, edit.before.left != edit.after.left))
+        edits.append(edit)
     return edits
 
 
@@ -69,13 +69,12 @@ def measure_pairs(model, judge, edits, guidance, steps=None, batch_size=32):
     Returns ({way: measures}, {way: the first pairs [<= 8, 2, 3, H, W]}). "change": the mean L1, in [0, 1], between the
     two images in the half that the edit does not name; "both_right": the fraction of pairs that show their captions.
     """
-    edits, left = zip(*edits, strict=True)
     measured, shown = {}, {}
     for way, (shared, p) in NOISE.items():
         before, after = sample(model, edits, guidance, steps, batch_size, p, shared, way)
         error = ((after - before).abs() / 2).mean((1, 2))  # [N, width]
         halves = torch.stack([half.mean(1) for half in error.chunk(2, dim=1)])  # [2, N]: left, right
-        changes = [halves[int(is_left), row].item() for row, is_left in enumerate(left)]
+        changes = [halves[int(e.before.left != e.after.left), row].item() for row, e in enumerate(edits)]
         found = both_right(judge, before, after, edits)
         measured[way] = {"change": float(np.mean(changes)), "both_right": float(found.mean())}
         shown[way] = torch.stack([before[:8], after[:8]], dim=1)

@@ -2,8 +2,7 @@
 
 A `Scene` is one or two things on a background, in a medium. `render` draws it, `caption` describes it, `random_edit`
 changes one attribute and words the instruction. An edit keeps what it does not mention, down to the pixel, because
-everything that is not an attribute comes from the scene's `layout` seed. So the TRUE edited image exists for every
-edit. Training never sees it; `evaluate.py world` compares with it.
+everything else comes from the scene's `layout` seed. So every edit has a TRUE edited image: never shown in training.
 
 Held out from all training, for evaluation: a tenth of all compositions (the attributes without the side of a single
 thing), chosen by a hash, and the phrasings in `HELD_OUT` of phrasings.py.

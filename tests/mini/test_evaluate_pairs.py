@@ -2,13 +2,15 @@
 
 from types import SimpleNamespace
 
+from cli import UserError
+
 import pytest
 import torch
 from torch import nn
 
 from dataset import Filter
 from mini import evaluate_pairs
-from mini.evaluate_pairs import NOISE, measure_pairs, measure_right, one_sided_edits
+from mini.evaluate_pairs import NOISE, measure_filter, measure_pairs, measure_right, one_sided_edits
 from mini.judge import Judge, truth
 from mini.report import SIMILARITIES
 from mini.world import caption
@@ -60,7 +62,8 @@ def drawn(monkeypatch, oracle):
 
 def test_change_is_that_of_the_half_not_named(edits, monkeypatch):
     """Of a pair that differs by 1 in the half named and by 0.4 in the other one, from -1 to 1: 0.2 of the range."""
-    sides = {caption(edit.before): left for edit, left in edits}
+    sides = {caption(edit.before): edit.before.left != edit.after.left for edit in edits}
+    assert set(sides.values()) == {False, True}
 
     def sample_pairs(model, before, after, noise, steps=None):
         x = torch.zeros(len(before), 3, 64, 64)
@@ -117,7 +120,7 @@ def test_the_three_ways(edits, monkeypatch):
     ],
 )
 def test_both_images_of_a_pair_must_be_right(edits, monkeypatch, wrong, fraction):
-    oracle = Oracle([edit for edit, _ in edits[:6]], wrong)
+    oracle = Oracle(edits[:6], wrong)
     drawn(monkeypatch, oracle)
     measured, _ = measure_pairs(MODEL, oracle, edits[:6], (3.0, 6.0), batch_size=4)
     assert [row["both_right"] for row in measured.values()] == [pytest.approx(fraction)] * 3
@@ -130,10 +133,9 @@ class Scorer:
         self.rows, self.oracle, self.logit_scale = rows, oracle, torch.zeros(())
 
     def edit_similarities(self, before, after, ids_before, ids_after):
+        known = {caption(scene): self.oracle.image(scene) for scene in self.oracle.scenes}
         for images, ids in ((before, ids_before), (after, ids_after)):
             captions = ["".join(map(chr, row)).strip() for row in ids.tolist()]
-            assert captions == [caption(scene) for scene in self.oracle.scenes if caption(scene) in captions]
-            known = {caption(scene): self.oracle.image(scene) for scene in self.oracle.scenes}
             torch.testing.assert_close(images, (torch.stack([known[text] for text in captions]) + 1) / 2)
         rows, self.rows = self.rows[: len(before)], self.rows[len(before) :]
         return dict(zip(SIMILARITIES, torch.tensor(rows).T, strict=True))
@@ -146,9 +148,14 @@ def letters(texts):
 
 def test_filtered_pairs_are_compared_with_all(edits, monkeypatch):
     """Six pairs, of which the 1st, 2nd, 4th and 6th pass, and the 2nd, 3rd and 5th are wrong."""
-    edits, good = [edit for edit, _ in edits[:6]], [0.5, 0.6, 0.5, 0.9]
+    edits, good = edits[:6], [0.5, 0.6, 0.5, 0.9]
     rows = [good, good, [0.1, *good[1:]], good, [*good[:3], 0.6], good]
     oracle = Oracle(edits, wrong=[3, 4, 8, 9])
     drawn(monkeypatch, oracle)
     found = measure_right(MODEL, oracle, Scorer(rows, oracle), letters, edits, (3.0, 6.0), Filter(), batch_size=4)
     assert found == {"yield": pytest.approx(4 / 6), "right_all": 0.5, "right_kept": 0.75}
+
+
+def test_a_folder_without_candidates(tmp_path):
+    with pytest.raises(UserError, match=r"holds no candidates\.jsonl"):
+        measure_filter(tmp_path)

@@ -45,7 +45,7 @@ def normal(*shape, seed=0):
 def test_pictures_are_those_of_their_scenes(tmp_path):
     drawn, pixels = scenes(5, tmp_path)
     assert pixels.shape == (5, SIZE, SIZE, 3)
-    assert np.array_equal(pixels[3], pixels_of(3))
+    assert np.array_equal(pixels[3], pixels_of(drawn[3]))
     assert drawn[3] == training_scene(3)
     np.save(tmp_path / "other.npy", 255 - pixels)
     (tmp_path / "other.npy").replace(tmp_path / "scenes_5.npy")
