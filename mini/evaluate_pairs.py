@@ -109,9 +109,10 @@ def measure_filter(root):
         values = np.quantile(entries, (0.05, 0.25, 0.5, 0.75, 0.95), axis=0).T.tolist() if entries else []
         return dict(zip(SIMILARITIES, values, strict=False))
 
-    everything, kept = scores("candidates"), scores("metadata")
+    everything = scores("candidates")
     if not everything:
         raise UserError(f"{root} holds no candidates.jsonl in the folders of its edits; datagen.py images writes them")
+    kept = scores("metadata")
     return {"yield": len(kept) / len(everything), "all": quantiles(everything), "kept": quantiles(kept)}
 
 

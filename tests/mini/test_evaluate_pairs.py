@@ -6,6 +6,7 @@ from cli import UserError
 
 import pytest
 import torch
+from dataset_of_true_pairs import write_pairs
 from torch import nn
 
 from dataset import Filter
@@ -156,6 +157,8 @@ def test_filtered_pairs_are_compared_with_all(edits, monkeypatch):
     assert found == {"yield": pytest.approx(4 / 6), "right_all": 0.5, "right_kept": 0.75}
 
 
-def test_a_folder_without_candidates(tmp_path):
+def test_a_data_set_without_candidates(tmp_path):
+    """Such as one of true pairs."""
+    write_pairs(tmp_path / "true", 1)
     with pytest.raises(UserError, match=r"holds no candidates\.jsonl"):
-        measure_filter(tmp_path)
+        measure_filter(tmp_path / "true")
