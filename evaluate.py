@@ -16,8 +16,8 @@ from mini.evaluate_pairs import evaluate_pairs
 from mini.evaluate_world import evaluate_world
 
 
-def parse(arguments=None):
-    """The command line. Raises UserError for values out of range."""
+def main(arguments=None):
+    """Run one of the commands."""
     parser = Parser(prog="evaluate.py", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="world|pairs")
     mini = Path("models/mini")
@@ -48,24 +48,17 @@ def parse(arguments=None):
         add("--steps", type=int, metavar="N", help="sampling steps (default: each model's own)")
         add("--device", default="cpu", metavar="D", help="cpu, cuda, ... (default: cpu)")
         add("--threads", type=whole, metavar="N", help="CPU threads (default: all cores)")
-        out = Path("runs/evaluate")
-        add("--out", type=Path, default=out, metavar="DIR", help="for the results (default: %(default)s)")
+        add("--out", type=Path, default=Path("runs/evaluate"), metavar="DIR", help="for results (default: %(default)s)")
     options = parser.parse_args(arguments)
     for scale in options.guidance if options.command == "pairs" else [options.cfg_text]:
         check_sampling(options.steps, scale, getattr(options, "cfg_image", None), None)
     check_seeds([options.seed])
-    return options
-
-
-def main(arguments=None):
-    """Run one of the commands."""
-    options = parse(arguments)
+    check_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    check_device(options.device)
     line = shlex.join(["python", "evaluate.py", *(sys.argv[1:] if arguments is None else arguments)])
-    run = {"world": evaluate_world, "pairs": evaluate_pairs}[options.command]
-    run(options, vars(options) | {"command": line})
+    evaluate = evaluate_world if options.command == "world" else evaluate_pairs
+    evaluate(options, vars(options) | {"command": line})
 
 
 if __name__ == "__main__":

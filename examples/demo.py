@@ -15,27 +15,20 @@ from images import enlarge, grid, open_image, save_png  # noqa: E402
 from ip2p import InstructPix2Pix  # noqa: E402
 
 INSTRUCTIONS = (
-    "make it night",
-    "paint the house blue",
-    "turn the house into a mushroom",
-    "make it a mosaic",
-    "make the tree bigger",
-    "remove the tree",
-    "put it in the snow",
-)
-SEED = 3
+    "make it night", "paint the house blue", "turn the house into a mushroom", "make it a mosaic",
+    "make the tree bigger", "remove the tree", "put it in the snow",
+)  # fmt: skip
 
 
 def main():
     """Write the sheet to the file named on the command line."""
     if len(sys.argv) != 2:
         raise UserError("an output file is needed: python examples/demo.py FILE.png")
-    out = Path(sys.argv[1])
     model = InstructPix2Pix.load(ROOT / "models" / "mini" / "editor")
     scene = open_image(ROOT / "examples" / "scene.png")
-    images = [scene, *(model.edit(scene, instruction, seed=SEED) for instruction in INSTRUCTIONS)]
-    save_png(grid([enlarge(image, 192) for image in images], 4, ["before", *INSTRUCTIONS]), out)
-    print(out)
+    images = [scene, *(model.edit(scene, instruction, seed=3) for instruction in INSTRUCTIONS)]
+    save_png(grid([enlarge(image, 192) for image in images], 4, ["before", *INSTRUCTIONS]), sys.argv[1])
+    print(sys.argv[1])
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 import json
 from pathlib import Path
 
-from cli import Parser, UserError, atomic_write, check_seeds, run_program, whole
+from cli import Parser, UserError, atomic_write, check_seeds, reported_as, run_program, whole
 
 import numpy as np
 from tqdm import tqdm
@@ -20,37 +20,31 @@ from mini.world import caption, edit_scene, held_out, random_edit, read_caption,
 
 def write_text(options):
     """Triplets of the miniature's world: {"caption", "edit", "output", "url"}, a line each."""
-    rng = np.random.default_rng(options.seed)
-    if options.captions:
-        records = list(edits_of_captions(options.captions, rng))
-    else:
-        records = [triplet(random_edit(rng)) for _ in range(options.count)]
-    if not records:
-        raise UserError(f"{options.captions} holds no captions to edit")
-    number = None if options.captions else options.count
-    settings = {"program": "mini.datagen text", "count": number, "seed": options.seed, "captions": options.captions}
-    begin_file(options.out, settings)
+    rng, path = np.random.default_rng(options.seed), options.captions
+    edits = edits_of_captions(path, rng) if path else ((random_edit(rng), None) for _ in range(options.count))
+    lines = [json.dumps(triplet(edit, url)) + "\n" for edit, url in edits]
+    if not lines:
+        raise UserError(f"{path} holds no captions to edit")
+    count = None if path else options.count
+    begin_file(options.out, {"program": "mini.datagen text", "count": count, "seed": options.seed, "captions": path})
     if not options.out.exists():
         with atomic_write(options.out) as beside:
-            beside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    print(f"{options.out}: {len(records)} triplets")
+            beside.write_text("".join(lines), encoding="utf-8")
+    print(f"{options.out}: {len(lines)} triplets")
 
 
 def edits_of_captions(path, rng):
-    """A triplet for every caption of a file, but for repeated ones and for scenes that are kept to be measured on."""
+    """(Edit, url) for every caption of a file, but for repeated ones and for scenes that are kept to be measured on."""
     for text, url in Unique(read_captions(path)):
-        try:
+        with reported_as(f"{path} needs datagen.py text, which reads any caption"):
             scene = read_caption(text)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}; datagen.py text reads any caption") from error
         if not held_out(scene):
-            yield triplet(edit_scene(scene, rng), url)
+            yield edit_scene(scene, rng), url
 
 
 def triplet(edit, url=None):
     """An edit of the miniature's world as a record."""
-    texts = (caption(edit.before), edit.instruction, caption(edit.after))
-    return {**dict(zip(FIELDS, texts, strict=True)), "url": url}
+    return dict(zip((*FIELDS, "url"), (caption(edit.before), edit.instruction, caption(edit.after), url), strict=True))
 
 
 def write_true(options):

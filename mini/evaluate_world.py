@@ -1,8 +1,7 @@
 """Measure an editor on edits of the miniature world, whose true edited images are known (`evaluate.py world`).
 
-All scenes are held-out compositions, and half of the edits have phrasings that training never uses. An edit SUCCEEDS
-when the judge reads every attribute of the edited image as in the true edited scene, and outside the edited region
-the image differs from the true one by at most 0.05 on average. Choose guidance scales with `--validation`.
+All scenes are held-out compositions, and half of the edits have phrasings that training never uses. MEANING says which
+edits succeed. Choose guidance scales with `--validation`.
 """
 
 from dataclasses import asdict, replace
@@ -12,14 +11,14 @@ from cli import UserError
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from formats.checkpoint import load_clip
 from images import enlarge, grid, to_image, to_tensor
 from ip2p import InstructPix2Pix
-from mini.judge import Judge, truth
-from mini.report import line, percent, table, write_results
-from mini.world import KINDS, caption, random_edit, render
+from mini.judge import Judge, right
+from mini.report import clip_similarities, percent, table, write_results
+from mini.scenes import in_batches
+from mini.world import KINDS, random_edit, render
 
 CHANGED = 0.02  # a pixel whose true change is larger, in any channel in [0, 1], belongs to the edited region ...
 MARGIN = 4  # ... and so do the pixels at most this far from it: one latent, which an edit changes as a whole
@@ -63,30 +62,13 @@ def edit_all(model, edits, before, sampling, batch_size):
     sampling: a `diffusion.Sampling`. An edit's noise has its scene's layout as seed, so that it depends neither on the
     batch size nor on the model, and editors can be compared edit by edit.
     """
-    edited = []
-    for part in tqdm(batches(len(edits), batch_size), desc="editing", unit="batch", leave=False):
-        images = model.sample(
-            model.encode_text([edit.instruction for edit in edits[part]]),
-            model.encode_image(before[part]),
-            [edit.before.layout for edit in edits[part]],
-            sampling.text_guidance,
-            sampling.image_guidance,
-            sampling.steps,
-        )
-        edited.append(images.clamp(-1, 1).cpu())
-    return torch.cat(edited)
 
+    def compute(edits, before):
+        text, image = model.encode_text([edit.instruction for edit in edits]), model.encode_image(before)
+        how = sampling.text_guidance, sampling.image_guidance, sampling.steps
+        return model.sample(text, image, [edit.before.layout for edit in edits], *how).clamp(-1, 1).cpu()
 
-def through_vae(model, images, batch_size):
-    """Encode and decode images [count, 3, H, W]: the best result possible with this autoencoder."""
-    scaling, parts = model.vae.config.scaling, batches(len(images), batch_size)
-    decoded = [model.decode(model.encode_image(images[part]) * scaling) for part in parts]
-    return torch.cat(decoded).clamp(-1, 1).cpu()
-
-
-def batches(count, size):
-    """The slices that cut `count` items into batches."""
-    return [slice(start, start + size) for start in range(0, count, size)]
+    return in_batches(compute, batch_size, edits, before, desc="editing")
 
 
 # ---- the measures ----
@@ -98,11 +80,9 @@ def measure(images, edits, before, after, judge, batch_size=63):
     Returns a dict for JSON: fractions in [0, 1], the 95 % "interval" of the success, "failed": the positions of the
     edits that did not succeed, and the mean "l1_outside" of the edits that leave anything outside (else None).
     """
-    device = next(judge.parameters()).device
-    readings = [reading for part in batches(len(edits), batch_size) for reading in judge.read(images[part].to(device))]
-    right = np.array([reading == truth(edit.after) for reading, edit in zip(readings, edits, strict=True)])
+    attributes = right(judge, images, [edit.after for edit in edits], batch_size)
     l1, counts = (values.numpy() for values in l1_outside(images, before, after))
-    success = right & (l1 <= TOUCHED)
+    success = attributes & (l1 <= TOUCHED)
     kinds, new = np.array([edit.kind for edit in edits]), np.array([edit.new_phrasing for edit in edits])
 
     def mean(values):
@@ -112,7 +92,7 @@ def measure(images, edits, before, after, judge, batch_size=63):
         "count": len(edits),
         "success": mean(success),
         "interval": wilson(int(success.sum()), len(edits)),
-        "attributes": mean(right),
+        "attributes": mean(attributes),
         "l1_outside": mean(l1[counts]),
         "known_phrasings": mean(success[~new]),
         "new_phrasings": mean(success[new]),
@@ -153,14 +133,8 @@ def wilson(successes, count, z=1.96):
 
 def clip_scores(clip, tokenizer, images, edits, before, batch_size=63):
     """The paper's metrics (Sec. 3.1.2 and 4), means over the edits; `images` and `before` as for `measure`."""
-    device, scores = clip.logit_scale.device, []
-    for part in batches(len(edits), batch_size):
-        pair = [(x[part].to(device) + 1) / 2 for x in (before, images)]
-        captions = [caption(edit.before) for edit in edits[part]], [caption(edit.after) for edit in edits[part]]
-        found = clip.edit_similarities(*pair, *(tokenizer(texts).to(device) for texts in captions))
-        scores.append(torch.stack([found[name] for name in ("clip_sim_image", "clip_sim_dir", "clip_sim_1")]))  # [3, B]
-    names = "image_image", "directional", "image_caption"
-    return dict(zip(names, torch.cat(scores, dim=1).mean(dim=1).tolist(), strict=True))
+    scores = clip_similarities(clip, tokenizer, edits, before, images, batch_size).mean(dim=1).tolist()
+    return {"image_image": scores[3], "directional": scores[2], "image_caption": scores[1]}
 
 
 # ---- the report ----
@@ -168,19 +142,21 @@ def clip_scores(clip, tokenizer, images, edits, before, batch_size=63):
 
 def tables(results):
     """The results in Markdown: {title: table}, the overall one first."""
-    columns = "success [95 % interval]", "all attributes right", "L1 outside", "known phrasings", "new phrasings"
-    first, second = table(columns), table(KINDS)
+    overall, kinds = {}, {}
     for name, row in results["rows"].items():
         interval = " to ".join(f"{100 * end:.1f}" for end in row["interval"])
         l1 = "none" if row["l1_outside"] is None else f"{row['l1_outside']:.4f}"
-        phrasings = [percent(row["known_phrasings"]), percent(row["new_phrasings"])]
-        first += line(name, f"**{percent(row['success'])}** [{interval} %]", percent(row["attributes"]), l1, *phrasings)
-        second += line(name, *(percent(row["kinds"][kind]) for kind in KINDS))
-    third = table(["before to edited image", "directional", "edited image to its caption"])
-    for name, scores in results["clip"].items():
-        third += line(name, *(f"{score:.3f}" for score in scores.values()))
-    named = {"Overall": first, "Success by the kind of edit": second, "Mean CLIP similarities": third}
-    return {title: "\n".join(lines) for title, lines in named.items()}
+        fractions = [percent(row[key]) for key in ("attributes", "known_phrasings", "new_phrasings")]
+        overall[name] = [f"**{percent(row['success'])}** [{interval} %]", fractions[0], l1, *fractions[1:]]
+        kinds[name] = [percent(row["kinds"][kind]) for kind in KINDS]
+    columns = "success [95 % interval]", "all attributes right", "L1 outside", "known phrasings", "new phrasings"
+    of_scores = "before to edited image", "directional", "edited image to its caption"
+    scores = {name: [f"{score:.3f}" for score in row.values()] for name, row in results["clip"].items()}
+    return {
+        "Overall": table(columns, overall),
+        "Success by the kind of edit": table(KINDS, kinds),
+        "Mean CLIP similarities": table(of_scores, scores),
+    }
 
 
 def sheet(edits, before, edited, after, failed):
@@ -198,18 +174,20 @@ def evaluate_world(options, settings):
     edits = held_out_edits(options.count, options.seed, options.validation)
     paths = {EDITOR: options.model, **({BOUND: options.bound} if options.bound else {})}
     models = {name: InstructPix2Pix.load(path, options.device) for name, path in paths.items()}
-    judge, (clip, tokenizer) = Judge.load(options.judge).to(options.device), load_clip(options.clip, options.device)
+    judge, (clip, tokenizer) = Judge.load(options.judge, options.device), load_clip(options.clip, options.device)
     asked = {"steps": options.steps, "text_guidance": options.cfg_text, "image_guidance": options.cfg_image}
     asked = {key: value for key, value in asked.items() if value is not None}
     sampling = {name: replace(model.sampling, **asked) for name, model in models.items()}
     options.out.mkdir(parents=True, exist_ok=True)
     before, after = true_images(edits)
-    edited = {name: edit_all(models[name], edits, before, sampling[name], options.batch_size) for name in models}
-    floor = through_vae(models[EDITOR], after, options.batch_size)
-    compared = {**edited, COPY: before, FLOOR: floor, TRUE: after}
-    rows = {name: measure(x, edits, before, after, judge, options.batch_size) for name, x in compared.items()}
+    size, editor = options.batch_size, models[EDITOR]
+    edited = {name: edit_all(models[name], edits, before, sampling[name], size) for name in models}
+    # the best result possible with this autoencoder; encode_image does not scale, decode takes scaled latents
+    floor = in_batches(lambda x: editor.decode(editor.encode_image(x) * editor.vae.config.scaling), size, after)
+    compared = {**edited, COPY: before, FLOOR: floor.clamp(-1, 1).cpu(), TRUE: after}
+    rows = {name: measure(x, edits, before, after, judge, size) for name, x in compared.items()}
     shown = {**edited, "true image": after}
-    similar = {name: clip_scores(clip, tokenizer, x, edits, before, options.batch_size) for name, x in shown.items()}
+    similar = {name: clip_scores(clip, tokenizer, x, edits, before, size) for name, x in shown.items()}
     settings = {**settings, "sampling": {name: asdict(chosen) for name, chosen in sampling.items()}}
     results = {"settings": settings, "rows": rows, "clip": similar}
     use = "validation edits, to choose settings by" if options.validation else "held-out edits"

@@ -14,17 +14,16 @@ from cli import Parser, UserError, atomic_write, check_device, keep_settings, ru
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from attention import fused, reference
 from clip_text import CLIPText
 from diffusion import NoiseSchedule, Sampling
 from formats.checkpoint import Model, load_clip, load_vae, save_folder, save_vae
-from formats.weights import read_tensors, write_json, write_tensors
+from formats.weights import write_json
 from images import enlarge, grid, save_png, to_image
-from mini.judge import Judge, labels
-from mini.pretrain_clip import train_clip
-from mini.scenes import fraction_right, held_out_images, scenes, to_images, training_scene
+from mini.judge import Judge, labels, right
+from mini.pretrain_clip import clip_stage
+from mini.scenes import held_out_images, in_batches, scenes, to_images, training_scene
 from mini.world import SIZE, caption
 from stable_diffusion import StableDiffusion
 from train import Settings, autocasting, fit
@@ -41,10 +40,8 @@ MINI_UNET = UNetConfig(
         Level(   128,      True,     4),  # 8x8
         Level(   160,     False,     5),  # 4x4; only the middle's transformer uses these heads
     ),
-    resblocks=1,
-    context_width=128,
-    groups=16,
-)
+    resblocks=1, context_width=128, groups=16,
+)  # fmt: skip
 MINI_SAMPLING = Sampling(steps=20, text_guidance=4.0, image_guidance=1.5, resolution=SIZE)
 
 SETTINGS = {  # batch_size: examples a step, of all processes together
@@ -53,70 +50,56 @@ SETTINGS = {  # batch_size: examples a step, of all processes together
     "judge": Settings(700, lr=2e-3, batch_size=64, seed=1),
     "sd": Settings(4200, lr=1e-3, batch_size=32, seed=4),
 }
-STAGES = tuple(SETTINGS)
 
 
-# ---- the judge ----
+# A stage returns what `run_stage` needs: the network to train, its loss_of and evaluate as `train.fit` takes them, and
+# finish(network), which saves what was trained, measures it and returns numbers for results.json.
 
 
-def train_judge(options):
-    """Train the judge on scenes, as they are and as the autoencoder gives them back, and measure its own error.
+def judge_stage(options, settings, drawn, pixels):
+    """The judge, on scenes as they are and as the autoencoder gives them back, and its own error.
 
     Generated images are softer than drawn ones and lack the finest strokes; a judge must not live on those.
     """
-    settings, device = options.settings("judge"), options.device
-    drawn, pixels = scenes(options.scenes, options.out)
-    answers = labels(drawn).to(device)
+    device, judge, answers = options.device, Judge().to(options.device), labels(drawn).to(options.device)
     vae = load_vae(options.out / "vae_model").float().to(device)
-    decoded = decode_some(vae, pixels[:8192], device)
-    torch.manual_seed(settings.seed)
-    judge = Judge().to(device)
+
+    def through_vae(pixels):
+        with options.autocast():
+            x = vae.decode(vae.encode(to_images(pixels, device)).mode()).float()
+        return ((x.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).round().byte().cpu()
+
+    decoded = in_batches(through_vae, 64, pixels[:8192], desc="decoding").numpy()
 
     def loss_of(network, draws):
         chosen = draws.integers(len(drawn)).numpy()
         x = to_images(pixels[chosen], device)
-        x[::2] = to_images(decoded[chosen[::2] % len(decoded)], device)
-        truths = chosen.copy()
-        truths[::2] %= len(decoded)
+        chosen[::2] %= len(decoded)
+        x[::2] = to_images(decoded[chosen[::2]], device)
         softened = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
         amount = draws.uniform()[:, None, None, None].to(device)
         x = torch.lerp(x, softened, amount) + 0.05 * draws.normal(*x.shape[1:]).to(device)
         with options.autocast():
-            return network.loss(x, answers[truths])
+            return network.loss(x, answers[chosen])
 
-    average = fit(judge, loss_of, settings, options.out / "judge")
-    if RANK > 0:
-        return None
-    average.save(options.out / "judge.safetensors")
-    held_out, x = held_out_images(options.test_scenes, device)
-    with torch.no_grad():
+    def finish(judge):
+        judge.save(options.out / "judge.safetensors")
+        held_out, x = held_out_images(options.test_scenes, device)
         again = vae.decode(vae.encode(x).mode())
-    return {
-        "all attributes right on true images": fraction_right(average, x, held_out),
-        "on those through the autoencoder": fraction_right(average, again, held_out),
-    }
+        return {
+            "all attributes right on true images": right(judge, x, held_out).mean(),
+            "on those through the autoencoder": right(judge, again, held_out).mean(),
+        }
 
-
-@torch.no_grad()
-def decode_some(vae, pixels, device):
-    """Images through the autoencoder: uint8 [count, 64, 64, 3], as they came."""
-    parts = []
-    for start in tqdm(range(0, len(pixels), 64), desc="decoding", leave=False):
-        with autocasting(device, fast_precision(device))():
-            x = vae.decode(vae.encode(to_images(pixels[start : start + 64], device)).mode()).float()
-        parts.append(((x.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).round().byte().cpu())
-    return torch.cat(parts).numpy()
+    return judge, loss_of, None, finish
 
 
 # ---- the autoencoder ----
 
 
-def train_vae(options):
-    """Train the autoencoder (Rombach et al. 2022, without the discriminator) and bring its latents to unit variance."""
-    settings, device = options.settings("vae"), options.device
-    drawn, pixels = scenes(options.scenes, options.out)
-    torch.manual_seed(settings.seed)
-    vae = VAE(MINI_VAE).to(device)
+def vae_stage(options, settings, drawn, pixels):
+    """The autoencoder (Rombach et al. 2022, without the discriminator); its latents are brought to unit variance."""
+    device, vae = options.device, VAE(MINI_VAE).to(options.device)
     _, held_out = held_out_images(options.test_scenes, device)
 
     def loss_of(network, draws):
@@ -127,31 +110,34 @@ def train_vae(options):
         with options.autocast():
             latent = network.encode(x)
             noise = draws.normal(*latent.mean.shape[1:]).to(device)
-            guess = network.decode(latent.sample(noise)).float()
-        error = guess - x
+            error = network.decode(latent.sample(noise)).float() - x
         edges = sum((error.diff(dim=axis)).abs().mean() for axis in (2, 3))
         mean, logvar = latent.mean.float(), latent.logvar.float()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return error.abs().mean() + 2 * error.square().mean() + 0.3 * edges + 2e-4 * divergence
 
     def evaluate(step):
-        again = vae.decode(vae.encode(held_out[:16]).mode())
-        write_grid(options.out / "vae" / "samples.png", [*held_out[:16], *again])
+        some = held_out[:16]
+        write_grid(options.out / "vae" / "samples.png", [*some, *vae.decode(vae.encode(some).mode())])
 
-    average = fit(vae, loss_of, settings, options.out / "vae", evaluate)
-    if RANK > 0:
-        return None
-    with torch.no_grad():
-        latents = encode_all(average, pixels[:2048], device).float()
-        normalise_latents(average, latents)
-        again = average.decode(average.encode(held_out).mode())
-    shutil.rmtree(options.out / "vae_model", ignore_errors=True)  # of a run that was stopped in its last moments
-    save_vae(average, options.out / "vae_model", torch.float16)
-    noise_ratio = 10 * ((again - held_out).square().mean((1, 2, 3)) / 4).log10().neg().mean()
-    return {
-        "PSNR on held-out images, dB": noise_ratio.item(),
-        "L1 in [0, 1]": ((again - held_out).abs().mean() / 2).item(),
-    }
+    def finish(vae):
+        normalise_latents(vae, encode_all(vae, pixels[:2048], options).float())
+        error = vae.decode(vae.encode(held_out).mode()) - held_out
+        save_vae(vae, options.out / "vae_model", torch.float16)
+        noise_ratio = 10 * (error.square().mean((1, 2, 3)) / 4).log10().neg().mean()
+        return {"PSNR on held-out images, dB": noise_ratio.item(), "L1 in [0, 1]": (error.abs().mean() / 2).item()}
+
+    return vae, loss_of, evaluate, finish
+
+
+def encode_all(vae, pixels, options):
+    """The latents of all images, the mode: [count, C, h, w], float16, for the noise of a sample is far larger."""
+
+    def encode(pixels):
+        with options.autocast():
+            return vae.encode(to_images(pixels, options.device)).mode().half().cpu()
+
+    return in_batches(encode, 128, pixels, desc="encoding") * vae.config.scaling
 
 
 @torch.no_grad()
@@ -174,25 +160,18 @@ def normalise_latents(vae, latents):
 # ---- Stable Diffusion ----
 
 
-def train_sd(options):
-    """Train text-to-image latent diffusion on captions, the text tower frozen (Rombach et al. 2022)."""
-    settings, device = options.settings("sd"), options.device
-    drawn, pixels = scenes(options.scenes, options.out)
-    vae = load_vae(options.out / "vae_model").float().to(device)
-    clip, tokenizer = load_clip(options.out / "clip_model", device)
-    kept = options.out / "sd" / f"latents_{options.scenes}.safetensors"  # so that resuming need not encode again
-    if RANK == 0 and not kept.exists():
-        kept.parent.mkdir(exist_ok=True)
-        with atomic_write(kept) as beside:
-            write_tensors(beside, {"latents": encode_all(vae, pixels, device)})
-    barrier()
-    latents = read_tensors(kept)[0]["latents"]
-    captions = tokenizer([caption(scene) for scene in drawn])
-    torch.manual_seed(settings.seed)
-    unet = UNet(MINI_UNET).to(device)
+def sd_stage(options, settings, drawn, pixels):
+    """Text-to-image latent diffusion on captions, the text tower frozen (Rombach et al. 2022)."""
+    device, unet, out = options.device, UNet(MINI_UNET).to(options.device), options.out
     start_at_zero(unet)
+    vae = load_vae(out / "vae_model").float().to(device)
+    clip, tokenizer = load_clip(out / "clip_model", device)
+    judge = Judge.load(out / "judge.safetensors", device)
+    latents = encode_all(vae, pixels, options).contiguous()
+    captions, null = tokenizer([caption(scene) for scene in drawn]), tokenizer([""])
     model = Model(unet, vae, text_alone(clip.text), tokenizer, MINI_SAMPLING)
-    schedule, null = NoiseSchedule(), tokenizer([""])
+    sampler, schedule = StableDiffusion(model), NoiseSchedule()
+    held_out = [training_scene(index, test=True) for index in range(options.test_scenes)]
 
     def loss_of(network, draws):
         chosen, drop, t = draws.integers(len(drawn)), draws.uniform() < 0.1, draws.integers(1000).to(device)
@@ -203,58 +182,36 @@ def train_sd(options):
             eps = network(schedule.add_noise(z, noise, t), t, context, options.attend).float()
         return (schedule.min_snr(t) * (eps - noise).square().mean((1, 2, 3))).mean()
 
-    held_out = [training_scene(index, test=True) for index in range(options.test_scenes)]
+    def sample(scenes, seeds):
+        return sampler.sample([caption(scene) for scene in scenes], seeds)
 
     def evaluate(step):
-        judge = Judge.load(options.out / "judge.safetensors").to(device)
-        sampler = StableDiffusion(Model(unet, vae, model.text_encoder, tokenizer, MINI_SAMPLING))
         some = held_out[:32]
-        x = sampler.sample([caption(scene) for scene in some], range(len(some)))
-        write_grid(options.out / "sd" / "samples.png", x, [caption(scene) for scene in some])
-        return {"all attributes right": fraction_right(judge, x, some)}
+        x = sample(some, range(len(some)))
+        write_grid(out / "sd" / "samples.png", x, [caption(scene) for scene in some])
+        return {"all attributes right": right(judge, x, some).mean()}
 
-    fit(unet, loss_of, settings, options.out / "sd", evaluate)
-    if RANK > 0:
-        return None
-    shutil.rmtree(options.out / "sd_model", ignore_errors=True)  # of a run that was stopped in its last moments
-    save_folder(model, options.out / "sd_model", torch.float16)
-    sampler, judge, images = StableDiffusion(model), Judge.load(options.out / "judge.safetensors").to(device), []
-    for seeds in torch.arange(len(held_out)).split(64):
-        images.append(sampler.sample([caption(held_out[seed]) for seed in seeds], seeds.tolist()))
-    right = fraction_right(judge, torch.cat(images), held_out)
-    return {f"all attributes right on {len(held_out)} held-out captions": right}
+    def finish(unet):
+        save_folder(model, out / "sd_model", torch.float16)
+        x = in_batches(sample, 64, held_out, range(len(held_out)))
+        return {f"all attributes right on {len(held_out)} held-out captions": right(judge, x, held_out).mean()}
 
-
-@torch.no_grad()
-def encode_all(vae, pixels, device):
-    """The latents of all images, the mode: [count, C, h, w], float16, for the noise of a sample is far smaller."""
-    batches = [pixels[i : i + 128] for i in range(0, len(pixels), 128)]
-    encoded = []
-    for batch in tqdm(batches, desc="encoding", leave=False):
-        with autocasting(device, fast_precision(device))():
-            encoded.append(vae.encode(to_images(batch, device)).mode().half().cpu())
-    return torch.cat(encoded) * vae.config.scaling
+    return unet, loss_of, evaluate, finish
 
 
 def start_at_zero(unet):
     """Let every residual block and transformer begin as the identity, and the prediction as zero."""
-    with torch.no_grad():
-        for name, weight in unet.named_parameters():
-            last = ".conv2." in name or ".transformer" in name and name.endswith((".proj_out.weight", ".proj_out.bias"))
-            if (last and "feed_forward" not in name) or name.startswith("conv_out"):
-                weight.zero_()
+    for name, weight in unet.named_parameters():
+        last = ".conv2." in name or ".transformer" in name and name.endswith((".proj_out.weight", ".proj_out.bias"))
+        if (last and "feed_forward" not in name) or name.startswith("conv_out"):
+            weight.data.zero_()
 
 
 def text_alone(tower):
     """CLIP's text tower without the projection, as Stable Diffusion uses it; the weights are shared."""
     alone = CLIPText(replace(tower.config, projection=None))
-    weights = tower.state_dict()
-    weights.pop("projection.weight")
-    alone.load_state_dict(weights, assign=True)
+    alone.load_state_dict({k: v for k, v in tower.state_dict().items() if k != "projection.weight"}, assign=True)
     return alone.eval().requires_grad_(False)
-
-
-# ---- the program ----
 
 
 def write_grid(path, images, captions=None):
@@ -262,11 +219,42 @@ def write_grid(path, images, captions=None):
     save_png(grid([enlarge(to_image(x)) for x in images], 8, captions), path)
 
 
-TRAIN = {"vae": train_vae, "clip": train_clip, "judge": train_judge, "sd": train_sd}
+# ---- the program ----
 
 
-def parse(arguments=None):
-    """The command line."""
+STAGES = {"vae": vae_stage, "clip": clip_stage, "judge": judge_stage, "sd": sd_stage}
+
+
+def run_stage(stage, options):
+    """Train a stage that is not done yet, and note what it reached in `results.json`."""
+    folder, own = options.out / stage, SETTINGS[stage]
+    if (folder / "results.json").exists():
+        print(f"{stage}: done already; remove {folder} to train it anew")
+        return
+    total, steps = options.total_batch_size or own.batch_size, options.max_steps or own.max_steps
+    if total % PROCESSES:
+        raise UserError(f"{total} examples a step cannot be divided by {PROCESSES} processes")
+    seed, every = own.seed + 1000 * options.seed, max(1, steps // 10)
+    changed = {"max_steps": steps, "eval_every": every, "save_every": every, "batch_size": total // PROCESSES}
+    settings = replace(own, **changed, seed=seed)
+    if RANK == 0:
+        keep_settings(folder / "settings.json", {"total_batch_size": total, "seed": seed})
+    drawn, pixels = scenes(options.scenes, options.out)
+    torch.manual_seed(seed)  # of the weights to begin with; all else that is random is drawn from `Draws`
+    network, loss_of, evaluate, finish = STAGES[stage](options, settings, drawn, pixels)
+    network = fit(network, loss_of, settings, folder, evaluate)
+    if RANK == 0:
+        shutil.rmtree(options.out / f"{stage}_model", ignore_errors=True)  # of a run that was stopped in `finish`
+        with torch.no_grad():
+            results = finish(network)
+        results["minutes of training"] = read_metrics(folder / "metrics.jsonl")[-1]["minutes"]
+        with atomic_write(folder / "results.json") as beside:
+            write_json(beside, results)
+        print(f"{stage}: " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()))
+
+
+def main(arguments=None):
+    """Train the stages that were asked for."""
     parser = Parser(prog="mini.pretrain", description="Train the miniature's autoencoder, CLIP and Stable Diffusion.")
     add = parser.add_argument
     add("stage", choices=[*STAGES, "all"], help="what to train; all: everything, in order")
@@ -278,50 +266,19 @@ def parse(arguments=None):
     add("--seed", type=int, default=0, metavar="S", help="of all randomness (default: 0)")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
     add("--threads", type=whole, metavar="N", help="CPU threads (default: all cores)")
-    return parser.parse_args(arguments)
-
-
-def main(arguments=None):
-    """Train the stages that were asked for and note what they reached in `results.json`."""
-    options = parse(arguments)
+    options = parser.parse_args(arguments)
     if not 0 <= options.seed < 10**8:
         raise UserError(f"--seed should be between 0 and {10**8 - 1}, not {options.seed}")
     check_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
     options.device = join(options.device)
-    precision = fast_precision(options.device)
-    options.autocast = autocasting(options.device, "bf16" if precision == "bf16" else "no")
+    options.autocast = autocasting(options.device, "bf16" if fast_precision(options.device) == "bf16" else "no")
     options.attend = reference if options.device == "cpu" else fused  # whose backward pass is slow on CPUs
-
-    def settings(stage):
-        own = SETTINGS[stage]
-        total, steps = options.total_batch_size or own.batch_size, options.max_steps or own.max_steps
-        if total % PROCESSES:
-            raise UserError(f"{total} examples a step cannot be divided by {PROCESSES} processes")
-        every = max(1, steps // 10)
-        changed = {"max_steps": steps, "batch_size": total // PROCESSES, "eval_every": every, "save_every": every}
-        return replace(own, **changed, seed=own.seed + 1000 * options.seed)
-
-    options.settings = settings
     options.out.mkdir(parents=True, exist_ok=True)
     for stage in STAGES if options.stage == "all" else [options.stage]:
-        barrier()  # what the stage before has left is whole
-        noted = options.out / stage / "results.json"
-        if noted.exists():
-            print(f"{stage}: done already; remove {options.out / stage} to train it anew")
-            continue
-        if RANK == 0:
-            of_run = settings(stage)
-            total = {"total_batch_size": of_run.batch_size * PROCESSES, "seed": of_run.seed}
-            keep_settings(options.out / stage / "settings.json", total)
-        results = TRAIN[stage](options)
-        if RANK == 0:
-            results["minutes of training"] = read_metrics(options.out / stage / "metrics.jsonl")[-1]["minutes"]
-            with atomic_write(noted) as beside:
-                write_json(beside, results)
-            print(f"{stage}: " + ", ".join(f"{name} {value:.3f}" for name, value in results.items()))
-        barrier()
+        run_stage(stage, options)
+        barrier()  # what the stage leaves is whole
 
 
 if __name__ == "__main__":

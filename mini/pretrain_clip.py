@@ -1,7 +1,6 @@
 """CLIP for the miniature's world, and its tokenizer, from nothing: the second stage of `mini.pretrain`."""
 
 import json
-import shutil
 
 import numpy as np
 import torch
@@ -12,10 +11,8 @@ from torch import nn
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import END, START, CLIPTextConfig, CLIPTokenizer
 from formats.checkpoint import save_clip
-from mini.scenes import held_out_images, scenes, to_images
+from mini.scenes import held_out_images, to_images
 from mini.world import KINDS, SIZE, caption, random_edit
-from train import fit
-from training.runs import RANK
 
 MINI_IMAGE = CLIPImageConfig(size=SIZE, patch=8, width=128, layers=4, heads=4, projection=128)
 MINI_TOKENS = 24
@@ -34,71 +31,57 @@ def train_tokenizer(texts, tokens=MINI_TOKENS):
     bpe.normalizer = normalizers.Lowercase()
     words = pre_tokenizers.Split(Regex(CLIPTokenizer.SPLIT), "removed", invert=True)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,
-        min_frequency=2,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    learned = json.loads(bpe.to_str())["model"]
-    merges = [tuple(merge.split()) if isinstance(merge, str) else tuple(merge) for merge in learned["merges"]]
+    letters, end = sorted(pre_tokenizers.ByteLevel.alphabet()), "</w>"
+    learning = {"initial_alphabet": letters, "end_of_word_suffix": end, "min_frequency": 2, "vocab_size": 2000}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(**learning, show_progress=False))
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     # CLIP's order: the bytes, the bytes that end a word, the merges, the two special tokens
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    pieces = letters + [letter + "</w>" for letter in letters] + [a + b for a, b in merges] + [START, END]
+    pieces = letters + [letter + end for letter in letters] + [a + b for a, b in merges] + [START, END]
     return CLIPTokenizer({piece: number for number, piece in enumerate(dict.fromkeys(pieces))}, merges, tokens)
 
 
-def train_clip(options):
-    """Train both towers by the contrastive loss (Radford et al. 2021), on captions and images.
+def clip_stage(options, settings, drawn, pixels):
+    """Both towers by the contrastive loss (Radford et al. 2021), on captions and images.
 
     Captions hold no instructions, so the text tower would never learn their words. A second loss, on texts alone,
     pulls an instruction towards the difference of the captions after and before it. No edited image is shown.
     Each process contrasts its own rows of the total batch.
     """
-    settings, device = options.settings("clip"), options.device
-    drawn, pixels = scenes(options.scenes, options.out)
-    tokenizer = train_tokenizer(world_texts())
+    device, tokenizer = options.device, train_tokenizer(world_texts())
     size = len(tokenizer.vocabulary)
     text = CLIPTextConfig(size, MINI_TOKENS, 128, layers=4, heads=4, end_token=tokenizer.end, projection=128)
-    torch.manual_seed(settings.seed)
     clip = CLIP(text, MINI_IMAGE).to(device)
-    initialise_clip(clip)
+    for name, weight in clip.named_parameters():
+        if "embedding" in name:  # small, as CLIP's authors start from; torch's own are fifty times larger
+            nn.init.normal_(weight, std=0.02)
     captions = tokenizer([caption(scene) for scene in drawn])
     rng = np.random.default_rng(settings.seed)
     edits = [random_edit(rng) for _ in range(min(20_000, options.scenes))]
-    triplets = [
-        tokenizer(texts)
-        for texts in zip(*((caption(e.before), e.instruction, caption(e.after)) for e in edits), strict=True)
-    ]
+    triplets = [(caption(edit.before), edit.instruction, caption(edit.after)) for edit in edits]
+    triplets = torch.stack([tokenizer(triplet) for triplet in triplets], dim=1)  # [3, edits, L]
 
     def loss_of(network, draws):
         chosen, picked = draws.integers(len(drawn)).numpy(), draws.integers(len(edits)).numpy()
-        picked = picked[: max(1, len(picked) // 4)]
+        ids = triplets[:, picked[: max(1, len(picked) // 4)]]
         images = (to_images(pixels[chosen], device) + 1) / 2
         with options.autocast():
             image = network.image.features(images).float()
             words = network.text.features(captions[chosen].to(device)).float()
-            ids = torch.cat([ids[picked] for ids in triplets]).to(device)
-            before, instruction, after = network.text.features(ids).float().chunk(3)
+            before, instruction, after = network.text.features(ids.flatten(0, 1).to(device)).float().chunk(3)
         scale = network.logit_scale.exp().clamp(max=100)
         turn = F.normalize(after - before, dim=-1)
         loss = contrast(scale * image @ words.T, captions[chosen])
-        return loss + 0.5 * contrast(10 * instruction @ turn.T, triplets[1][picked])
+        return loss + 0.5 * contrast(10 * instruction @ turn.T, ids[1])
 
-    average = fit(clip, loss_of, settings, options.out / "clip")
-    if RANK > 0:
-        return None
-    shutil.rmtree(options.out / "clip_model", ignore_errors=True)  # of a run that was stopped in its last moments
-    save_clip(average, tokenizer, options.out / "clip_model", torch.float16)
-    chosen, x = held_out_images(options.test_scenes, device)
-    with torch.no_grad():
-        image = average.image.features((x + 1) / 2)
-        words = average.text.features(tokenizer([caption(scene) for scene in chosen]).to(device))
-    best = (image @ words.T).argmax(1)
-    right = [caption(chosen[i]) == caption(chosen[j]) for i, j in enumerate(best.tolist())]
-    return {f"image to caption, first of {len(chosen)}": float(np.mean(right))}
+    def finish(clip):
+        save_clip(clip, tokenizer, options.out / "clip_model", torch.float16)
+        scenes, x = held_out_images(options.test_scenes, device)
+        texts = [caption(scene) for scene in scenes]
+        best = (clip.image.features((x + 1) / 2) @ clip.text.features(tokenizer(texts).to(device)).T).argmax(1)
+        right = [texts[found] == text for found, text in zip(best.tolist(), texts, strict=True)]
+        return {f"image to caption, first of {len(texts)}": float(np.mean(right))}
+
+    return clip, loss_of, None, finish
 
 
 def contrast(logits, ids):
@@ -106,10 +89,3 @@ def contrast(logits, ids):
     same = (ids[:, None] == ids[None]).all(2).float().to(logits.device)
     target = same / same.sum(1, keepdim=True)
     return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
-
-
-def initialise_clip(clip):
-    """Small embeddings, as CLIP's authors start from; torch's own are fifty times larger."""
-    for name, weight in clip.named_parameters():
-        if "embedding" in name:
-            nn.init.normal_(weight, std=0.02)

@@ -1,20 +1,35 @@
-"""Tables in Markdown, and the files of a result."""
+"""What the two evaluations share: CLIP's similarities, tables in Markdown, and the files of a result."""
 
 import json
 
 from cli import atomic_write
 
+import torch
+
 from images import save_png
+from mini.scenes import in_batches
+from mini.world import caption
+
+SIMILARITIES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")
 
 
-def table(columns):
-    """The first lines of a table with these columns."""
-    return [*line("", *columns), "|---" * (1 + len(columns)) + "|"]
+def clip_similarities(clip, tokenizer, edits, before, after, batch_size):
+    """`CLIP.edit_similarities` of images [N, 3, H, W] in [-1, 1] and the captions of N edits: SIMILARITIES, [4, N]."""
+    device = clip.logit_scale.device
+
+    def compute(edits, *images):
+        texts = [caption(edit.before) for edit in edits], [caption(edit.after) for edit in edits]
+        ids = (tokenizer(captions).to(device) for captions in texts)
+        found = clip.edit_similarities(*((x.to(device) + 1) / 2 for x in images), *ids)
+        return torch.stack([found[name] for name in SIMILARITIES], dim=1)
+
+    return in_batches(compute, batch_size, edits, before, after).T.contiguous()
 
 
-def line(*cells):
-    """One line of a table."""
-    return [f"| {' | '.join(cells)} |"]
+def table(columns, rows):
+    """A table in Markdown. rows: {title: cells}."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (["", *columns], *([title, *rows[title]] for title in rows))]
+    return "\n".join([lines[0], "|---" * (1 + len(columns)) + "|", *lines[1:]])
 
 
 def percent(fraction):

@@ -1,4 +1,4 @@
-"""The miniature's scenes as training data: by number, as pixels, as tensors; and what the judge says of images."""
+"""The miniature's scenes as training data: by number, as pixels, as tensors; and work on them in batches."""
 
 from concurrent.futures import ProcessPoolExecutor
 
@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from mini.judge import truth
 from mini.world import random_scene, render
 
 
@@ -17,19 +16,19 @@ def training_scene(index, test=False):
     return random_scene(np.random.default_rng([int(test), index]), test)
 
 
-def pixels_of(index, test=False):
+def pixels_of(scene):
     """Its pixels [64, 64, 3], uint8."""
-    return np.asarray(render(training_scene(index, test)))
+    return np.asarray(render(scene))
 
 
 def scenes(count, folder):
     """(The first `count` training scenes, their pixels uint8 [count, 64, 64, 3]); drawn once and kept in `folder`."""
-    path = folder / f"scenes_{count}.npy"
+    path, chosen = folder / f"scenes_{count}.npy", [training_scene(index) for index in range(count)]
     if not path.exists():
         with ProcessPoolExecutor() as pool, atomic_write(path) as beside, open(beside, "wb") as file:
-            drawn = tqdm(pool.map(pixels_of, range(count), chunksize=256), total=count, desc="drawing", leave=False)
+            drawn = tqdm(pool.map(pixels_of, chosen, chunksize=256), total=count, desc="drawing", leave=False)
             np.save(file, np.stack(list(drawn)))
-    return [training_scene(index) for index in range(count)], np.load(path, mmap_mode="r")
+    return chosen, np.load(path, mmap_mode="r")
 
 
 def to_images(pixels, device="cpu"):
@@ -40,10 +39,12 @@ def to_images(pixels, device="cpu"):
 
 def held_out_images(count, device):
     """(`count` held-out scenes, their images [count, 3, 64, 64] in [-1, 1])."""
-    pixels = np.stack([pixels_of(index, test=True) for index in range(count)])
-    return [training_scene(index, test=True) for index in range(count)], to_images(pixels, device)
+    chosen = [training_scene(index, test=True) for index in range(count)]
+    return chosen, to_images(np.stack([pixels_of(scene) for scene in chosen]), device)
 
 
-def fraction_right(judge, x, chosen):
-    """The fraction of images x in which the judge reads all attributes of their scenes."""
-    return float(np.mean([reading == truth(scene) for reading, scene in zip(judge.read(x), chosen, strict=True)]))
+@torch.no_grad()
+def in_batches(compute, size, *inputs, desc=None):
+    """Call compute(*batch) for batches of the inputs, which are of one length, and join what it returns, tensors."""
+    starts = tqdm(range(0, len(inputs[0]), size), desc=desc, unit="batch", leave=False, disable=desc is None)
+    return torch.cat([compute(*(values[start : start + size] for values in inputs)) for start in starts])

@@ -2,8 +2,7 @@
 
 A `Scene` is one or two things on a background, in a medium. `render` draws it, `caption` describes it, `random_edit`
 changes one attribute and words the instruction. An edit keeps what it does not mention, down to the pixel, because
-everything that is not an attribute comes from the scene's `layout` seed. So the TRUE edited image exists for every
-edit. Training never sees it; `evaluate.py world` compares with it.
+everything else comes from the scene's `layout` seed. So every edit has a TRUE edited image: never shown in training.
 
 Held out from all training, for evaluation: a tenth of all compositions (the attributes without the side of a single
 thing), chosen by a hash, and the phrasings in `HELD_OUT` of phrasings.py.
@@ -25,26 +24,17 @@ PAPER = np.array([252, 250, 243])  # of a sketch
 
 SHAPES = ("ball", "star", "heart", "house", "tree", "mushroom")
 COLOURS = {
-    "red": (214, 45, 50),
-    "yellow": (250, 208, 50),
-    "green": (58, 168, 76),
-    "blue": (48, 108, 222),
-    "purple": (138, 68, 188),
-    "pink": (246, 142, 188),
-}
+    "red": (214, 45, 50), "yellow": (250, 208, 50), "green": (58, 168, 76), "blue": (48, 108, 222),
+    "purple": (138, 68, 188), "pink": (246, 142, 188),
+}  # fmt: skip
 SIZES = {"small": 8.0, "large": 13.0}  # half of a thing's height in pixels, about
 MEDIA = ("painting", "sketch", "mosaic")
 BACKGROUNDS = {  # name: as a caption says it
-    "meadow": "in a meadow",
-    "sea": "by the sea",
-    "desert": "in the desert",
-    "sunset": "at sunset",
-    "night": "at night",
-    "snow": "in the snow",
-    "autumn": "in autumn",
-    "paper": "on white paper",
-}
-KINDS = ("colour", "shape", "background", "medium", "size", "add", "remove")
+    "meadow": "in a meadow", "sea": "by the sea", "desert": "in the desert", "sunset": "at sunset",
+    "night": "at night", "snow": "in the snow", "autumn": "in autumn", "paper": "on white paper",
+}  # fmt: skip
+OPTIONS = {"colour": COLOURS, "shape": SHAPES, "background": BACKGROUNDS, "medium": MEDIA, "size": SIZES}
+KINDS = (*OPTIONS, "add", "remove")  # of edits
 
 
 @dataclass(frozen=True)
@@ -87,10 +77,10 @@ class Edit:
 
 
 def caption(scene, side=True):
-    """A scene in words, from left to right: "a painting of a large red house and a small blue tree by the sea".
+    """A scene in words: "a painting of a large red house and a small blue tree by the sea".
 
-    A single thing has its side: "a painting of a large red house on the left by the sea". So a caption states every
-    attribute, and Prompt-to-Prompt has no reason to move anything. side=False leaves these words out.
+    A single thing has its side, "on the left", unless side=False: so a caption states every attribute, and
+    Prompt-to-Prompt has no reason to move anything.
     """
     things = " and ".join(f"a {thing.size} {thing.colour} {thing.shape}" for thing in scene.things)
     side = f" on the {'left' if scene.left else 'right'}" if side and len(scene.things) == 1 else ""
@@ -135,8 +125,7 @@ def random_scene(rng, test=False):
 def random_edit(rng, kind=None, test=False, new_phrasing=False):
     """An edit of a random scene. kind: one of KINDS, or None for any.
 
-    test: the scenes before and after are both held-out compositions, else neither is.
-    new_phrasing: the instruction is worded as training never words it.
+    test: both scenes are held-out compositions, else neither is; new_phrasing: worded as training never words it.
     """
     kind = kind or pick(rng, KINDS)
     while True:
@@ -165,36 +154,26 @@ def possible_kinds(scene):
 
 def change(scene, kind, rng):
     """Change one attribute randomly: (the scene after, the key of its phrasings, the words that fill them)."""
-    if kind == "background":
-        background = pick(rng, [name for name in BACKGROUNDS if name != scene.background])
-        return replace(scene, background=background), background, {}
-    if kind == "medium":
-        medium = pick(rng, [name for name in MEDIA if name != scene.medium])
-        return replace(scene, medium=medium), medium, {}
+    if kind in ("background", "medium"):
+        value = pick(rng, OPTIONS[kind], but=[getattr(scene, kind)])
+        return replace(scene, **{kind: value}), value, {}
     if kind == "add":
         old, side = scene.things[0], "right" if scene.left else "left"
-        shape = pick(rng, [shape for shape in SHAPES if shape != old.shape])
-        new = Thing(shape, pick(rng, COLOURS), pick(rng, SIZES))
-        words = {"size": new.size, "colour": new.colour, "shape": new.shape, "other": old.shape}
-        return replace(scene, **{side: new}), kind, words
+        new = Thing(pick(rng, SHAPES, but=[old.shape]), pick(rng, COLOURS), pick(rng, SIZES))
+        return replace(scene, **{side: new}), kind, {**vars(new), "other": old.shape}
     side = pick(rng, [side for side in ("left", "right") if getattr(scene, side)])
     thing = getattr(scene, side)
     if kind == "remove":
         return replace(scene, **{side: None}), kind, {"shape": thing.shape}
-    if kind == "colour":
-        new = replace(thing, colour=pick(rng, [colour for colour in COLOURS if colour != thing.colour]))
-    elif kind == "shape":
-        taken = {other.shape for other in scene.things}
-        new = replace(thing, shape=pick(rng, [shape for shape in SHAPES if shape not in taken]))
-    else:
-        new = replace(thing, size="small" if thing.size == "large" else "large")
+    taken = [thing.shape for thing in scene.things] if kind == "shape" else [getattr(thing, kind)]
+    new = replace(thing, **{kind: pick(rng, OPTIONS[kind], but=taken)})
     key = new.size if kind == "size" else kind
     return replace(scene, **{side: new}), key, {"shape": thing.shape, "colour": new.colour, "other": new.shape}
 
 
-def pick(rng, options):
-    """One of the options, as a plain string."""
-    options = tuple(options)
+def pick(rng, options, but=()):
+    """One of the options, but for some of them, as a plain string."""
+    options = [option for option in options if option not in but]
     return options[rng.integers(len(options))]
 
 
@@ -203,15 +182,13 @@ def pick(rng, options):
 
 def render(scene):
     """Draw a scene: an RGB image of 64x64 pixels. Equal scenes give equal pixels."""
-    rng = np.random.default_rng(scene.layout)
+    rng, sketched = np.random.default_rng(scene.layout), scene.medium == "sketch"
     pixels = draw_background(scene.background, rng)  # [64, 64, 3], float in [0, 255]
-    places = [(18 + rng.uniform(-2, 2), 51 + rng.uniform(-3, 3)), (46 + rng.uniform(-2, 2), 51 + rng.uniform(-3, 3))]
+    places = [(x + rng.uniform(-2, 2), 51 + rng.uniform(-3, 3)) for x in (18, 46)]
     tints, scales, tilts = rng.uniform(-10, 10, (2, 3)), rng.uniform(0.94, 1.06, 2), rng.uniform(-0.1, 0.1, 2)
     tiles = rng.uniform(0.92, 1.06, (SIZE // 4, SIZE // 4, 1))
-    sketched = scene.medium == "sketch"
     if sketched:
-        grey = pixels.mean(2, keepdims=True)
-        pixels = 0.62 * PAPER + 0.38 * (0.75 * pixels + 0.25 * grey)
+        pixels = 0.62 * PAPER + 0.38 * (0.75 * pixels + 0.25 * pixels.mean(2, keepdims=True))
     for side, thing in enumerate((scene.left, scene.right)):
         if thing:
             colour = np.clip(np.array(COLOURS[thing.colour]) + tints[side], 0, 255)
@@ -263,7 +240,7 @@ def draw_background(name, rng):
         pixels = ground(pixels, (40, 130, 190), (70, 185, 215), horizon)
         hills = hills + 13  # the beach begins lower
     elif name == "desert":
-        pixels = blend(pixels, (255, 250, 225), disc(far, 12, 6))
+        pixels = blend(pixels, (255, 250, 225), disc(far, 12, 6))  # the sun
     elif name == "sunset":
         pixels = blend(pixels, (255, 225, 120), disc(far, horizon - 1, 8))
     elif name == "night":

@@ -1,20 +1,30 @@
-"""Measuring generated pairs: the edits, what counts as change and as right, and what the filter did to a data set."""
+"""Measuring generated pairs: the edits, what counts as change and as right, and what the filter keeps."""
 
 from types import SimpleNamespace
 
+from cli import UserError
+
 import pytest
 import torch
+from dataset_of_true_pairs import write_pairs
+from torch import nn
 
 from dataset import Filter
 from mini import evaluate_pairs
-from mini.evaluate_pairs import NOISE, measure_pairs, measure_right, one_sided_edits
+from mini.evaluate_pairs import NOISE, measure_filter, measure_pairs, measure_right, one_sided_edits
 from mini.judge import Judge, truth
+from mini.report import SIMILARITIES
 from mini.world import caption
 from p2p import P_RANGE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 INDEPENDENT, SHARED, CONTROLLED = NOISE
+MODEL = SimpleNamespace(
+    sampling=SimpleNamespace(resolution=64),
+    vae=SimpleNamespace(config=SimpleNamespace(factor=4, latent_channels=4)),
+    device="cpu",
+)
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +32,13 @@ def edits():
     return one_sided_edits(24)
 
 
-class Oracle:
-    """A judge of grey images whose brightness tells the scene; it takes those in `wrong` for others, and no more.
+class Oracle(nn.Module):
+    """A judge of grey images whose brightness tells the scene; it takes those in `wrong` for others, and no more."""
 
-    image(scene): the image of a scene; wrong: numbers of scenes.
-    """
-
-    def __init__(self, scenes, wrong=()):
-        self.scenes, self.wrong = scenes, wrong
+    def __init__(self, edits, wrong=()):
+        super().__init__()
+        self.where = nn.Parameter(torch.zeros(1))
+        self.scenes, self.wrong = [scene for edit in edits for scene in (edit.before, edit.after)], wrong
 
     def image(self, scene):
         return torch.full((3, 64, 64), self.scenes.index(scene) / len(self.scenes))
@@ -39,30 +48,14 @@ class Oracle:
         return [truth(self.scenes[number - 1 if number in self.wrong else number]) for number in numbers]
 
 
-def scenes_of(edits):
-    return [scene for edit in edits for scene in (edit.before, edit.after)]
-
-
-def drawn(monkeypatch, edits, oracle):
-    """Let the oracle's images be what is sampled for the captions of `edits`; returns the list of batches' sizes."""
-    known, sizes = {caption(scene): oracle.image(scene) for scene in scenes_of(edits)}, []
+def drawn(monkeypatch, oracle):
+    """Let the oracle's images be what is sampled for the captions of its scenes."""
+    known = {caption(scene): oracle.image(scene) for scene in oracle.scenes}
 
     def sample_pairs(model, before, after, noise, steps=None):
-        sizes.append(len(before))
         return tuple(torch.stack([known[text] for text in texts]) for texts in (before, after))
 
     monkeypatch.setattr(evaluate_pairs, "sample_pairs", sample_pairs)
-    return sizes
-
-
-MODEL = SimpleNamespace(
-    sampling=SimpleNamespace(resolution=64),
-    vae=SimpleNamespace(config=SimpleNamespace(factor=4, latent_channels=4)),
-    device="cpu",
-)
-
-
-# ---- the edits ----
 
 
 # ---- change ----
@@ -70,7 +63,8 @@ MODEL = SimpleNamespace(
 
 def test_change_is_that_of_the_half_not_named(edits, monkeypatch):
     """Of a pair that differs by 1 in the half named and by 0.4 in the other one, from -1 to 1: 0.2 of the range."""
-    sides = {caption(edit.before): left for edit, left in edits}
+    sides = {caption(edit.before): edit.before.left != edit.after.left for edit in edits}
+    assert set(sides.values()) == {False, True}
 
     def sample_pairs(model, before, after, noise, steps=None):
         x = torch.zeros(len(before), 3, 64, 64)
@@ -123,36 +117,29 @@ def test_the_three_ways(edits, monkeypatch):
         ([0], 5 / 6),  # the first pair's image before
         ([3], 5 / 6),  # the second's image after
         ([4, 5], 5 / 6),  # both of the third
-        ([0, 3, 4, 5], 0.5),
         (range(12), 0.0),
     ],
 )
 def test_both_images_of_a_pair_must_be_right(edits, monkeypatch, wrong, fraction):
-    oracle = Oracle(scenes_of([edit for edit, _ in edits[:6]]), wrong)
-    sizes = drawn(monkeypatch, [edit for edit, _ in edits[:6]], oracle)
+    oracle = Oracle(edits[:6], wrong)
+    drawn(monkeypatch, oracle)
     measured, _ = measure_pairs(MODEL, oracle, edits[:6], (3.0, 6.0), batch_size=4)
     assert [row["both_right"] for row in measured.values()] == [pytest.approx(fraction)] * 3
-    assert sizes == [4, 4, 2, 2, 4, 2, 4, 2]
 
 
 class Scorer:
     """A CLIP whose similarities are given; it checks that it is shown images in [0, 1] with their own captions."""
 
-    def __init__(self, rows, oracle, edits):
-        self.rows, self.oracle, self.edits, self.seen = rows, oracle, edits, 0
+    def __init__(self, rows, oracle):
+        self.rows, self.oracle, self.logit_scale = rows, oracle, torch.zeros(())
 
     def edit_similarities(self, before, after, ids_before, ids_after):
-        part = self.edits[self.seen : self.seen + len(before)]
-        for images, ids, scenes in (
-            (before, ids_before, [edit.before for edit in part]),
-            (after, ids_after, [edit.after for edit in part]),
-        ):
-            assert ids.tolist() == letters([caption(scene) for scene in scenes]).tolist()
-            expected = torch.stack([self.oracle.image(scene) for scene in scenes])
-            torch.testing.assert_close(images, (expected + 1) / 2)
-        rows = self.rows[self.seen : self.seen + len(before)]
-        self.seen += len(before)
-        return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+        known = {caption(scene): self.oracle.image(scene) for scene in self.oracle.scenes}
+        for images, ids in ((before, ids_before), (after, ids_after)):
+            captions = ["".join(map(chr, row)).strip() for row in ids.tolist()]
+            torch.testing.assert_close(images, (torch.stack([known[text] for text in captions]) + 1) / 2)
+        rows, self.rows = self.rows[: len(before)], self.rows[len(before) :]
+        return dict(zip(SIMILARITIES, torch.tensor(rows).T, strict=True))
 
 
 def letters(texts):
@@ -160,20 +147,18 @@ def letters(texts):
     return torch.tensor([[ord(letter) for letter in text.ljust(120)] for text in texts])
 
 
-def scores(image_text=0.5, image_image=0.9, direction=0.5):
-    return {"clip_sim_0": image_text, "clip_sim_1": 0.6, "clip_sim_dir": direction, "clip_sim_image": image_image}
-
-
 def test_filtered_pairs_are_compared_with_all(edits, monkeypatch):
     """Six pairs, of which the 1st, 2nd, 4th and 6th pass, and the 2nd, 3rd and 5th are wrong."""
-    edits = [edit for edit, _ in edits[:6]]
-    rows = [scores(), scores(), scores(image_text=0.1), scores(), scores(image_image=0.6), scores()]
-    oracle = Oracle(scenes_of(edits), wrong=[3, 4, 8, 9])
-    drawn(monkeypatch, edits, oracle)
-    found = measure_right(
-        MODEL, oracle, Scorer(rows, oracle, edits), letters, edits, (3.0, 6.0), Filter(), batch_size=4
-    )
+    edits, good = edits[:6], [0.5, 0.6, 0.5, 0.9]
+    rows = [good, good, [0.1, *good[1:]], good, [*good[:3], 0.6], good]
+    oracle = Oracle(edits, wrong=[3, 4, 8, 9])
+    drawn(monkeypatch, oracle)
+    found = measure_right(MODEL, oracle, Scorer(rows, oracle), letters, edits, (3.0, 6.0), Filter(), batch_size=4)
     assert found == {"yield": pytest.approx(4 / 6), "right_all": 0.5, "right_kept": 0.75}
 
 
-# ---- a data set's candidates ----
+def test_a_data_set_without_candidates(tmp_path):
+    """Such as one of true pairs."""
+    write_pairs(tmp_path / "true", 1)
+    with pytest.raises(UserError, match=r"holds no candidates\.jsonl"):
+        measure_filter(tmp_path / "true")

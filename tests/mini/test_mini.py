@@ -21,8 +21,8 @@ from images import open_image
 from ip2p import InstructPix2Pix
 from mini import pretrain
 from mini.evaluate_world import clip_scores, edit_all, held_out_edits, measure, true_images
-from mini.judge import Judge
-from mini.scenes import fraction_right, training_scene
+from mini.judge import Judge, right
+from mini.scenes import training_scene
 from mini.world import caption
 from stable_diffusion import StableDiffusion
 
@@ -98,8 +98,8 @@ def test_the_bundled_model_draws_what_held_out_captions_say(count, steps):
     scenes = [training_scene(index, test=True) for index in range(count)]
     x = StableDiffusion(load(MINI / "sd")).sample([caption(scene) for scene in scenes], range(count), steps)
     judge = Judge.load(MINI / "judge.safetensors")
-    assert fraction_right(judge, x, scenes) >= 0.9
-    assert fraction_right(judge, x, scenes[1:] + scenes[:1]) < 0.1
+    assert right(judge, x, scenes).mean() >= 0.9
+    assert right(judge, x, scenes[1:] + scenes[:1]).mean() < 0.1
 
 
 def test_diffusers_opens_the_bundled_text_to_image_model():

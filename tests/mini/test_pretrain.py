@@ -3,13 +3,10 @@
 import copy
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
-
-from cli import run_program
 
 import diffusers
 import numpy as np
@@ -17,6 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT
+from program import running
 from random_model import randomise
 from reference import relative_error
 
@@ -33,12 +31,12 @@ from training.runs import read_metrics
 from unet import ResBlock, Transformer, UNet
 from vae import VAE, VAEConfig
 
-
-def random_at(seed, step):
-    return torch.Generator().manual_seed(1000 * seed + step)
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
+program = running(pretrain.main, "pretrain")
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 # ---- scenes ----
@@ -47,7 +45,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_pictures_are_those_of_their_scenes(tmp_path):
     drawn, pixels = scenes(5, tmp_path)
     assert pixels.shape == (5, SIZE, SIZE, 3)
-    assert np.array_equal(pixels[3], pixels_of(3))
+    assert np.array_equal(pixels[3], pixels_of(drawn[3]))
     assert drawn[3] == training_scene(3)
     np.save(tmp_path / "other.npy", 255 - pixels)
     (tmp_path / "other.npy").replace(tmp_path / "scenes_5.npy")
@@ -56,8 +54,6 @@ def test_pictures_are_those_of_their_scenes(tmp_path):
     x = to_images(pixels[2:4])
     assert x.shape == (2, 3, SIZE, SIZE)
     assert torch.equal(((x[1] + 1) * 127.5).round().byte().permute(1, 2, 0), torch.tensor(pixels[3]))
-    assert x.min() >= -1
-    assert x.max() <= 1
 
 
 # ---- the autoencoder ----
@@ -69,8 +65,8 @@ def test_latents_are_normalised_and_pictures_stay():
     vae = randomise(VAE(VAEConfig(channels=(8, 16), resblocks=1, groups=4, scaling=1.0)), seed=1).eval()
     vae.quant_conv.weight[:4] *= torch.tensor([0.1, 1.0, 5.0, 2.0])[:, None, None, None]
     vae.quant_conv.bias[:4] += torch.tensor([3.0, -1.0, 0.0, 10.0])
-    x = torch.rand(6, 3, 32, 32, generator=random_at(0, 0)) * 2 - 1
-    noise = torch.randn(6, 4, 16, 16, generator=random_at(0, 1))
+    x = normal(6, 3, 32, 32).tanh()
+    noise = normal(6, 4, 16, 16, seed=1)
     before = vae.encode(x)
     mode, sample = vae.decode(before.mode()), vae.decode(before.sample(noise))
     assert relative_error(sample, mode) > 0.05
@@ -93,19 +89,12 @@ def tokenizer():
 
 
 def test_the_tokenizer_is_in_clips_format(tokenizer):
-    vocabulary, count = tokenizer.vocabulary, len(tokenizer.vocabulary)
-    assert list(vocabulary.values()) == list(range(count))
-    pieces = list(vocabulary)
-    letters = pieces[:256]
-    assert all(len(letter) == 1 for letter in letters)
-    assert pieces[256:512] == [f"{letter}</w>" for letter in letters]
-    assert pieces[512:-2] == [left + right for left, right in tokenizer.merges]
-    assert pieces[-2:] == ["<|startoftext|>", "<|endoftext|>"]
-    assert tokenizer.tokens == 24
-    texts = ["a painting of a small red ball by the sea", "", "make it NIGHT"]
-    words = [text.lower().split() for text in texts]
-    rows = [[count - 2, *(vocabulary[f"{word}</w>"] for word in row), count - 1] for row in words]
-    assert tokenizer(texts).tolist() == [row + [count - 1] * (24 - len(row)) for row in rows]
+    """In this order: the bytes, the bytes that end a word, the merges, the two special tokens."""
+    pieces = list(tokenizer.vocabulary)
+    assert list(tokenizer.vocabulary.values()) == list(range(len(pieces)))
+    assert all(len(letter) == 1 for letter in pieces[:256])
+    assert pieces[256:512] == [f"{letter}</w>" for letter in pieces[:256]]
+    assert pieces[512:] == [*(left + right for left, right in tokenizer.merges), "<|startoftext|>", "<|endoftext|>"]
 
 
 def test_the_tokenizer_equals_transformers(tokenizer, tmp_path):
@@ -129,13 +118,10 @@ def test_contrast_is_least_for_logits_that_are_right():
     least = contrast(50 * same, pair).item()
     assert least == pytest.approx(0.5 * np.log(2), abs=1e-6)
     assert contrast(50 * torch.eye(4), pair) > least + 1
-    logits = torch.randn(4, 4, generator=random_at(0, 0))
-    swap = [2, 1, 0, 3]
+    logits, swap = normal(4, 4), [2, 1, 0, 3]
     for swapped in (logits[swap], logits[:, swap]):
         assert contrast(swapped, pair).item() == pytest.approx(contrast(logits, pair).item())
-    generator = random_at(0, 1)
-    near = [contrast(50 * same + torch.randn(4, 4, generator=generator), pair).item() for _ in range(20)]
-    assert min(near) > least
+    assert all(contrast(50 * same + normal(4, 4, seed=seed), pair) > least for seed in range(20))
 
 
 # ---- Stable Diffusion ----
@@ -154,21 +140,15 @@ def test_a_unet_that_starts_at_zero():
     for module in unet.modules():
         if isinstance(module, (ResBlock, Transformer)):
             module.register_forward_hook(watch)
-    z, t = torch.randn(2, 4, 16, 16, generator=random_at(0, 0)), torch.tensor([3.0, 800.0])
-    context = torch.randn(2, 24, 128, generator=random_at(0, 1))
+    z, t, context = normal(2, 4, 16, 16), torch.tensor([3.0, 800.0]), normal(2, 24, 128, seed=1)
     eps = unet(z, t, context)
     assert torch.equal(eps, torch.zeros(2, 4, 16, 16))
-    assert relative_error(before(z, t, context), torch.zeros(()) + 1e-9) > 1e6
+    assert before(z, t, context).any()
     assert {type(block) for block, _, _ in blocks} == {ResBlock, Transformer}
     for block, x, out in blocks:
-        passed = block.skip(x) if isinstance(block, ResBlock) else x
-        assert torch.equal(out, passed)
-
-    zero = {name for name, weight in unet.named_parameters() if not weight.any()}
-    assert {name.rsplit(".", 2)[-2] for name in zero} == {"conv2", "proj_out", "conv_out"}
-    assert not any("feed_forward" in name for name in zero)
+        assert torch.equal(out, block.skip(x) if isinstance(block, ResBlock) else x)
     for (name, ours), old in zip(unet.named_parameters(), before.parameters(), strict=True):
-        assert name in zero or torch.equal(ours, old)
+        assert torch.equal(ours, old) or not ours.any(), name
 
     optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
     for _ in range(3):
@@ -197,26 +177,6 @@ def trained(tmp_path_factory):
         patch.setattr(pretrain, "MINI_SAMPLING", replace(pretrain.MINI_SAMPLING, steps=3))
         pretrain.main(["all", "--out", str(folder), *TOY])
         yield folder
-
-
-@pytest.fixture
-def program(capsys, monkeypatch):
-    """pretrain.py with the arguments given: (exit code, lines of stdout, lines of stderr without progress bars)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["pretrain.py", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            run_program(pretrain.main)
-        except SystemExit as end:
-            code = end.code
-        captured = capsys.readouterr()
-        lines = re.split(r"[\r\n]", captured.err)
-        own = [line for line in lines if line.startswith(("pretrain.py: ", "mini.pretrain: "))]
-        return code, captured.out.splitlines(), own
-
-    return run
 
 
 def test_all_stages_work(trained):
@@ -292,16 +252,9 @@ def test_two_processes_equal_one(trained, tmp_path):
     ("arguments", "words"),
     [
         (["judge", "--max-steps=0"], "--max-steps: should be at least 1, not 0"),
-        (["judge", "--total-batch-size=0"], "--total-batch-size: should be at least 1, not 0"),
-        (["judge", "--scenes=-1"], "--scenes: should be at least 1, not -1"),
-        (["judge", "--test-scenes=0"], "--test-scenes: should be at least 1, not 0"),
-        (["judge", "--threads=0"], "--threads: should be at least 1, not 0"),
-        (["judge", "--max-steps=few"], "--max-steps"),
         (["nothing"], "invalid choice: 'nothing'"),
-        ([], "stage"),
         (["clip", "--seed=-1"], "--seed"),
         (["judge", "--device=cuda:99"], "cuda:99"),
-        (["judge", "--device=abacus"], "abacus"),
         (["judge", "--out=FILE"], "FILE"),
         (["sd"], "vae_model"),
     ],
