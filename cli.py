@@ -45,7 +45,6 @@ def between(least, most=math.inf, kind=int):
 
 
 WHOLE, FRACTION, SEED = between(1), between(0, 1, float), between(0, 10**18)
-whole = WHOLE  # TODO
 STEPS, SCALE, PIXELS = between(1, 1000), between(0, 100, float), between(64, 4096)  # as in `check_sampling`
 
 

@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from cli import Parser, check_device, check_sampling, check_seeds, run_program, whole
+from cli import SCALE, SEED, STEPS, WHOLE, Parser, check_device, run_program
 
 import torch
 
@@ -26,33 +26,30 @@ def main(arguments=None):
     add = world.add_argument
     add("--model", default=mini / "editor", metavar="M", help="the editor: a folder or a file (default: %(default)s)")
     add("--bound", metavar="M", help="an editor trained on true pairs, to compare with")
-    add("--count", type=whole, default=504, metavar="N", help="edits, a multiple of 14 (default: 504)")
-    add("--batch-size", type=whole, default=63, metavar="B", help="edits at a time (default: 63)")
-    add("--cfg-text", type=float, metavar="S", help="text guidance s_T (default: each model's own)")
-    add("--cfg-image", type=float, metavar="S", help="image guidance s_I (default: each model's own)")
+    add("--count", type=WHOLE, default=504, metavar="N", help="edits, a multiple of 14 (default: 504)")
+    add("--batch-size", type=WHOLE, default=63, metavar="B", help="edits at a time (default: 63)")
+    add("--cfg-text", type=SCALE, metavar="S", help="text guidance s_T (default: each model's own)")
+    add("--cfg-image", type=SCALE, metavar="S", help="image guidance s_I (default: each model's own)")
     add("--validation", action="store_true", help="use other edits, to choose the guidance scales by")
 
     pairs = commands.add_parser("pairs", help="what Prompt-to-Prompt keeps, and what the CLIP filter is worth")
     add = pairs.add_argument
     add("--sd", default=mini / "sd", metavar="M", help="the text-to-image model (default: %(default)s)")
-    add("--count", type=whole, default=256, metavar="N", help="pairs for each measurement (default: 256)")
-    add("--batch-size", type=whole, default=32, metavar="B", help="pairs at a time (default: 32)")
-    add("--guidance", type=float, nargs=2, default=(2.0, 4.0), metavar=("LOW", "HIGH"), help="(default: 2 4)")
+    add("--count", type=WHOLE, default=256, metavar="N", help="pairs for each measurement (default: 256)")
+    add("--batch-size", type=WHOLE, default=32, metavar="B", help="pairs at a time (default: 32)")
+    add("--guidance", type=SCALE, nargs=2, default=(2.0, 4.0), metavar=("LOW", "HIGH"), help="(default: 2 4)")
     add("--data", type=Path, metavar="DIR", help="a data set of datagen.py images, for the quantiles of its candidates")
 
     for command in (world, pairs):
         add = command.add_argument
         add("--judge", default=mini / "judge.safetensors", metavar="FILE", help="(default: %(default)s)")
         add("--clip", default=mini / "clip", metavar="DIR", help="CLIP, for its similarities (default: %(default)s)")
-        add("--seed", type=int, default=0, metavar="S", help="of the edits (default: 0)")
-        add("--steps", type=int, metavar="N", help="sampling steps (default: each model's own)")
+        add("--seed", type=SEED, default=0, metavar="S", help="of the edits (default: 0)")
+        add("--steps", type=STEPS, metavar="N", help="sampling steps (default: each model's own)")
         add("--device", default="cpu", metavar="D", help="cpu, cuda, ... (default: cpu)")
-        add("--threads", type=whole, metavar="N", help="CPU threads (default: all cores)")
+        add("--threads", type=WHOLE, metavar="N", help="CPU threads (default: all cores)")
         add("--out", type=Path, default=Path("runs/evaluate"), metavar="DIR", help="for results (default: %(default)s)")
     options = parser.parse_args(arguments)
-    for scale in options.guidance if options.command == "pairs" else [options.cfg_text]:
-        check_sampling(options.steps, scale, getattr(options, "cfg_image", None), None)
-    check_seeds([options.seed])
     check_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -22,7 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
-from cli import Parser, UserError, check_device, run_program, whole
+from cli import WHOLE, Parser, UserError, check_device, run_program
 
 import torch
 
@@ -46,7 +46,7 @@ def parse(arguments=None):
     add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
     add("--dtype", choices=list(TOLERANCE), default="float32", help="number format of the networks (default: float32)")
     add("--size", type=int, default=512, metavar="PIXELS", help="the image's side, a multiple of 64 (default: 512)")
-    add("--runs", type=whole, default=5, metavar="N", help="rounds (default: 5)")
+    add("--runs", type=WHOLE, default=5, metavar="N", help="rounds (default: 5)")
     add("--only", default=",".join(GROUPS[:-1]), help=f"some of {','.join(GROUPS)} (default: all but the last)")
     add("--small", action="store_true", help="tiny networks, to try this program; their times mean nothing")
     options = parser.parse_args(arguments)

@@ -8,7 +8,7 @@
 import json
 from pathlib import Path
 
-from cli import Parser, UserError, atomic_write, check_seeds, reported_as, run_program, whole
+from cli import SEED, WHOLE, Parser, UserError, atomic_write, reported_as, run_program
 
 import numpy as np
 from tqdm import tqdm
@@ -67,11 +67,10 @@ def main(arguments=None):
     text.add_argument("--captions", type=Path, metavar="FILE", help="to edit (default: random scenes)")
     for command, run in ((text, write_text), (commands.add_parser("true", help="true pairs"), write_true)):
         command.set_defaults(run=run)
-        command.add_argument("--count", type=whole, default=5000, metavar="N", help="(default: 5000)")
-        command.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
+        command.add_argument("--count", type=WHOLE, default=5000, metavar="N", help="(default: 5000)")
+        command.add_argument("--seed", type=SEED, default=0, metavar="S", help="(default: 0)")
         command.add_argument("--out", type=Path, required=True, metavar="PATH")
     options = parser.parse_args(arguments)
-    check_seeds([options.seed])
     options.run(options)
 
 

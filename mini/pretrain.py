@@ -10,7 +10,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from cli import Parser, UserError, atomic_write, check_device, keep_settings, run_program, whole
+from cli import WHOLE, Parser, UserError, atomic_write, between, check_device, keep_settings, run_program
 
 import torch
 import torch.nn.functional as F
@@ -259,16 +259,14 @@ def main(arguments=None):
     add = parser.add_argument
     add("stage", choices=[*STAGES, "all"], help="what to train; all: everything, in order")
     add("--out", type=Path, default=Path("runs/mini"), metavar="DIR", help="for results, logs and what resuming needs")
-    add("--scenes", type=whole, default=40_000, metavar="N", help="images to draw and train on (default: 40000)")
-    add("--test-scenes", type=whole, default=256, metavar="N", help="held-out images to measure on (default: 256)")
-    add("--max-steps", type=whole, metavar="N", help="training steps of a stage (default: its own, see SETTINGS)")
-    add("--total-batch-size", type=whole, metavar="B", help="images a step (default: the stage's own)")
-    add("--seed", type=int, default=0, metavar="S", help="of all randomness (default: 0)")
+    add("--scenes", type=WHOLE, default=40_000, metavar="N", help="images to draw and train on (default: 40000)")
+    add("--test-scenes", type=WHOLE, default=256, metavar="N", help="held-out images to measure on (default: 256)")
+    add("--max-steps", type=WHOLE, metavar="N", help="training steps of a stage (default: its own, see SETTINGS)")
+    add("--total-batch-size", type=WHOLE, metavar="B", help="images a step (default: the stage's own)")
+    add("--seed", type=between(0, 10**8), default=0, metavar="S", help="of all randomness (default: 0)")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
-    add("--threads", type=whole, metavar="N", help="CPU threads (default: all cores)")
+    add("--threads", type=WHOLE, metavar="N", help="CPU threads (default: all cores)")
     options = parser.parse_args(arguments)
-    if not 0 <= options.seed < 10**8:
-        raise UserError(f"--seed should be between 0 and {10**8 - 1}, not {options.seed}")
     check_device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)

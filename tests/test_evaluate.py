@@ -1,13 +1,13 @@
 """evaluate.py: what it takes for a success, that the edits are what they claim to be, and the program end to end."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
 from PIL import Image
-from program import running
 from random_model import randomise, small_tokenizer
 from torch import nn
 
@@ -23,7 +23,10 @@ from mini.report import SIMILARITIES
 from mini.world import caption
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-program = running(evaluate.main, "evaluate")
+
+@pytest.fixture
+def program(run_main):
+    return partial(run_main, evaluate)
 
 
 class Oracle(nn.Module):
@@ -236,7 +239,7 @@ def test_the_pairs_program(folder, tmp_path, capsys):
     ("changed", "message"),
     [
         ({"count": 10}, "the count of edits should be a multiple of 14 (kinds x phrasings), not 10"),
-        ({"cfg_text": "nan"}, "the text guidance should be between 0 and 100, not nan"),
+        ({"cfg_text": "nan"}, "--cfg-text: should be from 0 to 100, not nan"),
         ({"device": "nonsense"}, "this machine or this torch has no device nonsense; try --device cpu"),
         ({"model": "no/such/folder"}, "there are no weights at no/such/folder"),
         ({"judge": "no/such.safetensors"}, "there is no judge at no/such.safetensors"),

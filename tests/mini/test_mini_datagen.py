@@ -3,10 +3,10 @@
 import json
 import re
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
-from program import running
 
 from dataset import EditDataset
 from images import to_tensor
@@ -15,7 +15,10 @@ from mini import datagen
 from mini.phrasings import PHRASINGS
 from mini.world import COLOURS, SHAPES, SIZES, caption, held_out, random_edit, random_scene, read_caption, render
 
-program = running(datagen.main, "datagen")
+
+@pytest.fixture
+def program(run_main):
+    return partial(run_main, datagen)
 
 
 def test_triplets_by_rule(program, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import diffusers
 import numpy as np
@@ -14,7 +15,6 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT
-from program import running
 from random_model import randomise
 from reference import relative_error
 
@@ -32,7 +32,10 @@ from unet import ResBlock, Transformer, UNet
 from vae import VAE, VAEConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-program = running(pretrain.main, "pretrain")
+
+@pytest.fixture
+def program(run_main):
+    return partial(run_main, pretrain)
 
 
 def normal(*shape, seed=0):
