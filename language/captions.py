@@ -9,7 +9,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from cli import UserError, append_whole, keep_settings
+from cli import UserError, append_whole, keep_settings, reported_as
 
 FIELDS = ("caption", "edit", "output")
 CAPTIONS, URLS = ("caption", "input", "TEXT"), ("url", "URL")  # ours, the authors' and LAION's names
@@ -23,66 +23,32 @@ def first_of(record, names):
 def read_captions(path):
     """Yield (caption, url or None) from a .txt (a caption a line), .jsonl or .csv file. Raises UserError."""
     path = Path(path)
-    readers = {".txt": read_txt, ".jsonl": read_jsonl, ".csv": read_csv}
-    if path.suffix not in readers:
+    if path.suffix not in (".txt", ".jsonl", ".csv"):
         raise UserError(f"{path}: captions are read from .txt, .jsonl and .csv files")
-    try:
-        with open(path, encoding="utf-8-sig", newline="" if path.suffix == ".csv" else None) as file:
-            yield from readers[path.suffix](file, path)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}") from error
-    except (OSError, ValueError, csv.Error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-
-
-def read_txt(file, path):
-    """A caption a line."""
-    for line in file:
-        yield line.strip(), None
-
-
-def read_csv(file, path):
-    """A row each; the first one names the columns."""
-    rows = csv.DictReader(file)
-    if not {*CAPTIONS} & {*(rows.fieldnames or ())}:
-        raise UserError(f"{path}: the first line should name the columns, one of them caption or TEXT")
-    for row in rows:
-        yield (first_of(row, CAPTIONS) or "").strip(), first_of(row, URLS) or None
-
-
-def read_jsonl(file, path):
-    """A JSON object a line."""
-    for number, line in enumerate(file, 1):
-        try:
-            record = json.loads(line)
-            caption, url = first_of(record, CAPTIONS).strip(), first_of(record, URLS) or None
-            if not isinstance(url, str | None):
-                raise TypeError
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}, line {number}: a JSON object with a caption is needed") from error
-        yield caption, url
+    newline = "" if path.suffix == ".csv" else None
+    with reported_as(f"{path} cannot be read"), open(path, encoding="utf-8-sig", newline=newline) as file:
+        records = csv.DictReader(file, restval="") if path.suffix == ".csv" else file
+        if path.suffix == ".csv" and not {*CAPTIONS} & {*(records.fieldnames or ())}:
+            raise UserError(f"{path}: the first line should name the columns, one of them caption or TEXT")
+        for number, record in enumerate(records, 1):
+            with reported_as(f"{path}, record {number}: a caption, and perhaps a url, are needed"):
+                if path.suffix != ".csv":
+                    record = json.loads(record) if path.suffix == ".jsonl" else {"caption": record}
+                caption, url = first_of(record, CAPTIONS).strip(), (first_of(record, URLS) or "").strip()
+            yield caption, url or None
 
 
 def read_edits(path):
     """The triplets of a .jsonl file: a list of dicts with the texts of FIELDS. Raises UserError."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = list(file)  # str.splitlines would also split at U+2028, which JSON may hold
-    except FileNotFoundError as error:
-        raise UserError(f"there is no file {path}; datagen.py text writes one") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
     edits = []
-    for number, line in enumerate(lines, 1):
-        try:
-            edit = json.loads(line)
-            edit["caption"] = first_of(edit, CAPTIONS)
-            complete = all(edit[field].strip().encode() for field in FIELDS)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            complete = False
-        if not complete:
-            raise UserError(f"{path}, line {number}: the texts {', '.join(FIELDS)} are needed")
-        edits.append(edit)
+    with reported_as(f"{path} cannot be read; datagen.py text writes such files"), open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            with reported_as(f"{path}, line {number}: the texts {', '.join(FIELDS)} are needed"):
+                edit = json.loads(line)
+                edit["caption"] = first_of(edit, CAPTIONS)
+                if not all(edit[field].strip().encode() for field in FIELDS):
+                    raise ValueError("one of them is empty")
+            edits.append(edit)
     if not edits:
         raise UserError(f"{path} holds no edits")
     return edits
@@ -135,24 +101,15 @@ class Records:
         """Read what is there; a torn last line is cut off. `keys`: its captions' fingerprints. Raises UserError."""
         self.path, self.keys = Path(path), set()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(self.path, "a+b") as file:
-                file.seek(0)
-                whole = 0
-                for number, line in enumerate(file, 1):
-                    if line.endswith(b"\n"):
-                        self.keys.add(self.key_of(line, number))
-                        whole += len(line)
-                file.truncate(whole)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror or error}") from error
-
-    def key_of(self, line, number):
-        """The fingerprint of a line's caption."""
-        try:
-            return fingerprint(normal(json.loads(line)["caption"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.path}, line {number} is damaged; remove it, and it is written anew") from error
+        with open(self.path, "a+b") as file:
+            file.seek(0)
+            whole = 0
+            for number, line in enumerate(file, 1):
+                if line.endswith(b"\n"):
+                    with reported_as(f"{self.path}, line {number} is damaged; remove it, and it is written anew"):
+                        self.keys.add(fingerprint(normal(json.loads(line)["caption"])))
+                    whole += len(line)
+            file.truncate(whole)
 
     def append(self, record):
         """Write one record, whole or not at all. Raises UserError."""

@@ -395,7 +395,7 @@ def test_what_was_begun_otherwise_is_refused(models, many, data, program, tmp_pa
         ([], "command"),
         (["text", "--captions=x", "--out=y", "--few-shot=-1"], "--few-shot: should be at least 0, not -1"),
         (["calibrate", "--edits=x", "--fractions", "0", "0.5", "2"], "--fractions: should be from 0 to 1, not 2"),
-        (["calibrate", "--edits=x"], "there is no file x"),
+        (["calibrate", "--edits=x"], "x cannot be read"),
         (["images", "--out=x"], "--edits"),
     ],
 )
@@ -412,10 +412,10 @@ def test_mistakes(program, tmp_path, monkeypatch, arguments, words):
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"edits": "nowhere.jsonl"}, "there is no file nowhere.jsonl; datagen.py text writes one"),
+        ({"edits": "nowhere.jsonl"}, "nowhere.jsonl cannot be read; datagen.py text writes such files"),
         ({"weights": "nowhere"}, "there are no weights at nowhere"),
         ({"weights": "EDITOR"}, "an InstructPix2Pix checkpoint: its UNet takes 8 channels, not 4"),
-        ({"clip": "SD"}, "config.json is missing"),
+        ({"clip": "SD"}, "config.json cannot be read"),
         ({"samples": 0}, "--samples: should be at least 1, not 0"),
         ({"steps": 0}, "steps: should be from 1 to 1000, not 0"),
         ({"resolution": 8}, "resolution: should be from 64 to 4096, not 8"),

@@ -50,8 +50,8 @@ def test_a_table_names_its_columns(tmp_path):
     [
         ("c.parquet", "", "are read from .txt, .jsonl and .csv"),
         ("c.csv", "text,url\na,b\n", "one of them caption or TEXT"),
-        ("c.jsonl", '{"caption": "a"}\n{"text": "b"}\n', "line 2: a JSON object with a caption is needed"),
-        ("c.jsonl", '{"caption": "a", "url": 3}\n', "line 1"),
+        ("c.jsonl", '{"caption": "a"}\n{"text": "b"}\n', "record 2: a caption, and perhaps a url, are needed"),
+        ("c.jsonl", '{"caption": "a", "url": 3}\n', "record 1"),
         ("c.csv", b"caption\n\xff\n", "cannot be read"),
     ],
 )
