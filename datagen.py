@@ -14,7 +14,7 @@ import hashlib
 import os
 import shutil
 from argparse import BooleanOptionalAction
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import cli
@@ -23,8 +23,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from clip_image import CLIP
-from clip_text import CLIPTokenizer
 from dataset import Filter, Pair, begin_data_set, folder_name, write_edit, write_seeds
 from formats import checkpoint
 from formats.configs import Config
@@ -40,47 +38,34 @@ from stable_diffusion import StableDiffusion
 ROOT = Path(__file__).resolve().parent
 
 
-@dataclass
 class Sampler:
     """Samples candidates, a pair of images each, and their CLIP similarities (Sec. 3.1.2)."""
 
-    edits: list
-    model: StableDiffusion
-    clip: CLIP
-    tokenizer: CLIPTokenizer
-    guidance: tuple  # the range of guidance scales
-    steps: int
-    resolution: int
-    control: str
-
-    @classmethod
-    def load(cls, edits, options):
+    def __init__(self, edits, options):
         """With the models and settings that the command line names."""
         if options.threads:
             torch.set_num_threads(options.threads)
         parts = checkpoint.load(options.weights, options.device, getattr(torch, options.dtype), vae=options.vae)
-        model = StableDiffusion(parts)
+        self.model = model = StableDiffusion(parts)
         if options.compile or (options.compile is None and torch.device(options.device).type == "cuda"):
             print(NOTICE)
             compile_model(model)
         model.vae.float()  # a small part of the work, and bfloat16 has fewer levels than an image
-        resolution = options.resolution or model.sampling.resolution
-        if resolution % parts.side_multiple:
-            multiple = f"the resolution should be a multiple of {parts.side_multiple} for this model"
-            raise cli.UserError(f"{multiple}, not {resolution}")
+        self.clip, self.tokenizer = checkpoint.load_clip(options.clip, options.device)
+        self.edits, self.control = edits, options.control
+        self.steps = options.steps or model.sampling.steps
+        self.resolution = options.resolution or model.sampling.resolution
+        if self.resolution % parts.side_multiple:
+            raise cli.UserError(f"--resolution should be a multiple of {parts.side_multiple} for this model")
         own = model.sampling.text_guidance
-        guidance = tuple(options.guidance or (own, 2 * own))
-        clip, tokenizer = checkpoint.load_clip(options.clip, options.device)
-        steps = options.steps or model.sampling.steps
-        return cls(edits, model, clip, tokenizer, guidance, steps, resolution, options.control)
+        self.guidance = list(options.guidance or (own, 2 * own))  # the range to draw from
 
     def sample(self, jobs):
         """The candidates of `jobs`, (an edit's number, a seed) each, sampled in one batch: a list of Pair."""
-        model, latent = self.model, self.model.vae.config
+        model, side = self.model, self.resolution // self.model.vae.config.factor
         before, after = ([self.edits[number][field] for number, _ in jobs] for field in ("caption", "output"))
-        side = self.resolution // latent.factor
-        shape = (latent.latent_channels, side, side)
-        noise = PairNoise([seed for _, seed in jobs], shape, self.guidance, device=model.device)
+        shape, seeds = (model.vae.config.latent_channels, side, side), [seed for _, seed in jobs]
+        noise = PairNoise(seeds, shape, self.guidance, device=model.device)
         # x: twice [B, 3, H, W]
         x = sample_pairs(model, before, after, noise, self.steps, control=self.control, wrap=shared_maps(model.device))
         if not all(half.isfinite().all() for half in x):
@@ -90,10 +75,11 @@ class Sampler:
         seen = [torch.stack([to_tensor(image) for image in half]).add(1).div(2).to(model.device) for half in images]
         ids = (self.tokenizer(texts).to(model.device) for texts in (before, after))
         scores = {"p2p_threshold": noise.p, "cfg_scale": noise.guidance, **self.clip.edit_similarities(*seen, *ids)}
-        rows = zip(*(values.tolist() for values in scores.values()), strict=True)
-        found = [{name: round(x, 6) for name, x in zip(scores, row, strict=True)} for row in rows]
-        lines = [{"seed": seed, **one} for (_, seed), one in zip(jobs, found, strict=True)]
-        return [Pair(*parts) for parts in zip(*images, lines, strict=True)]
+        pairs = []
+        for index, (_, seed) in enumerate(jobs):
+            metadata = {"seed": seed, **{name: round(values[index].item(), 6) for name, values in scores.items()}}
+            pairs.append(Pair(images[0][index], images[1][index], metadata))
+        return pairs
 
     def sample_all(self, jobs, batch_size):
         """The same in batches."""
@@ -110,7 +96,7 @@ def make_images(options):
     one batch, so edits are sampled in fixed groups, as many as fill a batch, whichever of them are still missing:
     stopped and restarted, or with another number of processes, a run ends in the same files.
     """
-    sampler = Sampler.load(read_edits(options.edits), options)
+    sampler = Sampler(read_edits(options.edits), options)
     wanted = thresholds(options)
     names = {f"min_{name}": float(value) for name, value in asdict(wanted).items()}
     settings = settings_of(options, sampler, ("samples", "keep", "batch_size"))
@@ -153,8 +139,7 @@ def settings_of(options, sampler, more):
     return {
         "edits": hashlib.sha256(options.edits.read_bytes()).hexdigest(),
         "device": torch.device(options.device).type,  # random numbers are drawn there
-        **{name: getattr(sampler, name) for name in ("steps", "resolution", "control")},
-        "guidance": list(sampler.guidance),
+        **{name: getattr(sampler, name) for name in ("steps", "resolution", "control", "guidance")},
         **{name: getattr(options, name) for name in ("weights", "vae", "clip", "seed", "dtype", *more)},
     }
 
@@ -171,7 +156,7 @@ def calibrate(options):
 
     Raises UserError where there is one that another command line made.
     """
-    sampler = Sampler.load(read_edits(options.edits)[: options.count], options)
+    sampler = Sampler(read_edits(options.edits)[: options.count], options)
     settings = settings_of(options, sampler, ("count", "fractions", "batch_size"))
     path = Path(options.clip) / "filter.json"
     if path.exists():
@@ -190,29 +175,15 @@ def calibrate(options):
     print(f"{path}: {asdict(chosen)} keep {100 * kept:.0f} % of {len(scores)} candidates")
 
 
-# ---- the other commands ----
+# ---- the command line ----
 
 
 def write_text(options):
-    """Triplets by a language model."""
-    from language.writer import write_edits  # openai takes a second to import
+    """The commands `text` and `finetune`."""
+    from language import finetune, writer  # here, since openai takes a second to import
 
-    write_edits(options)
-
-
-def finetune_text(options):
-    """Fine-tune a language model on hand-written triplets."""
-    from language.finetune import finetune
-
-    finetune(options)
-
-
-def write_html(options):
-    """The page of a data set."""
-    print(write_page(options.data, options.out or options.data / "index.html", options.count))
-
-
-# ---- the command line ----
+    run = finetune.finetune if options.command == "finetune" else writer.write_edits
+    run(options)
 
 
 def parse(arguments=None):
@@ -232,7 +203,7 @@ def parse(arguments=None):
     add("--max-tokens-total", type=cli.WHOLE, metavar="N", help="stop before more tokens are used in this run")
 
     tune = commands.add_parser("finetune", help="fine-tune a language model on hand-written triplets")
-    tune.set_defaults(run=finetune_text)
+    tune.set_defaults(run=write_text)
     add = tune.add_argument
     add("--out", type=Path, default=Path("runs/chats.jsonl"), metavar="FILE.jsonl", help="(default: %(default)s)")
     add("--model", default="gpt-4o-mini-2024-07-18", metavar="NAME", help="to start from (default: %(default)s)")
@@ -262,7 +233,7 @@ def parse(arguments=None):
     add("--fractions", type=cli.FRACTION, default=[0.2, 0.05, 0.2], help=failing, **names)
 
     browse = commands.add_parser("browse", help="one page that shows a data set, to be opened in any browser")
-    browse.set_defaults(run=write_html)
+    browse.set_defaults(run=lambda o: print(write_page(o.data, o.out or o.data / "index.html", o.count)))
     add = browse.add_argument
     add("data", type=Path, metavar="DIR", help="the data set, in the authors' layout")
     add("--count", type=cli.WHOLE, default=2000, metavar="N", help="pairs to show, spread over all (default: 2000)")

@@ -95,9 +95,9 @@ def write_edit(root, number, prompt, pairs, candidates=None):
                 # without chroma subsampling, which at 64 pixels a side would smear the colours
                 data = to_jpeg(image, quality=100, subsampling=0)
                 (beside / f"{pair.metadata['seed']}_{side}.jpg").write_bytes(data)
-        lines = {"metadata": [pair.metadata for pair in pairs]}
-        for name, records in (lines if candidates is None else {**lines, "candidates": candidates}).items():
-            (beside / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        for name, records in (("metadata", [pair.metadata for pair in pairs]), ("candidates", candidates)):
+            if records is not None:
+                (beside / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def write_seeds(root):
@@ -132,11 +132,12 @@ def read_seeds(root):
 
 
 class EditDataset(Dataset):
-    """The edits of one split, one item each, as in the released code: however many of an edit's pairs passed the
-    filter, it counts once, and one of them is drawn. (before [3, H, W], after [3, H, W], instruction), in [-1, 1].
+    """The edits of one split: (before [3, H, W], after [3, H, W], instruction), images in [-1, 1].
 
-    A large data set that came over a network has gaps: a pair that is missing or damaged is named and skipped, and
-    the edit's next whole one takes its place. `broken` marks them, for all processes of a DataLoader.
+    One item an edit, as in the released code: however many of an edit's pairs passed the filter, it counts once, and
+    one of them is drawn. A large data set that came over a network has gaps: a pair that is missing or damaged is
+    named and skipped, and the edit's next whole one takes its place. `broken` marks them, for all processes of a
+    DataLoader.
     """
 
     def __init__(self, root, split="train", resolution=None, max_resize=None, flip=0.0, subset=None):
@@ -145,11 +146,8 @@ class EditDataset(Dataset):
         `ds[index]` is an edit's first whole pair, made `resolution` pixels large on its shorter side and cropped in
         the middle. `ds[index, example]` is augmented as in Sec. A.1: the number `example` seeds what is drawn, the
         pair, the shorter side from `resolution` to `max_resize`, the place of the crop, and, with probability `flip`,
-        the mirroring; the same for both images.
-
-        subset: so many edits, or (a float) such a fraction of them, spread evenly over the split; None for all.
-
-        Raises UserError where `root` is no data set, or smaller than `subset`.
+        the mirroring; the same for both images. subset: so many edits, or (a float) such a fraction of them, spread
+        evenly over the split; None for all. Raises UserError where `root` is no data set, or smaller than `subset`.
         """
         self.root, self.resolution, self.flip = Path(root), resolution, flip
         self.max_resize = max_resize or resolution
@@ -175,14 +173,14 @@ class EditDataset(Dataset):
         """The item of an index, or of (index, example). Raises UserError where too many are missing or damaged."""
         index, example = key if isinstance(key, tuple) else (key, None)
         if not -len(self) <= index < len(self):
-            raise IndexError
+            raise IndexError  # which ends a loop over the data set
         generator = None if example is None else torch.Generator().manual_seed(example)
-        for next_index in range(index, index + len(self)):
-            index = next_index % len(self)
-            count = len(self.edits[index][1])
+        for folder in range(index, index + len(self)):  # the next edit stands in for one that has no whole pair
+            folder %= len(self)
+            count = len(self.edits[folder][1])
             first = 0 if generator is None else int(torch.randint(count, (), generator=generator))
             for k in range(first, first + count):
-                if pair := self.load_pair(index, k % count, generator):
+                if pair := self.load_pair(folder, k % count, generator):
                     return pair
         raise UserError(f"{self.root} holds no whole pair")
 

@@ -47,8 +47,7 @@ def make_parser():
 
     add = parser.add_argument_group("the machine").add_argument
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
-    formats = ["auto", "float32", "bfloat16", "float16"]
-    add("--dtype", choices=formats, default="auto", help="number format of the networks")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="number format")
     add("--compile", action="store_true", help="compile the networks first: for many edits on a GPU")
     add("--low-memory", action="store_true", help="slower, in less memory")
     return parser
@@ -117,10 +116,11 @@ def load_model(options):
     if options.compile:
         compile_model(model)
         say(NOTICE)
-    own = {"steps": "steps", "cfg_text": "text_guidance", "cfg_image": "image_guidance", "resolution": "resolution"}
-    for option, name in own.items():
-        if getattr(options, option) is None:
-            setattr(options, option, getattr(model.sampling, name))
+    own = {"steps": model.sampling.steps, "resolution": model.sampling.resolution}
+    own |= {"cfg_text": model.sampling.text_guidance, "cfg_image": model.sampling.image_guidance}
+    for name, value in own.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
     return model
 
 
@@ -128,9 +128,9 @@ def edit(model, image, options, seed, cfg_text, cfg_image):
     """One edit. Raises UserError if memory runs out."""
     import torch
 
-    scales, settings = (cfg_text, cfg_image), (options.steps, seed, options.resolution)
+    settings = cfg_text, cfg_image, options.steps, seed, options.resolution
     try:
-        return model.edit(image, options.instr, *scales, *settings, low_memory=options.low_memory, progress=True)
+        return model.edit(image, options.instr, *settings, low_memory=options.low_memory, progress=True)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
             raise UserError("there is not enough memory; try --low-memory, or a smaller --resolution") from error

@@ -419,7 +419,7 @@ def test_mistakes(program, tmp_path, monkeypatch, arguments, words):
         ({"samples": 0}, "--samples: should be at least 1, not 0"),
         ({"steps": 0}, "steps: should be from 1 to 1000, not 0"),
         ({"resolution": 8}, "resolution: should be from 64 to 4096, not 8"),
-        ({"resolution": 100}, "the resolution should be a multiple of 8 for this model, not 100"),
+        ({"resolution": 100}, "--resolution should be a multiple of 8 for this model"),
         ({"seed": 2**70}, "seed: should be from 0"),
         ({"device": "abacus"}, "no device abacus"),
         ({"out": "FILE/data"}, "FILE/data"),
