@@ -25,31 +25,11 @@ if not torch.cuda.is_available():
 from cli import run_program
 
 from PIL import Image
-from random_model import randomise, small_tokenizer
+from random_model import tiny_model
 
-from clip_text import CLIPText, CLIPTextConfig
-from diffusion import Sampling
-from formats.checkpoint import Model, save_folder, save_single_file
-from unet import Level, UNet, UNetConfig
-from vae import VAE, VAEConfig
+from formats.checkpoint import save_folder, save_single_file
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def tiny_model(in_channels=8, seed=0):
-    """The smallest model that has every kind of layer; one step at 64 pixels takes a hundredth of a second."""
-    tokenizer = small_tokenizer()
-    size = len(tokenizer.vocabulary)
-    text = CLIPTextConfig(size, tokenizer.tokens, width=16, layers=1, heads=2, end_token=tokenizer.end)
-    unet = UNetConfig((Level(8, True, 2), Level(16, False, 2)), 1, in_channels, context_width=16, groups=4)
-    vae = VAEConfig(channels=(8, 8, 8), resblocks=1, groups=4, scaling=0.5)
-    return Model(
-        unet=randomise(UNet(unet), seed).eval(),
-        vae=randomise(VAE(vae), seed + 1).eval(),
-        text_encoder=randomise(CLIPText(text), seed + 2).eval(),
-        tokenizer=tokenizer,
-        sampling=Sampling(steps=2, text_guidance=4.0, image_guidance=1.5, resolution=64),
-    )
 
 
 @pytest.fixture(scope="session")

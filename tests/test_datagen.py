@@ -15,9 +15,9 @@ from cli import run_program
 
 import numpy as np
 import pytest
-from conftest import contents, tiny_model
+from conftest import contents
 from PIL import Image
-from random_model import randomise, small_tokenizer
+from random_model import randomise, small_tokenizer, tiny_model
 
 import datagen
 from clip_image import CLIP, CLIPImageConfig

@@ -6,9 +6,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
 from PIL import Image
-from random_model import randomise, small_tokenizer
+from random_model import randomise, small_tokenizer, tiny_model
 from torch import nn
 
 import evaluate

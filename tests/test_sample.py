@@ -16,8 +16,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, colourful, contents, lines_of, tiny_model
+from conftest import ROOT, colourful, contents, lines_of
 from PIL import Image
+from random_model import tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 

@@ -13,8 +13,9 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, tiny_model
+from conftest import ROOT
 from dataset_of_true_pairs import write_pairs
+from random_model import tiny_model
 from reference import relative_error, unet_reference
 
 import train

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_model
+from random_model import tiny_model
 from reference import relative_error
 from safetensors import safe_open
 

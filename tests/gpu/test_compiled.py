@@ -5,8 +5,8 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, colourful, tiny_model
-from random_model import random_model
+from conftest import ROOT, colourful
+from random_model import random_model, tiny_model
 from reference import relative_error
 
 from attention import fused
