@@ -33,12 +33,12 @@ def finetune(options):
         print(f"job {job} (to follow it again: --job {job})", flush=True)
         status = None
         while status not in ("succeeded", "failed", "cancelled"):
-            if status is not None:
-                time.sleep(POLL)
             found = client.fine_tuning.jobs.retrieve(job)
-            if found.status != status:
-                print(f"{job}: {found.status}", flush=True)
-            status = found.status
+            if found.status == status:
+                time.sleep(POLL)
+            else:
+                status = found.status
+                print(f"{job}: {status}", flush=True)
         if status != "succeeded":
             reason = found.error.message if found.error else "no reason given"
             raise UserError(f"the job {job} ended as {status}: {reason}")

@@ -40,10 +40,6 @@ TIMEOUT, RETRIES = 60, 8  # seconds for an answer; of one request by the client,
 FAILURES = 10  # in a row, after the client's own retries, end the run
 
 
-class DroppedError(Exception):
-    """This caption gives no triplet; the text says why."""
-
-
 class BudgetError(Exception):
     """Another request might use more tokens than allowed."""
 
@@ -57,25 +53,25 @@ class Writer:
         self.read = self.written = self.reserved = 0
 
     async def write(self, caption):
-        """(edit, output) for a caption. Raises DroppedError or BudgetError."""
+        """{"edit", "output"} for a caption, or the {"reason"} why it gives none. Raises BudgetError."""
         count = min(self.options.few_shot, len(self.examples))
         shown = random.Random(caption).sample(self.examples, count)  # they depend on the caption alone
         messages = chat([*shown, {"caption": caption}])
         for _ in range(ATTEMPTS):
-            if texts := await self.ask(messages):
+            if found := await self.ask(messages):
                 break
         else:
-            raise DroppedError("no answer was the two short texts that were asked for")
-        if normal(texts[1]) == normal(caption):
-            raise DroppedError("the caption stays as it is")
-        if self.options.moderate:
-            found = await self.client.moderations.create(input=[caption, *texts])
-            if any(result.flagged for result in found.results):
-                raise DroppedError("flagged by the moderation")
-        return texts
+            return {"reason": "no answer was the two short texts that were asked for"}
+        if "reason" not in found and normal(found["output"]) == normal(caption):
+            return {"reason": "the caption stays as it is"}
+        if "reason" not in found and self.options.moderate:
+            moderation = await self.client.moderations.create(input=[caption, *found.values()])
+            if any(result.flagged for result in moderation.results):
+                return {"reason": "flagged by the moderation"}
+        return found
 
     async def ask(self, messages):
-        """One request: [edit, output], or None if the answer is malformed. Raises DroppedError or BudgetError."""
+        """One request: what `write` gives, or None if the answer is malformed. Raises BudgetError."""
         most = len(json.dumps([messages, REQUEST])) + REQUEST["max_completion_tokens"]  # a token is a byte, or more
         if self.read + self.written + self.reserved + most > (self.options.max_tokens_total or math.inf):
             raise BudgetError
@@ -87,13 +83,13 @@ class Writer:
                 self.written += answer.usage.completion_tokens
             choice = answer.choices[0]
             if choice.message.refusal or choice.finish_reason == "content_filter":
-                raise DroppedError("the model refused")
+                return {"reason": "the model refused"}
             values = json.loads(choice.message.content)
-            texts = [" ".join(values[name].split()) for name in TEXTS]
-            return texts if all(text.encode() and len(text) <= MAX_LETTERS for text in texts) else None
+            texts = {name: " ".join(values[name].split()) for name in TEXTS}
+            return texts if all(text.encode() and len(text) <= MAX_LETTERS for text in texts.values()) else None
         except BadRequestError as error:
             if error.code in ("content_filter", "content_policy_violation"):
-                raise DroppedError("the endpoint refused the caption") from error
+                return {"reason": "the endpoint refused the caption"}
             raise
         except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
             return None  # the endpoint's JSON, or the model's, has not the form that was asked for
@@ -117,8 +113,8 @@ async def write_all(writer, captions, out, bar):
 
     What failed is in neither, so the next run asks again. Returns how many went where, and the last failure.
     """
-    dropped = out.with_name(f"{out.stem}_dropped{out.suffix}")
-    done, source = read_done(out) | read_done(dropped), iter(captions)
+    files = {"written": out, "dropped": out.with_stem(f"{out.stem}_dropped")}
+    done, source = read_done(files["written"]) | read_done(files["dropped"]), iter(captions)
     counts, failed_in_row, failure = Counter(), 0, None
 
     async def work():
@@ -130,14 +126,7 @@ async def write_all(writer, captions, out, bar):
                 counts["done before"] += 1
                 continue
             try:
-                edit, output = await writer.write(caption)
-                append_record(out, {"caption": caption, "edit": edit, "output": output, "url": url})
-                counts["written"] += 1
-                failed_in_row = 0
-            except DroppedError as error:
-                append_record(dropped, {"caption": caption, "url": url, "reason": str(error)})
-                counts["dropped"] += 1
-                failed_in_row = 0
+                record = await writer.write(caption)
             except BudgetError:
                 counts["over budget"] += 1
                 return
@@ -146,6 +135,11 @@ async def write_all(writer, captions, out, bar):
                 failed_in_row, failure = failed_in_row + 1, error
                 if failed_in_row == FAILURES or error.code == "insufficient_quota":
                     raise
+                continue
+            failed_in_row = 0
+            kind = "dropped" if "reason" in record else "written"
+            append_record(files[kind], {"caption": caption, **record, "url": url})
+            counts[kind] += 1
 
     async with writer.client, asyncio.TaskGroup() as group:
         for _ in range(writer.options.concurrency):
