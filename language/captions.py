@@ -1,18 +1,13 @@
-"""Captions in, triplets out: what a language model's work is read from and kept in (Sec. 3.1.1).
-
-Input files may be larger than memory, so they are read as they are needed. Output files only grow, a line a record, so
-that a run that was stopped at any moment can resume.
-"""
+"""The files of captions and of triplets: read as needed, since they may be large, and only grown, a line a record."""
 
 import csv
-import hashlib
 import json
-from pathlib import Path
 
 from cli import UserError, append_whole, keep_settings, reported_as
 
 FIELDS = ("caption", "edit", "output")
 CAPTIONS, URLS = ("caption", "input", "TEXT"), ("url", "URL")  # ours, the authors' and LAION's names
+PARSERS = {".txt": lambda line: {"caption": line}, ".jsonl": json.loads, ".csv": dict}
 
 
 def first_of(record, names):
@@ -22,18 +17,12 @@ def first_of(record, names):
 
 def read_captions(path):
     """Yield (caption, url or None) from a .txt (a caption a line), .jsonl or .csv file. Raises UserError."""
-    path = Path(path)
-    if path.suffix not in (".txt", ".jsonl", ".csv"):
-        raise UserError(f"{path}: captions are read from .txt, .jsonl and .csv files")
-    newline = "" if path.suffix == ".csv" else None
-    with reported_as(f"{path} cannot be read"), open(path, encoding="utf-8-sig", newline=newline) as file:
-        records = csv.DictReader(file, restval="") if path.suffix == ".csv" else file
-        if path.suffix == ".csv" and not {*CAPTIONS} & {*(records.fieldnames or ())}:
-            raise UserError(f"{path}: the first line should name the columns, one of them caption or TEXT")
-        for number, record in enumerate(records, 1):
-            with reported_as(f"{path}, record {number}: a caption, and perhaps a url, are needed"):
-                if path.suffix != ".csv":
-                    record = json.loads(record) if path.suffix == ".jsonl" else {"caption": record}
+    kinds = ".txt, .jsonl or .csv"
+    with reported_as(f"{path} cannot be read as {kinds}"), open(path, encoding="utf-8-sig", newline="") as file:
+        parse = PARSERS[path.suffix]
+        for number, line in enumerate(csv.DictReader(file, restval="") if path.suffix == ".csv" else file, 1):
+            with reported_as(f"{path}, record {number}: a text named {' or '.join(CAPTIONS)} is needed"):
+                record = parse(line)
                 caption, url = first_of(record, CAPTIONS).strip(), (first_of(record, URLS) or "").strip()
             yield caption, url or None
 
@@ -59,59 +48,47 @@ def normal(text):
     return text.strip().rstrip(".!?").strip().lower()
 
 
-def fingerprint(text):
-    """Eight bytes that stand for a text, since millions of captions have to be remembered."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-
-
 class Unique:
-    """Iterate over the (caption, url) whose caption and whose url have not come before; count the others."""
+    """Iterate over the (caption, url) whose caption and whose url have not come before; `skipped` counts the others."""
 
     def __init__(self, captions):
         self.captions, self.skipped = captions, 0
 
     def __iter__(self):
-        """Empty captions are left out, too."""
-        seen, urls = set(), set()
+        """Empty captions are skipped, too. Hashes stand for the texts, since there may be millions of them."""
+        seen = {hash("")}
         for caption, url in self.captions:
-            key, place = fingerprint(normal(caption)), fingerprint(url) if url else None
-            if not normal(caption) or key in seen or place in urls:
-                self.skipped += 1
-            else:
+            keys = {hash(normal(caption))}
+            if url:
+                keys.add(hash(("url", url)))
+            if seen.isdisjoint(keys):
                 yield caption, url
-            seen.add(key)
-            if place:
-                urls.add(place)
+            else:
+                self.skipped += 1
+            seen |= keys
 
 
 def begin_file(out, settings):
     """Keep the settings of a file in OUT.settings.json beside it. Raises UserError where `out` was made otherwise."""
-    if out.is_dir():
-        raise UserError(f"cannot write {out}: it is a folder")
     beside = out.with_suffix(".settings.json")
     if out.exists() and not beside.exists():
         raise UserError(f"{out} is there already, made otherwise; use another --out")
     keep_settings(beside, settings)
 
 
-class Records:
-    """A file of JSON lines that only grows; each line is written whole."""
+def read_done(path):
+    """Hashes of the captions in a file of records, which is made if need be; a torn last line is cut off."""
+    done, whole = set(), 0
+    with reported_as(f"{path} cannot be read"), open(path, "a+b") as file:
+        file.seek(0)
+        for line in file:
+            if line.endswith(b"\n"):
+                done.add(hash(normal(json.loads(line)["caption"])))
+                whole += len(line)
+        file.truncate(whole)
+    return done
 
-    def __init__(self, path):
-        """Read what is there; a torn last line is cut off. `keys`: its captions' fingerprints. Raises UserError."""
-        self.path, self.keys = Path(path), set()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a+b") as file:
-            file.seek(0)
-            whole = 0
-            for number, line in enumerate(file, 1):
-                if line.endswith(b"\n"):
-                    with reported_as(f"{self.path}, line {number} is damaged; remove it, and it is written anew"):
-                        self.keys.add(fingerprint(normal(json.loads(line)["caption"])))
-                    whole += len(line)
-            file.truncate(whole)
 
-    def append(self, record):
-        """Write one record, whole or not at all. Raises UserError."""
-        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
-        append_whole(self.path, line + b"\n")
+def append_record(path, record):
+    """Write one record to a file of JSON lines, whole or not at all."""
+    append_whole(path, json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
