@@ -13,7 +13,7 @@ what is learned. In --out: settings.json, states/, metrics.jsonl, loss.png, samp
 import math
 import signal
 import sys
-from contextlib import closing, nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
 
@@ -23,16 +23,16 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from attention import fused, reference
 from dataset import EditDataset
-from diffusion import NoiseSchedule
-from formats.export import choose_weights, export, load_editor, replace_model
+from formats.export import choose_weights, export, load_editor, replace_model, sampling_of
 from gpu.compiled import compiled
 from images import enlarge, grid, save_png, to_image
 from ip2p import InstructPix2Pix, loss
 from training import runs
-from training.batches import Draws, ImageBatches, LatentBatches, draws_of
+from training.batches import Draws, ImageBatches, LatentBatches, draws_of, encode_pairs
 from training.presets import parse, parse_export
 from unet import ResBlock, Transformer
 
@@ -74,7 +74,7 @@ class Settings:
         return self.lr * min(1.0, rise, max(fall, 0.01))
 
 
-class Loss(nn.Module):
+class Objective(nn.Module):
     """loss_of(network, draws) as a module, so that DistributedDataParallel can wrap whatever the loss calls."""
 
     def __init__(self, network, loss_of):
@@ -93,57 +93,62 @@ def fit(network, loss_of, settings, out, evaluate=None):
     EMA in place, in the first process alone: returns numbers for metrics.jsonl. out: a Path; it is resumed if it
     holds states. Raises UserError if the loss or its gradient is NaN or Inf; ends the program after Ctrl-C or SIGTERM.
     """
-    names = ((name.replace("_checkpoint_wrapped_module.", ""), weight) for name, weight in network.named_parameters())
-    weights = {name: weight for name, weight in names if weight.requires_grad}
+    weights = {name.replace("_checkpoint_wrapped_module.", ""): w for name, w in network.named_parameters()}
+    weights = {name: weight for name, weight in weights.items() if weight.requires_grad}
     parameters, device = list(weights.values()), next(network.parameters()).device
-    ema = [weight.detach().to(settings.ema_device or device, copy=True) for weight in parameters]
+    ema = {name: w.detach().to(settings.ema_device or device, copy=True) for name, w in weights.items()}
     betas, total = (0.9, settings.beta2), settings.batch_size * settings.grad_accum * runs.PROCESSES
     optimizer = torch.optim.AdamW(parameters, settings.lr, betas, weight_decay=settings.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=settings.mixed_precision == "fp16")
-    start, seconds = runs.resume(out, weights, ema, optimizer, scaler)
-    objective = Loss(network, loss_of)
+    step, seconds = runs.resume(out, weights, ema, optimizer, scaler)
+    objective = Objective(network, loss_of)
     if runs.PROCESSES > 1:
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
-    log = runs.Log(out, settings.max_steps, start, seconds, total)
-    with runs.stop_signals() as signals, closing(log):
-        for step in range(start, settings.max_steps):
+    log, stopped = runs.Log(out, step, seconds), False
+    bar = tqdm(total=settings.max_steps, initial=step, desc=out.name, unit="step", mininterval=1, disable=runs.RANK > 0)
+    with runs.stop_signals() as signals, bar:
+        while step < settings.max_steps and not stopped:
             for group in optimizer.param_groups:
                 group["lr"] = settings.lr_at(step)
             value = torch.zeros((), device=device)
             for micro in range(settings.grad_accum):
-                last = micro == settings.grad_accum - 1  # gradients are averaged over the processes there alone
-                with nullcontext() if runs.PROCESSES == 1 or last else objective.no_sync():
-                    part = objective(draws_of(settings, step, micro)) / settings.grad_accum
-                    scaler.scale(part).backward()
+                # DistributedDataParallel averages the gradients after the last one alone
+                objective.require_backward_grad_sync = micro == settings.grad_accum - 1
+                part = objective(draws_of(settings, step, micro)) / settings.grad_accum
+                scaler.scale(part).backward()
                 value += part.detach()
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf)
-            value, norm, stopped = runs.agree(value, norm, bool(signals))
+            norm = nn.utils.clip_grad_norm_(parameters, settings.grad_clip or math.inf).item()
+            value, stopped = runs.mean_of_processes(value.item(), bool(signals))
             if not math.isfinite(value) or not (math.isfinite(norm) or scaler.is_enabled()):
                 raise UserError(f"the loss or its gradient is NaN or Inf at step {step + 1} of {out}; lower --lr")
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            runs.update_ema(ema, parameters, min(settings.ema_decay, (step + 1) / (step + 10)))
-            done = step + 1
-            log.step(done, value)
-            finished = done == settings.max_steps
-            if runs.RANK == 0 and (stopped or finished or done % settings.save_every == 0):
-                parts = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "seconds": log.seconds}
-                parts |= {"weights": weights, "ema": dict(zip(weights, ema, strict=True))}
-                runs.save_state(out, done, parts, settings.keep)
-            if runs.RANK == 0 and (finished or done % settings.eval_every == 0):
-                with runs.averaged(parameters, ema), torch.no_grad(), log.paused():
-                    found = (evaluate and evaluate(done)) or {}
-                log.write(done, **found)
-                runs.draw_losses(log.path, out / "loss.png")
-            if stopped:
-                break
-    if start < settings.max_steps and done < settings.max_steps:
+            runs.update_ema(ema, weights, min(settings.ema_decay, (step + 1) / (step + 10)))
+            step += 1
+            bar.update()
+            log.losses.append(value)
+            finished = step == settings.max_steps
+            if runs.RANK == 0 and (stopped or finished or step % settings.save_every == 0):
+                state = {"step": step, "seconds": log.seconds(), "weights": weights, "ema": ema}
+                state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                runs.save_state(out, state, settings.keep)
+            evaluating = finished or step % settings.eval_every == 0
+            if runs.RANK == 0 and (evaluating or log.is_due()):
+                line = log.line(step, total)
+                bar.set_postfix(loss=line["loss"])
+                if evaluating and evaluate:
+                    runs.swap(weights, ema)
+                    with torch.no_grad():
+                        line |= evaluate(step) or {}
+                    runs.swap(weights, ema)
+                log.write(line)
+    if step < settings.max_steps:
         if runs.RANK == 0:
-            print(f"stopped at step {done}; the same command with --resume continues")
+            print(f"stopped at step {step}; the same command with --resume continues")
         sys.exit(128 + (signals or [signal.SIGTERM])[0])  # another process may be the one that was told
-    runs.copy_into(parameters, ema)
+    runs.swap(weights, ema)
     return network.eval()
 
 
@@ -152,69 +157,51 @@ def fit(network, loss_of, settings, out, evaluate=None):
 
 def train(options):
     """Train, and write the editor as a model folder."""
-    out, device = options.out, runs.join(options.device)
+    out, device, autocast = options.out, runs.join(options.device), autocasting(options.device, options.mixed_precision)
     if runs.state_paths(out) and not options.resume:
         raise UserError(f"{out} holds a run; continue it by --resume, or use another --out")
-    dataset = EditDataset(
-        options.data, "train", options.resolution, options.max_resize,
-        flip=0.0 if options.overfit else 0.5, subset=options.overfit or options.subset,
-    )  # fmt: skip
+    flip, subset = (0.0, options.overfit) if options.overfit else (0.5, options.subset)
+    dataset = EditDataset(options.data, "train", options.resolution, options.max_resize, flip, subset)
     model = load_editor(options.init, device, sampling_of(options))
-    sides = dataset[0][0].shape[1:]
-    if any(side % model.side_multiple for side in sides):
+    if any(side % model.side_multiple for side in dataset[0][0].shape[1:]):
         raise UserError(f"the images need sides of multiples of {model.side_multiple} pixels; see --resolution")
     if runs.RANK == 0:
-        out.mkdir(parents=True, exist_ok=True)
         keep_settings(out / "settings.json", {name: getattr(options, name) for name in SAME})
-    unet, schedule = model.unet, NoiseSchedule()
-    choose_weights(unet, options.trainable, options.rank)
-    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
-    autocast = autocasting(device, options.mixed_precision)
-    if options.cache_latents:
-        data = LatentBatches(dataset, model, device, autocast, not options.overfit, first_only=bool(options.overfit))
-    else:
-        steps = range((runs.newest_state(out) or {"step": 0})["step"], settings.max_steps)
-        data = ImageBatches(dataset, model, device, autocast, settings, steps, options.workers)
+    choose_weights(model.unet, options.trainable, options.rank)
     if options.gradient_checkpointing:  # blocks are computed twice instead of kept (Chen et al. 2016)
-        apply_activation_checkpointing(unet, check_fn=lambda layer: isinstance(layer, ResBlock | Transformer))
+        apply_activation_checkpointing(model.unet, check_fn=lambda layer: isinstance(layer, ResBlock | Transformer))
     # on a CPU torch's fused attention has a slow backward pass, and the miniature's maps are small enough to keep
     attend = reference if device == "cpu" and options.cache_latents else fused
-    predict_eps = partial(compiled(unet) if options.compile else unet, attend=attend)
+    predict_eps = partial(compiled(model.unet) if options.compile else model.unet, attend=attend)
+    settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
+    editor, encode = InstructPix2Pix(model), partial(encode_pairs, model.vae, autocast)
+    if options.cache_latents:
+        data = LatentBatches(dataset, encode, flip=not options.overfit, first_only=bool(options.overfit))
+    else:
+        data = ImageBatches(dataset, encode, settings, options.workers)
 
-    def editor_loss(draws, batches, t=None, u=None):
-        """Eq. 1, its mean over the rows of a `Draws`."""
-        latent, image_latent, text = batches(draws)
-        t = draws.integers(1000).to(device) if t is None else t
-        u = draws.uniform().to(device) if u is None else u
-        noise = draws.normal(*latent.shape[1:]).to(device)
+    def losses(draws, batches, t=None):
+        """Eq. 1 for each row of a `Draws`, [B]. t [B]: fixed times, for an evaluation; no condition is dropped then."""
+        latents, texts = batches(draws)
+        image_latent, mean, deviation = latents.to(device)  # [B, C, h, w] each
+        latent = (mean + deviation * draws.normal(*mean.shape[1:]).to(device)) * model.vae.config.scaling
+        u = torch.ones(len(mean), device=device)
+        if t is None:
+            t, u = draws.integers(1000).to(device), draws.uniform().to(device)
+        noise = draws.normal(*mean.shape[1:]).to(device)
         with autocast():
-            each = loss(predict_eps, schedule, latent, image_latent, text, batches.instructions.null_text, t, noise, u)
-        return (each * schedule.balanced(t)).mean() if options.loss_weighting == "balanced" else each.mean()
+            text, null_text = editor.encode_text(list(texts)).float(), editor.null_text.float()
+            each = loss(predict_eps, editor.schedule, latent, image_latent, text, null_text, t, noise, u)
+        return each * editor.schedule.balanced(t) if options.loss_weighting == "balanced" else each
 
+    evaluate = None
     if runs.RANK == 0:
-        shown, check = validation(options, dataset, model, device, autocast)
+        evaluate = evaluation(options, dataset, editor, encode, autocast, losses)
         print(f"{len(dataset)} edits, {options.total_batch_size} pairs a step")
-
-    def evaluate(step):
-        """Write samples.png, and return the loss on fixed pairs, times and noise, with no condition dropped."""
-        t, value = torch.linspace(0, 999, MEASURED).round().long().to(device), 0.0
-        for first in range(0, MEASURED, settings.batch_size):
-            rows = slice(first, min(first + settings.batch_size, MEASURED))
-            count, draws = rows.stop - first, Draws(0, 0, MEASURED, rows)
-            value += editor_loss(draws, check, t[rows], torch.ones(count, device=device)).item() * count / MEASURED
-        with autocast():
-            write_samples(InstructPix2Pix(model), shown, out / "samples.png")
-        return {"validation": round(value, 6)}
-
-    fit(unet, lambda network, draws: editor_loss(draws, data), settings, out, evaluate)
+    fit(model.unet, lambda network, draws: losses(draws, data).mean(), settings, out, evaluate)
     if runs.RANK == 0:
         replace_model(model, out / "model")
         print(out / "model")
-
-
-def sampling_of(options):
-    """The defaults for sampling that the command line names."""
-    return {"steps": options.sampling_steps, "text_guidance": options.cfg_text, "image_guidance": options.cfg_image}
 
 
 def autocasting(device, precision):
@@ -223,27 +210,32 @@ def autocasting(device, precision):
     return partial(torch.autocast, torch.device(device).type, dtype=dtype, enabled=precision != "no")
 
 
-def validation(options, dataset, model, device, autocast):
-    """(pairs to show, `LatentBatches` to measure on), of the validation split; of the training's if there is none."""
-    held_out = None
+def evaluation(options, dataset, editor, encode, autocast, losses):
+    """The `evaluate` of `fit`: writes samples.png, and measures the loss on fixed pairs, times and noise.
+
+    The pairs are of the validation split; those of `dataset`, for training, where there is none.
+    """
     if not options.overfit:
         with suppress(UserError):  # of very few edits there are none for validation
-            held_out = EditDataset(options.data, "val", options.resolution)
-    split, count = ("val", len(held_out)) if held_out else ("train", options.overfit or len(dataset))
-    dataset = EditDataset(options.data, split, options.resolution, subset=min(MEASURED, count))
-    shown = [dataset[i] for i in range(min(SHOWN, len(dataset)))]
-    return shown, LatentBatches(dataset, model, device, autocast, flip=False, first_only=True)
-
-
-def write_samples(editor, pairs, path):
-    """A sheet of before, ours and after for a few pairs of a data set."""
-    before, after, instructions = zip(*pairs, strict=True)
-    text, latent = editor.encode_text(list(instructions)), editor.encode_image(torch.stack(before))
-    scales = editor.sampling.text_guidance, editor.sampling.image_guidance
-    ours = editor.sample(text, latent, range(len(before)), *scales, editor.sampling.steps)
-    large = [enlarge(to_image(x)) for triple in zip(before, ours.cpu(), after, strict=True) for x in triple]
+            count = len(EditDataset(options.data, "val", options.resolution))
+            dataset = EditDataset(options.data, "val", options.resolution, subset=min(MEASURED, count))
+    batches = LatentBatches(dataset, encode, first_only=True)
+    before, after, instructions = zip(*(dataset[i] for i in range(min(SHOWN, len(dataset)))), strict=True)
     labels = [text for instruction in instructions for text in ("before", instruction, "pair's own")]
-    save_png(grid(large, 6, labels), path)
+    t = torch.linspace(0, 999, MEASURED).round().long().to(editor.device)
+    rows = [slice(first, first + options.batch_size) for first in range(0, MEASURED, options.batch_size)]
+
+    def evaluate(step):
+        value = torch.cat([losses(Draws(0, 0, MEASURED, some), batches, t[some]) for some in rows]).mean()
+        with autocast():
+            text, image_latent = editor.encode_text(list(instructions)), editor.encode_image(torch.stack(before))
+            scales = editor.sampling.text_guidance, editor.sampling.image_guidance
+            ours = editor.sample(text, image_latent, range(len(before)), *scales, editor.sampling.steps)
+        images = [enlarge(to_image(x)) for triple in zip(before, ours.cpu(), after, strict=True) for x in triple]
+        save_png(grid(images, 6, labels), options.out / "samples.png")
+        return {"validation": round(value.item(), 6)}
+
+    return evaluate
 
 
 def main(arguments=None):

@@ -29,6 +29,11 @@ def load_editor(path, device="cpu", sampling=None):
     return model
 
 
+def sampling_of(options):
+    """The defaults for sampling that a training's command line names."""
+    return {"steps": options.sampling_steps, "text_guidance": options.cfg_text, "image_guidance": options.cfg_image}
+
+
 def choose_weights(unet, trainable, rank):
     """Choose which weights are trained: all ("full"), "attention" and the first convolution, or those of "lora"."""
     unet.requires_grad_(trainable == "full")
@@ -59,8 +64,7 @@ def export(folder, state, out, lora=False, raw=False):
     """Write the editor of a run's folder from a state, with the averaged weights or (raw) the last ones."""
     with reported_as(f"{folder / 'settings.json'} cannot be read"):
         run = SimpleNamespace(**json.loads((folder / "settings.json").read_text(encoding="utf-8")))
-        sampling = {"steps": run.sampling_steps, "text_guidance": run.cfg_text, "image_guidance": run.cfg_image}
-        init, trainable, rank = run.init, run.trainable, run.rank
+        init, trainable, rank, sampling = run.init, run.trainable, run.rank, sampling_of(run)
     if lora and trainable != "lora":
         raise UserError(f"{folder} was trained with --trainable {trainable}; it has no LoRA")
     model = load_editor(init, sampling=sampling)

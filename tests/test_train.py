@@ -337,11 +337,11 @@ def test_nan_ends_in_one_line(data, init, tmp_path, program, monkeypatch):
     [
         ({"lr": -1}, "--lr: should be from 0 to 1, not -1"),
         ({"batch_size": 0}, "--batch-size: should be at least 1"),
-        ({"subset": 1.5}, "--subset should be"),
+        ({"subset": 1.5}, "--subset: should be"),
         ({"subset": 19}, "holds 18 edits"),
         ({"data": "nowhere"}, "seeds.json cannot be read"),
         ({"init": "./nowhere"}, "nowhere"),
-        ({"total_batch_size": 4}, "--total-batch-size 4 is no multiple"),
+        ({"total_batch_size": 4}, "--total-batch-size 4 is not 3"),
         ({"compile": None}, "--compile does not pay on a CPU"),
     ],
 )

@@ -1,6 +1,5 @@
 """The command line of train.py: presets, and flags that override them."""
 
-import math
 import os
 from argparse import BooleanOptionalAction
 from pathlib import Path
@@ -64,8 +63,9 @@ def parse(arguments=None):
     add("--loss-weighting", choices=["none", "balanced"], help="balanced: all noise levels count about alike")
     add("--trainable", choices=["full", "attention", "lora"], help="all weights, attention and conv_in, or LoRA")
     add("--rank", type=WHOLE, metavar="N", help="LoRA's")
-    add("--subset", type=amount, metavar="N", help="number of edits to train on, or a fraction such as 0.1")
-    add("--overfit", type=WHOLE, metavar="N", help="train on so few edits, not augmented: what to try first")
+    edits = parser.add_mutually_exclusive_group().add_argument
+    edits("--subset", type=amount, metavar="N", help="number of edits to train on, or a fraction such as 0.1")
+    edits("--overfit", type=WHOLE, metavar="N", help="train on so few edits, not augmented: what to try first")
     add("--compile", action=BooleanOptionalAction, help="torch.compile the UNet (default: on a GPU)")
     add("--seed", type=between(0, 10**8), default=0, metavar="S", help="of all randomness (default: 0)")
     add("--save-every", type=WHOLE, default=500, metavar="N", help="steps between two states (default: 500)")
@@ -79,58 +79,44 @@ def parse(arguments=None):
     add("--cfg-text", type=SCALE, metavar="S_T", help=f"text guidance, {noted}")
     add("--cfg-image", type=SCALE, metavar="S_I", help=f"image guidance, {noted}")
     options = parser.parse_args(arguments)
-    given_total, given_resize = options.total_batch_size, options.max_resize
-    for name, value in PRESETS[options.preset].items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    if options.resolution and given_resize is None and options.max_resize:  # as much larger as the preset has it
-        preset = PRESETS[options.preset]
-        options.max_resize = options.resolution * preset["max_resize"] // preset["resolution"]
-    check(options)
-    decide(options, int(os.environ.get("WORLD_SIZE", 1)), given_total)
+    decide(options, int(os.environ.get("WORLD_SIZE", 1)))
     return options
 
 
 def amount(text):
-    """Read "500" as 500 and "0.1" as 0.1."""
-    return float(text) if "." in text else int(text)
+    """A number of edits, "500", or a fraction of all, "0.1"."""
+    return FRACTION(text) if "." in text else WHOLE(text)
 
 
-def check(options):
-    """Raise UserError for a value out of range."""
-    most = math.inf if isinstance(options.subset, int) else 1
-    if options.subset is not None and not 0 < options.subset < most:
-        raise UserError(f"--subset should be a number of edits, or a fraction between 0 and 1, not {options.subset}")
-    if options.subset and options.overfit:
-        raise UserError("--subset and --overfit both say how many edits; use one of them")
+def decide(options, processes):
+    """Put the preset's value where the command line gave none, and decide what follows from other settings."""
+    preset = dict(PRESETS[options.preset])
+    if options.grad_accum:
+        preset["total_batch_size"] = None
+    if options.resolution and preset["max_resize"]:  # as much larger as the preset has it
+        preset["max_resize"] = options.resolution * preset["max_resize"] // preset["resolution"]
+    vars(options).update((name, value) for name, value in preset.items() if getattr(options, name) is None)
+
     if options.resolution and options.max_resize and options.max_resize < options.resolution:
         raise UserError(f"--max-resize should be at least the resolution, {options.resolution}")
-
-
-def decide(options, processes, given_total):
-    """Decide what follows from other settings. given_total: what --total-batch-size said."""
     options.cache_latents = options.cache_latents or bool(options.overfit)
-    if not options.resolution:
-        options.resolution = None
-        if not options.cache_latents:
-            raise UserError("images as they are (--resolution 0) need --cache-latents")
-    if options.cache_latents:
-        options.max_resize = None
-    each, total = options.batch_size * processes, options.total_batch_size
-    if options.grad_accum is None:
-        if total and total % each:
-            raise UserError(f"--total-batch-size {total} is no multiple of --batch-size times {processes} processes")
-        options.grad_accum = total // each if total else 1
-    elif given_total not in (None, each * options.grad_accum):
-        raise UserError(f"--total-batch-size is not --batch-size times --grad-accum times {processes} processes")
-    options.total_batch_size = each * options.grad_accum
+    if not options.resolution and not options.cache_latents:
+        raise UserError("images as they are (--resolution 0) need --cache-latents")
+    options.resolution = options.resolution or None
+    options.max_resize = None if options.cache_latents else options.max_resize
+
+    each = options.batch_size * processes
+    total = options.total_batch_size or each * (options.grad_accum or 1)
+    options.grad_accum = options.grad_accum or total // each
+    if total != each * options.grad_accum:
+        raise UserError(f"--total-batch-size {total} is not {each} (--batch-size of all processes) times --grad-accum")
+    options.total_batch_size = total
     options.eval_every = options.eval_every or max(100, options.max_steps // 10)
+
     for device in {options.device, options.ema_device or options.device}:
         check_device(own_device(device))
-    on_gpu = torch.device(options.device).type == "cuda"
-    if options.compile and not on_gpu:
-        raise UserError("--compile does not pay on a CPU; leave it out")
-    options.compile = on_gpu if options.compile is None else options.compile
+    if options.compile is None:
+        options.compile = torch.device(options.device).type == "cuda"
     if options.mixed_precision == "auto":
         options.mixed_precision = fast_precision(options.device)
 

@@ -9,12 +9,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from cli import UserError, append_whole, atomic_write, own_device, reported_as
+from cli import UserError, atomic_write, own_device, reported_as
 
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from images import save_png
 
@@ -22,28 +21,23 @@ LOG_EVERY = 5.0  # seconds between two lines of metrics.jsonl
 PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # as torchrun sets them
 
 
+# Weights and their moving average are {name: tensor}, with the same names; the two may lie on different devices.
+
+
 @torch.no_grad()
 def update_ema(ema, weights, decay):
-    """ema = decay * ema + (1 - decay) * weights; the two lists may lie on different devices."""
-    torch._foreach_lerp_(ema, [weight.to(value.device) for weight, value in zip(weights, ema, strict=True)], 1 - decay)
+    """ema = decay * ema + (1 - decay) * weights."""
+    now = [weights[name].to(value.device) for name, value in ema.items()]
+    torch._foreach_lerp_(list(ema.values()), now, 1 - decay)
 
 
 @torch.no_grad()
-def copy_into(weights, values):
-    """Set weights."""
-    for weight, value in zip(weights, values, strict=True):
-        weight.copy_(value)
-
-
-@contextmanager
-def averaged(weights, ema):
-    """Within it, the weights are their EMA."""
-    own = [weight.detach().to(value.device, copy=True) for weight, value in zip(weights, ema, strict=True)]
-    copy_into(weights, ema)
-    try:
-        yield
-    finally:
-        copy_into(weights, own)
+def swap(weights, ema):
+    """Exchange the weights with their average; a second call changes them back."""
+    for name, weight in weights.items():
+        own = weight.to(ema[name].device, copy=True)
+        weight.copy_(ema[name])
+        ema[name].copy_(own)
 
 
 # ---- several processes, and being told to stop ----
@@ -68,36 +62,34 @@ def barrier():
         dist.barrier()
 
 
-def agree(value, norm, stop):
-    """(mean loss of all processes, norm of the gradient, has any been told to stop?), the same in all of them."""
+def mean_of_processes(*numbers):
+    """The mean over all processes of each of these numbers."""
     if PROCESSES == 1:
-        return value.item(), norm.item(), stop
-    both = torch.stack([value.float(), torch.tensor(float(stop), device=value.device)])
-    dist.all_reduce(both)
-    return both[0].item() / PROCESSES, norm.item(), both[1].item() > 0
+        return numbers
+    means = torch.tensor(numbers, dtype=torch.float64, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(means)
+    return (means / PROCESSES).tolist()
 
 
 @contextmanager
 def stop_signals():
-    """Ctrl-C and SIGTERM end the training after the current step: the list of them so far, to be looked at.
-
-    A second signal gets Python's default handling.
-    """
-    received = []
+    """Within it, the first Ctrl-C and SIGTERM only add their number to the list that it gives, to be looked at."""
+    received, usual = [], {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def receive(number, frame):
         received.append(number)
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(number, usual[number])
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in usual:
+        signal.signal(number, receive)
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in usual.items():
             signal.signal(number, handler)
 
 
-# ---- states and metrics ----
+# ---- states ----
 
 
 def state_paths(out):
@@ -105,18 +97,18 @@ def state_paths(out):
     return sorted((out / "states").glob("[0-9]*.pt"))
 
 
-def save_state(out, step, parts, keep):
+def save_state(out, state, keep):
     """Write OUT/states/STEP.pt, whole or not at all, and remove all but the `keep` newest. Raises UserError."""
-    path = out / "states" / f"{step:08d}.pt"
+    path = out / "states" / f"{state['step']:08d}.pt"
     full = reported_as(f"cannot write {path}; is the disk full?", RuntimeError)  # torch's own writer raises it
     with full, atomic_write(path) as beside:
-        torch.save({"step": step, **parts}, beside)
+        torch.save(state, beside)
         with open(beside, "rb") as file:
             os.fsync(file.fileno())  # older states are removed only when this one is on the disk
     paths = state_paths(out)
-    place = paths.index(path)
-    for old in [*paths[: max(0, place + 1 - keep)], *paths[place + 1 :], *path.parent.glob(".*.tmp")]:
-        old.unlink()  # the later ones are damaged, or the run would have resumed from them
+    kept = [other for other in paths if other <= path][-keep:]  # a later one is damaged, or the run had begun there
+    for old in {*paths, *path.parent.glob(".*.tmp")} - {*kept}:
+        old.unlink()
 
 
 def newest_state(out):
@@ -124,84 +116,74 @@ def newest_state(out):
     paths = state_paths(out)
     for path in reversed(paths):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if isinstance(state["step"], int):
-                return state
-        except Exception as error:  # torch.load meets damaged files with exceptions of every kind
-            print(f"{path} is damaged and skipped ({' '.join(str(error).split())[:100] or type(error).__name__})")
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:  # torch.load meets damaged files with exceptions of every kind
+            print(f"{path} is damaged and skipped")
     if paths:
         raise UserError(f"all states in {out / 'states'} are damaged; remove that folder to start anew")
     return None
 
 
+@torch.no_grad()
 def resume(out, weights, ema, optimizer, scaler):
-    """Put the newest state into a run; returns the step to continue with and the seconds so far. Raises UserError."""
+    """Put the newest state into a run; returns the steps that are done and the seconds so far. Raises UserError."""
     state = newest_state(out)
-    step = state["step"] if state else 0
-    if PROCESSES > 1:
-        steps = torch.tensor([step, -step], device=next(iter(weights.values())).device)
-        dist.all_reduce(steps, op=dist.ReduceOp.MAX)
-        if steps[0] != -steps[1]:
-            raise UserError("the processes found different states; they need to share the folder of the run")
-    if not state:
-        return 0, 0.0
-    with reported_as(f"the state in {out} is of another network; use another folder"):
-        copy_into(weights.values(), [state["weights"][name] for name in weights])
-        copy_into(ema, [state["ema"][name] for name in weights])
-        optimizer.load_state_dict(state["optimizer"])
-        if scaler.is_enabled():
-            scaler.load_state_dict(state["scaler"])
-    return step, state["seconds"]
+    step, seconds = (state["step"], state["seconds"]) if state else (0, 0.0)
+    if mean_of_processes(step)[0] != step:
+        raise UserError("the processes found different states; they need to share the folder of the run")
+    if state:
+        with reported_as(f"the state in {out} is of another network; use another folder"):
+            for name in weights:
+                weights[name].copy_(state["weights"][name])
+                ema[name].copy_(state["ema"][name])
+            optimizer.load_state_dict(state["optimizer"])
+            if scaler.is_enabled():
+                scaler.load_state_dict(state["scaler"])
+    return step, seconds
+
+
+# ---- metrics ----
 
 
 class Log:
-    """A bar, and metrics.jsonl with a line now and then; in all processes but the first, nothing."""
+    """metrics.jsonl, a line every few seconds, and loss.png, its plot."""
 
-    def __init__(self, out, steps, start, seconds, total):
-        """start: the step and `seconds` the time so far of a resumed run; total: examples a step."""
-        self.path, self.total = out / "metrics.jsonl", total
-        self.losses, self.written, self.began = [], time.monotonic(), time.monotonic() - seconds
-        self.bar = tqdm(total=steps, initial=start, desc=out.name, unit="step", mininterval=1, disable=RANK > 0)
-        if RANK == 0 and self.path.exists():  # a resumed run writes the lines after its first step again
-            kept = [line for line in read_metrics(self.path) if line["step"] <= start]
+    def __init__(self, out, step, seconds):
+        """step, seconds: how far a resumed run is. Lines of later steps are dropped, for they will come again."""
+        self.path, self.losses = out / "metrics.jsonl", []  # of the steps since the last line
+        self.began, self.written = time.monotonic() - seconds, time.monotonic()
+        lines = read_metrics(self.path) if self.path.exists() else []
+        self.lines = [line for line in lines if line["step"] <= step]
+        if RANK == 0:
             with atomic_write(self.path) as beside:
-                beside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+                beside.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
 
-    @property
     def seconds(self):
         """What the run took so far."""
         return time.monotonic() - self.began
 
-    def step(self, step, loss):
-        """A step is done, and this was its loss."""
-        self.losses.append(loss)
-        self.bar.update()
-        if time.monotonic() - self.written > LOG_EVERY:
-            self.write(step)
+    def is_due(self):
+        """Is it time for a line?"""
+        return time.monotonic() - self.written > LOG_EVERY
 
-    def write(self, step, **values):
-        """Write a line: the mean loss since the last one, examples a second, memory, and `values`."""
-        if RANK > 0:
-            return
-        line, now = {"step": step, "minutes": round(self.seconds / 60, 3)}, time.monotonic()
-        if self.losses:
-            line["loss"] = round(sum(self.losses) / len(self.losses), 6)
-            line["examples_per_s"] = round(len(self.losses) * self.total / (now - self.written), 2)
-            self.bar.set_postfix(loss=line["loss"])
-        line |= {"memory_gb": round(memory() / 1e9, 2), **values}
-        append_whole(self.path, (json.dumps(line) + "\n").encode())
-        self.losses, self.written = [], now
+    def line(self, step, total):
+        """The values of a line: the mean loss since the last one, examples a second (`total` a step), memory."""
+        loss = sum(self.losses) / len(self.losses)
+        speed = len(self.losses) * total / (time.monotonic() - self.written)
+        memory = (torch.cuda.max_memory_allocated() or peak_memory()) / 1e9
+        minutes = self.seconds() / 60
+        return {
+            "step": step, "minutes": round(minutes, 3), "loss": round(loss, 6),
+            "examples_per_s": round(speed, 2), "memory_gb": round(memory, 2),
+        }  # fmt: skip
 
-    @contextmanager
-    def paused(self):
-        """What is done within it does not count in the examples a second."""
-        start = time.monotonic()
-        yield
-        self.written += time.monotonic() - start
-
-    def close(self):
-        """End the bar, so that what is printed next has its own line."""
-        self.bar.close()
+    def write(self, line):
+        """Add a line to the file, and draw the plot anew."""
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        self.lines.append(line)
+        draw_losses(self.lines, self.path.with_name("loss.png"))
+        self.losses, self.written = [], time.monotonic()
 
 
 def read_metrics(path):
@@ -209,37 +191,35 @@ def read_metrics(path):
     with reported_as(f"{path} cannot be read; remove it, and the run resumes without it"):
         text = path.read_text(encoding="utf-8")
         lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())  # the last may be torn
-        return [{**line, "step": int(line["step"])} for line in lines]
+        return [{"step": line["step"], **line} for line in lines]
 
 
-def memory():
-    """Bytes at most so far: what torch allocated on a GPU, else what this process holds."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+def peak_memory():
+    """The most bytes that this process held so far; 0 where Linux does not tell."""
     status = Path("/proc/self/status")
     return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 if status.exists() else 0
 
 
-def draw_losses(path, image_path):
-    """Plot the losses of a metrics.jsonl over the steps: of training (blue), of validation (orange)."""
-    metrics, curves = read_metrics(path), {}
-    for name in ("loss", "validation"):
-        curves[name] = [(m["step"], m[name]) for m in metrics if math.isfinite(m.get(name, math.nan))]
-    steps, values = zip(*(curves["loss"] + curves["validation"] or [(1, 0.0)]), strict=True)
-    low, high = min(values), max(values)
+def draw_losses(lines, path):
+    """Plot the losses of metrics over the steps: of training (blue), of validation (orange)."""
+    curves = {
+        name: [(line["step"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
+        for name in ("loss", "validation")
+    }
+    steps, values = zip(*curves["loss"], *curves["validation"], strict=True)
+    last, low, high = max(steps), min(values), max(values)
     image = Image.new("RGB", (900, 420), "white")
     draw = ImageDraw.Draw(image)
 
-    def place(step, y):
-        return 60 + 820 * step / max(steps), 380 - 340 * (y - low) / (high - low or 1)
+    def place(step, value):
+        return 60 + 820 * step / last, 380 - 340 * (value - low) / (high - low or 1)
 
     for i in range(5):
-        y, step = low + (high - low) * i / 4, round(max(steps) * i / 4)
-        draw.line([place(0, y), place(max(steps), y)], fill="#e4e4e4")
-        draw.text((52, place(0, y)[1]), f"{y:.3f}", fill="black", anchor="rm")
+        step, value = round(last * i / 4), low + (high - low) * i / 4
+        draw.line([place(0, value), place(last, value)], fill="#e4e4e4")
+        draw.text((52, place(0, value)[1]), f"{value:.3f}", fill="black", anchor="rm")
         draw.text((place(step, low)[0], 388), f"{step:,}", fill="black", anchor="ma")
-    for number, (name, curve) in enumerate(curves.items()):
-        colour = ("#1f5fae", "#c2571a")[number]
-        draw.text((70 + 100 * number, 12), name if curve else "", fill=colour)
+    for x, colour, (name, curve) in zip((70, 170), ("#1f5fae", "#c2571a"), curves.items(), strict=True):
+        draw.text((x, 12), name if curve else "", fill=colour)
         draw.line([place(*point) for point in curve], fill=colour, width=2)
-    save_png(image, image_path)
+    save_png(image, path)
