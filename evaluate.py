@@ -38,7 +38,6 @@ def main(arguments=None):
     add("--count", type=WHOLE, default=256, metavar="N", help="pairs for each measurement (default: 256)")
     add("--batch-size", type=WHOLE, default=32, metavar="B", help="pairs at a time (default: 32)")
     add("--guidance", type=SCALE, nargs=2, default=(2.0, 4.0), metavar=("LOW", "HIGH"), help="(default: 2 4)")
-    add("--data", type=Path, metavar="DIR", help="a data set of datagen.py images, for the quantiles of its candidates")
 
     for command in (world, pairs):
         add = command.add_argument

@@ -5,12 +5,10 @@ Both are measured on generated pairs of the miniature world, whose captions say 
 
 from dataclasses import asdict
 
-from cli import UserError
-
 import numpy as np
 import torch
 
-from dataset import Filter, read_metadata
+from dataset import Filter
 from formats.checkpoint import load_clip
 from images import enlarge, grid, to_image
 from mini.judge import Judge, right
@@ -38,7 +36,7 @@ def one_sided_edits(count, seed=0):
     return edits
 
 
-def sample(model, edits, guidance, steps=None, batch_size=32, p=P_RANGE, shared=True, desc="pairs"):
+def sample(model, edits, guidance, steps, batch_size, p=P_RANGE, shared=True, desc="pairs"):
     """One Prompt-to-Prompt pair for each of N Edits -> images before and after, [N, 3, H, W] each, in [-1, 1].
 
     guidance, p: ranges to draw from; shared: False takes the second images from pairs of other seeds.
@@ -46,13 +44,12 @@ def sample(model, edits, guidance, steps=None, batch_size=32, p=P_RANGE, shared=
     side = model.sampling.resolution // model.vae.config.factor
     shape = (model.vae.config.latent_channels, side, side)
 
-    def pair(edits, seeds):
-        texts = [caption(edit.before) for edit in edits], [caption(edit.after) for edit in edits]
-        return sample_pairs(model, *texts, PairNoise(seeds, shape, guidance, p, model.device), steps)
-
     def compute(edits, seeds):
-        x, y = pair(edits, seeds)
-        y = y if shared else pair(edits, [seed + 1_000_000 for seed in seeds])[1]
+        texts = [caption(edit.before) for edit in edits], [caption(edit.after) for edit in edits]
+        x, y = sample_pairs(model, *texts, PairNoise(seeds, shape, guidance, p, model.device), steps)
+        if not shared:
+            others = [seed + 1_000_000 for seed in seeds]
+            _, y = sample_pairs(model, *texts, PairNoise(others, shape, guidance, p, model.device), steps)
         return torch.stack([x, y], dim=1).clamp(-1, 1).cpu()
 
     return in_batches(compute, batch_size, edits, range(len(edits)), desc=desc).unbind(1)
@@ -63,89 +60,60 @@ def both_right(judge, before, after, edits):
     return right(judge, before, [e.before for e in edits]) & right(judge, after, [e.after for e in edits])
 
 
-def measure_pairs(model, judge, edits, guidance, steps=None, batch_size=32):
+def measure_pairs(model, judge, edits, guidance, steps, batch_size):
     """Sample pairs for `edits` (of `one_sided_edits`) in the ways of NOISE; model: a `StableDiffusion`.
 
     Returns ({way: measures}, {way: the first pairs [<= 8, 2, 3, H, W]}). "change": the mean L1, in [0, 1], between the
     two images in the half that the edit does not name; "both_right": the fraction of pairs that show their captions.
     """
     measured, shown = {}, {}
+    other_half = [int(edit.before.left != edit.after.left) for edit in edits]  # 0: left, 1: right
     for way, (shared, p) in NOISE.items():
         before, after = sample(model, edits, guidance, steps, batch_size, p, shared, way)
-        error = ((after - before).abs() / 2).mean((1, 2))  # [N, width]
-        halves = torch.stack([half.mean(1) for half in error.chunk(2, dim=1)])  # [2, N]: left, right
-        changes = [halves[int(e.before.left != e.after.left), row].item() for row, e in enumerate(edits)]
-        found = both_right(judge, before, after, edits)
-        measured[way] = {"change": float(np.mean(changes)), "both_right": float(found.mean())}
+        error = ((after - before).abs() / 2).unflatten(3, (2, -1)).mean((1, 2, 4))  # [N, halves]
+        change = error[range(len(edits)), other_half].mean().item()
+        measured[way] = {"change": change, "both_right": float(both_right(judge, before, after, edits).mean())}
         shown[way] = torch.stack([before[:8], after[:8]], dim=1)
     return measured, shown
 
 
-def measure_right(model, judge, clip, tokenizer, edits, guidance, wanted, steps=None, batch_size=32):
+def measure_right(model, judge, clip, tokenizer, edits, wanted, guidance, steps, batch_size):
     """Are filtered pairs better? Sample one pair for each Edit; wanted: a `dataset.Filter`.
 
     Returns the fraction that the filter keeps, and the fraction of pairs that show their captions, of all and of those
-    kept: {"yield", "right_all", "right_kept"}.
+    kept (None if there are none): {"yield", "right_all", "right_kept"}.
     """
-    pair = sample(model, edits, guidance, steps, batch_size)
-    scores = clip_similarities(clip, tokenizer, edits, *pair, batch_size).T.tolist()
+    pairs = sample(model, edits, guidance, steps, batch_size)
+    scores = clip_similarities(clip, tokenizer, edits, *pairs, batch_size).T.tolist()
     kept = np.array([wanted.keeps(dict(zip(SIMILARITIES, row, strict=True))) for row in scores])
-    found = both_right(judge, *pair, edits)
-    of_kept = float(found[kept].mean()) if kept.any() else None
-    return {"yield": float(kept.mean()), "right_all": float(found.mean()), "right_kept": of_kept}
-
-
-def measure_filter(root):
-    """What the filter did to the data set in `root`: {"yield", "all", "kept"}.
-
-    "all" and "kept" hold the quantiles 5, 25, 50, 75 and 95 % of every CLIP similarity. Raises UserError.
-    """
-
-    def scores(file):
-        lines = [line for path in sorted(root.glob(f"[0-9]*/{file}.jsonl")) for line in read_metadata(path)]
-        return [[line[name] for name in SIMILARITIES] for line in lines]
-
-    def quantiles(entries):
-        values = np.quantile(entries, (0.05, 0.25, 0.5, 0.75, 0.95), axis=0).T.tolist() if entries else []
-        return dict(zip(SIMILARITIES, values, strict=False))
-
-    everything = scores("candidates")
-    if not everything:
-        raise UserError(f"{root} holds no candidates.jsonl in the folders of its edits; datagen.py images writes them")
-    kept = scores("metadata")
-    return {"yield": len(kept) / len(everything), "all": quantiles(everything), "kept": quantiles(kept)}
+    found = both_right(judge, *pairs, edits)
+    right_kept = float(found[kept].mean()) if kept.any() else None
+    return {"yield": float(kept.mean()), "right_all": float(found.mean()), "right_kept": right_kept}
 
 
 def evaluate_pairs(options, settings):
     """Measure pairs of one text-to-image model: with and without Prompt-to-Prompt, with and without the filter."""
-    candidates = measure_filter(options.data) if options.data else None
     model, judge = StableDiffusion.load(options.sd, options.device), Judge.load(options.judge, options.device)
     clip, tokenizer = load_clip(options.clip, options.device)
+    wanted = Filter.read(options.clip)
     options.out.mkdir(parents=True, exist_ok=True)
-    edits, how = one_sided_edits(options.count, options.seed), (options.steps, options.batch_size)
-    ways, shown = measure_pairs(model, judge, edits, options.guidance, *how)
-    rng, wanted = np.random.default_rng([8_004, options.seed]), Filter.read(options.clip)
+    how = options.guidance, options.steps, options.batch_size
+    ways, shown = measure_pairs(model, judge, one_sided_edits(options.count, options.seed), *how)
+    rng = np.random.default_rng([8_004, options.seed])
     edits = [random_edit(rng, KINDS[number % len(KINDS)], test=True) for number in range(options.count)]
-    found = measure_right(model, judge, clip, tokenizer, edits, options.guidance, wanted, *how)
-    results = {"settings": settings, "ways": ways, "filter": found, "candidates": candidates}
+    found = measure_right(model, judge, clip, tokenizer, edits, wanted, *how)
 
-    independent = next(iter(ways.values()))["change"]
-    rows = {
-        way: [f"{row['change']:.4f}", f"{row['change'] / independent:.2f}", percent(row["both_right"])]
-        for way, row in ways.items()
-    }
+    independent = ways["independent noise"]["change"]
     columns = "change in the half not named, L1", "relative to independent noise", "both images right"
+    rows = {}
+    for way, row in ways.items():
+        rows[way] = [f"{row['change']:.4f}", f"{row['change'] / independent:.2f}", percent(row["both_right"])]
     thresholds = ", ".join(f"{name} {value}" for name, value in asdict(wanted).items())
-    cells = [percent(fraction) for fraction in found.values()]
-    of_filter = table(["kept", "both images right, of all", "of those kept"], {thresholds: cells})
-    texts = ["# Generated pairs", f"`{settings['command']}`", table(columns, rows), of_filter]
-    if candidates:
-        quantiles = {f"{part}, {name}": candidates[part][name] for part in ("all", "kept") for name in candidates[part]}
-        rows = {title: [f"{value:.3f}" for value in values] for title, values in quantiles.items()}
-        texts.append(f"{percent(candidates['yield'])} of the data set's candidates are kept.")
-        texts.append(table(["5 %", "25 %", "50 %", "75 %", "95 %"], rows))
+    cells = ["none" if fraction is None else percent(fraction) for fraction in found.values()]
+    filtered = table(["kept", "both images right, of all", "of those kept"], {thresholds: cells})
+    texts = ["# Generated pairs", f"`{settings['command']}`", table(columns, rows), filtered]
     print("\n\n".join(texts[2:]))
-    large = [enlarge(to_image(x)) for images in shown.values() for pair in images for x in pair]
+    large = [enlarge(to_image(x)) for images in shown.values() for x in images.flatten(0, 1)]
     columns = len(large) // len(shown)
     image = grid(large, columns, None, ["before", "after"] * (columns // 2), list(shown))
-    write_results(options.out, "pairs", results, texts, image)
+    write_results(options.out, "pairs", {"settings": settings, "ways": ways, "filter": found}, texts, image)

@@ -74,29 +74,25 @@ def edit_all(model, edits, before, sampling, batch_size):
 # ---- the measures ----
 
 
-def measure(images, edits, before, after, judge, batch_size=63):
+def measure(images, edits, before, after, judge):
     """How well do `images` show `edits`? All images [count, 3, 64, 64] in [-1, 1]; before, after: the true ones.
 
     Returns a dict for JSON: fractions in [0, 1], the 95 % "interval" of the success, "failed": the positions of the
-    edits that did not succeed, and the mean "l1_outside" of the edits that leave anything outside (else None).
+    edits that did not succeed, and the mean "l1_outside" of the edits that leave anything outside.
     """
-    attributes = right(judge, images, [edit.after for edit in edits], batch_size)
+    attributes = right(judge, images, [edit.after for edit in edits])
     l1, counts = (values.numpy() for values in l1_outside(images, before, after))
     success = attributes & (l1 <= TOUCHED)
     kinds, new = np.array([edit.kind for edit in edits]), np.array([edit.new_phrasing for edit in edits])
-
-    def mean(values):
-        return float(np.mean(values)) if len(values) else None
-
     return {
         "count": len(edits),
-        "success": mean(success),
+        "success": float(success.mean()),
         "interval": wilson(int(success.sum()), len(edits)),
-        "attributes": mean(attributes),
-        "l1_outside": mean(l1[counts]),
-        "known_phrasings": mean(success[~new]),
-        "new_phrasings": mean(success[new]),
-        "kinds": {kind: mean(success[kinds == kind]) for kind in KINDS},
+        "attributes": float(attributes.mean()),
+        "l1_outside": float(l1[counts].mean()),
+        "known_phrasings": float(success[~new].mean()),
+        "new_phrasings": float(success[new].mean()),
+        "kinds": {kind: float(success[kinds == kind].mean()) for kind in KINDS},
         "failed": np.flatnonzero(~success).tolist(),
     }
 
@@ -133,8 +129,9 @@ def wilson(successes, count, z=1.96):
 
 def clip_scores(clip, tokenizer, images, edits, before, batch_size=63):
     """The paper's metrics (Sec. 3.1.2 and 4), means over the edits; `images` and `before` as for `measure`."""
-    scores = clip_similarities(clip, tokenizer, edits, before, images, batch_size).mean(dim=1).tolist()
-    return {"image_image": scores[3], "directional": scores[2], "image_caption": scores[1]}
+    similarities = clip_similarities(clip, tokenizer, edits, before, images, batch_size)
+    _, image_caption, directional, image_image = similarities.mean(dim=1).tolist()
+    return {"image_image": image_image, "directional": directional, "image_caption": image_caption}
 
 
 # ---- the report ----
@@ -142,16 +139,17 @@ def clip_scores(clip, tokenizer, images, edits, before, batch_size=63):
 
 def tables(results):
     """The results in Markdown: {title: table}, the overall one first."""
-    overall, kinds = {}, {}
+    overall, kinds, scores = {}, {}, {}
     for name, row in results["rows"].items():
-        interval = " to ".join(f"{100 * end:.1f}" for end in row["interval"])
-        l1 = "none" if row["l1_outside"] is None else f"{row['l1_outside']:.4f}"
-        fractions = [percent(row[key]) for key in ("attributes", "known_phrasings", "new_phrasings")]
-        overall[name] = [f"**{percent(row['success'])}** [{interval} %]", fractions[0], l1, *fractions[1:]]
-        kinds[name] = [percent(row["kinds"][kind]) for kind in KINDS]
+        low, high = row["interval"]
+        success = f"**{percent(row['success'])}** [{100 * low:.1f} to {percent(high)}]"
+        phrasings = percent(row["known_phrasings"]), percent(row["new_phrasings"])
+        overall[name] = [success, percent(row["attributes"]), f"{row['l1_outside']:.4f}", *phrasings]
+        kinds[name] = map(percent, row["kinds"].values())
+    for name, row in results["clip"].items():
+        scores[name] = [f"{score:.3f}" for score in row.values()]
     columns = "success [95 % interval]", "all attributes right", "L1 outside", "known phrasings", "new phrasings"
     of_scores = "before to edited image", "directional", "edited image to its caption"
-    scores = {name: [f"{score:.3f}" for score in row.values()] for name, row in results["clip"].items()}
     return {
         "Overall": table(columns, overall),
         "Success by the kind of edit": table(KINDS, kinds),
@@ -171,25 +169,27 @@ def sheet(edits, before, edited, after, failed):
 
 def evaluate_world(options, settings):
     """Measure an editor on held-out edits, next to what it should be compared with."""
-    edits = held_out_edits(options.count, options.seed, options.validation)
-    paths = {EDITOR: options.model, **({BOUND: options.bound} if options.bound else {})}
+    edits, size = held_out_edits(options.count, options.seed, options.validation), options.batch_size
+    paths = {EDITOR: options.model} | ({BOUND: options.bound} if options.bound else {})
     models = {name: InstructPix2Pix.load(path, options.device) for name, path in paths.items()}
-    judge, (clip, tokenizer) = Judge.load(options.judge, options.device), load_clip(options.clip, options.device)
+    judge, clip = Judge.load(options.judge, options.device), load_clip(options.clip, options.device)
+    options.out.mkdir(parents=True, exist_ok=True)
     asked = {"steps": options.steps, "text_guidance": options.cfg_text, "image_guidance": options.cfg_image}
     asked = {key: value for key, value in asked.items() if value is not None}
     sampling = {name: replace(model.sampling, **asked) for name, model in models.items()}
-    options.out.mkdir(parents=True, exist_ok=True)
     before, after = true_images(edits)
-    size, editor = options.batch_size, models[EDITOR]
-    edited = {name: edit_all(models[name], edits, before, sampling[name], size) for name in models}
-    # the best result possible with this autoencoder; encode_image does not scale, decode takes scaled latents
-    floor = in_batches(lambda x: editor.decode(editor.encode_image(x) * editor.vae.config.scaling), size, after)
-    compared = {**edited, COPY: before, FLOOR: floor.clamp(-1, 1).cpu(), TRUE: after}
-    rows = {name: measure(x, edits, before, after, judge, size) for name, x in compared.items()}
-    shown = {**edited, "true image": after}
-    similar = {name: clip_scores(clip, tokenizer, x, edits, before, size) for name, x in shown.items()}
-    settings = {**settings, "sampling": {name: asdict(chosen) for name, chosen in sampling.items()}}
-    results = {"settings": settings, "rows": rows, "clip": similar}
+    edited = {name: edit_all(model, edits, before, sampling[name], size) for name, model in models.items()}
+
+    def through_vae(x):  # the best result possible; encode_image does not scale, decode takes scaled latents
+        editor = models[EDITOR]
+        return editor.decode(editor.encode_image(x) * editor.vae.config.scaling).clamp(-1, 1).cpu()
+
+    compared = {**edited, COPY: before, FLOOR: in_batches(through_vae, size, after), TRUE: after}
+    rows = {name: measure(x, edits, before, after, judge) for name, x in compared.items()}
+    scored = {**edited, "true image": after}
+    scores = {name: clip_scores(*clip, x, edits, before, size) for name, x in scored.items()}
+    settings["sampling"] = {name: asdict(chosen) for name, chosen in sampling.items()}
+    results = {"settings": settings, "rows": rows, "clip": scores}
     use = "validation edits, to choose settings by" if options.validation else "held-out edits"
     texts = ["# Edits whose true result is known", f"{len(edits)} {use}: `{settings['command']}`", MEANING]
     for name, chosen in settings["sampling"].items():

@@ -17,24 +17,25 @@ def clip_similarities(clip, tokenizer, edits, before, after, batch_size):
     """`CLIP.edit_similarities` of images [N, 3, H, W] in [-1, 1] and the captions of N edits: SIMILARITIES, [4, N]."""
     device = clip.logit_scale.device
 
-    def compute(edits, *images):
+    def compute(edits, before, after):
+        images = ((x.to(device) + 1) / 2 for x in (before, after))
         texts = [caption(edit.before) for edit in edits], [caption(edit.after) for edit in edits]
-        ids = (tokenizer(captions).to(device) for captions in texts)
-        found = clip.edit_similarities(*((x.to(device) + 1) / 2 for x in images), *ids)
+        found = clip.edit_similarities(*images, *(tokenizer(captions).to(device) for captions in texts))
         return torch.stack([found[name] for name in SIMILARITIES], dim=1)
 
     return in_batches(compute, batch_size, edits, before, after).T.contiguous()
 
 
-def table(columns, rows):
-    """A table in Markdown. rows: {title: cells}."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (["", *columns], *([title, *rows[title]] for title in rows))]
-    return "\n".join([lines[0], "|---" * (1 + len(columns)) + "|", *lines[1:]])
-
-
 def percent(fraction):
-    """A fraction in [0, 1] in percent; None where there is nothing to count."""
-    return "none" if fraction is None else f"{100 * fraction:.1f} %"
+    """A fraction in [0, 1] in percent."""
+    return f"{100 * fraction:.1f} %"
+
+
+def table(columns, rows):
+    """A table in Markdown. columns: their titles, rows: {title: cells}."""
+    lines = [f"| {' | '.join(cells)} |" for cells in [["", *columns], *([title, *rows[title]] for title in rows)]]
+    lines.insert(1, "|---" * (1 + len(columns)) + "|")
+    return "\n".join(lines)
 
 
 def write_results(out, name, results, paragraphs, image):

@@ -2,16 +2,13 @@
 
 from types import SimpleNamespace
 
-from cli import UserError
-
 import pytest
 import torch
-from dataset_of_true_pairs import write_pairs
 from torch import nn
 
 from dataset import Filter
 from mini import evaluate_pairs
-from mini.evaluate_pairs import NOISE, measure_filter, measure_pairs, measure_right, one_sided_edits
+from mini.evaluate_pairs import NOISE, measure_pairs, measure_right, one_sided_edits
 from mini.judge import Judge, truth
 from mini.report import SIMILARITIES
 from mini.world import caption
@@ -75,7 +72,7 @@ def test_change_is_that_of_the_half_not_named(edits, monkeypatch):
         return x, y
 
     monkeypatch.setattr(evaluate_pairs, "sample_pairs", sample_pairs)
-    measured, shown = measure_pairs(MODEL, Judge().eval(), edits, (3.0, 6.0), batch_size=10)
+    measured, shown = measure_pairs(MODEL, Judge().eval(), edits, (3.0, 6.0), None, 10)
     assert list(measured) == list(shown) == list(NOISE)
     for way in NOISE:
         assert measured[way]["change"] == pytest.approx(0.2, abs=1e-6)
@@ -92,7 +89,7 @@ def test_the_three_ways(edits, monkeypatch):
         return tuple(half[:, :3].repeat_interleave(4, 2).repeat_interleave(4, 3) / 4 for half in noise.first.chunk(2))
 
     monkeypatch.setattr(evaluate_pairs, "sample_pairs", sample_pairs)
-    measured, shown = measure_pairs(MODEL, Judge().eval(), edits, (3.0, 6.0), steps=7, batch_size=16)
+    measured, shown = measure_pairs(MODEL, Judge().eval(), edits, (3.0, 6.0), 7, 16)
     assert measured[SHARED]["change"] == measured[CONTROLLED]["change"] == 0
     assert measured[INDEPENDENT]["change"] == pytest.approx(0.141, abs=0.01)  # E|x - y| / 2 of two N(0, 1/4)
     for way in NOISE:  # the same noise for the first images
@@ -123,7 +120,7 @@ def test_the_three_ways(edits, monkeypatch):
 def test_both_images_of_a_pair_must_be_right(edits, monkeypatch, wrong, fraction):
     oracle = Oracle(edits[:6], wrong)
     drawn(monkeypatch, oracle)
-    measured, _ = measure_pairs(MODEL, oracle, edits[:6], (3.0, 6.0), batch_size=4)
+    measured, _ = measure_pairs(MODEL, oracle, edits[:6], (3.0, 6.0), None, 4)
     assert [row["both_right"] for row in measured.values()] == [pytest.approx(fraction)] * 3
 
 
@@ -153,12 +150,5 @@ def test_filtered_pairs_are_compared_with_all(edits, monkeypatch):
     rows = [good, good, [0.1, *good[1:]], good, [*good[:3], 0.6], good]
     oracle = Oracle(edits, wrong=[3, 4, 8, 9])
     drawn(monkeypatch, oracle)
-    found = measure_right(MODEL, oracle, Scorer(rows, oracle), letters, edits, (3.0, 6.0), Filter(), batch_size=4)
+    found = measure_right(MODEL, oracle, Scorer(rows, oracle), letters, edits, Filter(), (3.0, 6.0), None, 4)
     assert found == {"yield": pytest.approx(4 / 6), "right_all": 0.5, "right_kept": 0.75}
-
-
-def test_a_data_set_without_candidates(tmp_path):
-    """Such as one of true pairs."""
-    write_pairs(tmp_path / "true", 1)
-    with pytest.raises(UserError, match=r"holds no candidates\.jsonl"):
-        measure_filter(tmp_path / "true")

@@ -140,7 +140,7 @@ def test_the_whole_chain_at_toy_scale(tmp_path, capsys):
     tools = ["--judge", str(mini / "judge.safetensors"), "--clip", clip, "--steps", "2"]
     out = tmp_path / "results"
     evaluate.main(["world", "--model", str(editor), *tools, "--count", "14", "--out", str(out)])
-    evaluate.main(["pairs", "--sd", sd, *tools, "--data", str(pairs), "--count", "6", "--out", str(out)])
+    evaluate.main(["pairs", "--sd", sd, *tools, "--count", "6", "--out", str(out)])
     names = {f"{name}.{ending}" for name in ("world", "pairs") for ending in ("json", "md", "png")}
     assert {path.name for path in out.iterdir()} == names
     assert "holds pairs.md" in capsys.readouterr().out
