@@ -16,20 +16,19 @@ import torch
 import torch.nn.functional as F
 
 from attention import fused, reference
-from clip_text import CLIPText
 from diffusion import NoiseSchedule, Sampling
 from formats.checkpoint import Model, load_clip, load_vae, save_folder, save_vae
 from formats.weights import write_json
 from images import enlarge, grid, save_png, to_image
 from mini.judge import Judge, labels, right
 from mini.pretrain_clip import clip_stage
-from mini.scenes import held_out_images, in_batches, scenes, to_images, training_scene
+from mini.scenes import held_out_images, in_batches, scenes, to_images
 from mini.world import SIZE, caption
 from stable_diffusion import StableDiffusion
 from train import Settings, autocasting, fit
 from training.presets import fast_precision
 from training.runs import PROCESSES, RANK, barrier, join, read_metrics
-from unet import Level, UNet, UNetConfig
+from unet import Level, ResBlock, Transformer, UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 MINI_VAE = VAEConfig(channels=(16, 40, 80), resblocks=1, groups=8, scaling=1.0)
@@ -52,11 +51,12 @@ SETTINGS = {  # batch_size: examples a step, of all processes together
 }
 
 
-# A stage returns what `run_stage` needs: the network to train, its loss_of and evaluate as `train.fit` takes them, and
-# finish(network), which saves what was trained, measures it and returns numbers for results.json.
+# A stage is a function of the options, its settings, the training scenes with their pixels [count, 64, 64, 3], and the
+# held-out scenes with their images [count, 3, 64, 64]. It returns the network to train, loss_of and evaluate as
+# `train.fit` takes them, and finish(network), which saves what was trained and returns numbers for results.json.
 
 
-def judge_stage(options, settings, drawn, pixels):
+def judge_stage(options, settings, drawn, pixels, held_out, images):
     """The judge, on scenes as they are and as the autoencoder gives them back, and its own error.
 
     Generated images are softer than drawn ones and lack the finest strokes; a judge must not live on those.
@@ -84,11 +84,10 @@ def judge_stage(options, settings, drawn, pixels):
 
     def finish(judge):
         judge.save(options.out / "judge.safetensors")
-        held_out, x = held_out_images(options.test_scenes, device)
-        again = vae.decode(vae.encode(x).mode())
+        decoded = vae.decode(vae.encode(images).mode())
         return {
-            "all attributes right on true images": right(judge, x, held_out).mean(),
-            "on those through the autoencoder": right(judge, again, held_out).mean(),
+            "all attributes right on true images": right(judge, images, held_out).mean(),
+            "on those through the autoencoder": right(judge, decoded, held_out).mean(),
         }
 
     return judge, loss_of, None, finish
@@ -97,10 +96,9 @@ def judge_stage(options, settings, drawn, pixels):
 # ---- the autoencoder ----
 
 
-def vae_stage(options, settings, drawn, pixels):
+def vae_stage(options, settings, drawn, pixels, held_out, images):
     """The autoencoder (Rombach et al. 2022, without the discriminator); its latents are brought to unit variance."""
     device, vae = options.device, VAE(MINI_VAE).to(options.device)
-    _, held_out = held_out_images(options.test_scenes, device)
 
     def loss_of(network, draws):
         x = to_images(pixels[draws.integers(len(drawn)).numpy()], device)
@@ -111,18 +109,18 @@ def vae_stage(options, settings, drawn, pixels):
             latent = network.encode(x)
             noise = draws.normal(*latent.mean.shape[1:]).to(device)
             error = network.decode(latent.sample(noise)).float() - x
-        edges = sum((error.diff(dim=axis)).abs().mean() for axis in (2, 3))
+        edges = sum(error.diff(dim=axis).abs().mean() for axis in (2, 3))
         mean, logvar = latent.mean.float(), latent.logvar.float()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         return error.abs().mean() + 2 * error.square().mean() + 0.3 * edges + 2e-4 * divergence
 
     def evaluate(step):
-        some = held_out[:16]
+        some = images[:16]
         write_grid(options.out / "vae" / "samples.png", [*some, *vae.decode(vae.encode(some).mode())])
 
     def finish(vae):
         normalise_latents(vae, encode_all(vae, pixels[:2048], options).float())
-        error = vae.decode(vae.encode(held_out).mode()) - held_out
+        error = vae.decode(vae.encode(images).mode()) - images
         save_vae(vae, options.out / "vae_model", torch.float16)
         noise_ratio = 10 * (error.square().mean((1, 2, 3)) / 4).log10().neg().mean()
         return {"PSNR on held-out images, dB": noise_ratio.item(), "L1 in [0, 1]": (error.abs().mean() / 2).item()}
@@ -137,7 +135,7 @@ def encode_all(vae, pixels, options):
         with options.autocast():
             return vae.encode(to_images(pixels, options.device)).mode().half().cpu()
 
-    return in_batches(encode, 128, pixels, desc="encoding") * vae.config.scaling
+    return in_batches(encode, 128, pixels, desc="encoding")
 
 
 @torch.no_grad()
@@ -160,18 +158,18 @@ def normalise_latents(vae, latents):
 # ---- Stable Diffusion ----
 
 
-def sd_stage(options, settings, drawn, pixels):
+def sd_stage(options, settings, drawn, pixels, held_out, images):
     """Text-to-image latent diffusion on captions, the text tower frozen (Rombach et al. 2022)."""
     device, unet, out = options.device, UNet(MINI_UNET).to(options.device), options.out
     start_at_zero(unet)
     vae = load_vae(out / "vae_model").float().to(device)
     clip, tokenizer = load_clip(out / "clip_model", device)
+    clip.text.projection, clip.text.config = None, replace(clip.text.config, projection=None)  # which is CLIP's alone
     judge = Judge.load(out / "judge.safetensors", device)
     latents = encode_all(vae, pixels, options).contiguous()
     captions, null = tokenizer([caption(scene) for scene in drawn]), tokenizer([""])
-    model = Model(unet, vae, text_alone(clip.text), tokenizer, MINI_SAMPLING)
+    model = Model(unet, vae, clip.text, tokenizer, MINI_SAMPLING)
     sampler, schedule = StableDiffusion(model), NoiseSchedule()
-    held_out = [training_scene(index, test=True) for index in range(options.test_scenes)]
 
     def loss_of(network, draws):
         chosen, drop, t = draws.integers(len(drawn)), draws.uniform() < 0.1, draws.integers(1000).to(device)
@@ -201,17 +199,11 @@ def sd_stage(options, settings, drawn, pixels):
 
 def start_at_zero(unet):
     """Let every residual block and transformer begin as the identity, and the prediction as zero."""
-    for name, weight in unet.named_parameters():
-        last = ".conv2." in name or ".transformer" in name and name.endswith((".proj_out.weight", ".proj_out.bias"))
-        if (last and "feed_forward" not in name) or name.startswith("conv_out"):
-            weight.data.zero_()
-
-
-def text_alone(tower):
-    """CLIP's text tower without the projection, as Stable Diffusion uses it; the weights are shared."""
-    alone = CLIPText(replace(tower.config, projection=None))
-    alone.load_state_dict({k: v for k, v in tower.state_dict().items() if k != "projection.weight"}, assign=True)
-    return alone.eval().requires_grad_(False)
+    last = {ResBlock: "conv2", Transformer: "proj_out", UNet: "conv_out"}
+    for module in unet.modules():
+        if type(module) in last:
+            for weight in getattr(module, last[type(module)]).parameters():
+                weight.data.zero_()
 
 
 def write_grid(path, images, captions=None):
@@ -239,9 +231,9 @@ def run_stage(stage, options):
     settings = replace(own, **changed, seed=seed)
     if RANK == 0:
         keep_settings(folder / "settings.json", {"total_batch_size": total, "seed": seed})
-    drawn, pixels = scenes(options.scenes, options.out)
+    data = *scenes(options.scenes, options.out), *held_out_images(options.test_scenes, options.device)
     torch.manual_seed(seed)  # of the weights to begin with; all else that is random is drawn from `Draws`
-    network, loss_of, evaluate, finish = STAGES[stage](options, settings, drawn, pixels)
+    network, loss_of, evaluate, finish = STAGES[stage](options, settings, *data)
     network = fit(network, loss_of, settings, folder, evaluate)
     if RANK == 0:
         shutil.rmtree(options.out / f"{stage}_model", ignore_errors=True)  # of a run that was stopped in `finish`

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import END, START, CLIPTextConfig, CLIPTokenizer
 from formats.checkpoint import save_clip
-from mini.scenes import held_out_images, to_images
+from mini.scenes import to_images
 from mini.world import KINDS, SIZE, caption, random_edit
 
 MINI_IMAGE = CLIPImageConfig(size=SIZE, patch=8, width=128, layers=4, heads=4, projection=128)
@@ -28,9 +28,7 @@ def world_texts():
 def train_tokenizer(texts, tokens=MINI_TOKENS):
     """A byte-level BPE in CLIP's format: after the merges, every word of the world is one token."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
-    bpe.normalizer = normalizers.Lowercase()
-    words = pre_tokenizers.Split(Regex(CLIPTokenizer.SPLIT), "removed", invert=True)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = CLIPTokenizer({START: 0, END: 1}, []).bpe.pre_tokenizer
     letters, end = sorted(pre_tokenizers.ByteLevel.alphabet()), "</w>"
     learning = {"initial_alphabet": letters, "end_of_word_suffix": end, "min_frequency": 2, "vocab_size": 2000}
     bpe.train_from_iterator(texts, trainers.BpeTrainer(**learning, show_progress=False))
@@ -40,7 +38,7 @@ def train_tokenizer(texts, tokens=MINI_TOKENS):
     return CLIPTokenizer({piece: number for number, piece in enumerate(dict.fromkeys(pieces))}, merges, tokens)
 
 
-def clip_stage(options, settings, drawn, pixels):
+def clip_stage(options, settings, drawn, pixels, held_out, images):
     """Both towers by the contrastive loss (Radford et al. 2021), on captions and images.
 
     Captions hold no instructions, so the text tower would never learn their words. A second loss, on texts alone,
@@ -63,9 +61,9 @@ def clip_stage(options, settings, drawn, pixels):
     def loss_of(network, draws):
         chosen, picked = draws.integers(len(drawn)).numpy(), draws.integers(len(edits)).numpy()
         ids = triplets[:, picked[: max(1, len(picked) // 4)]]
-        images = (to_images(pixels[chosen], device) + 1) / 2
+        x = (to_images(pixels[chosen], device) + 1) / 2
         with options.autocast():
-            image = network.image.features(images).float()
+            image = network.image.features(x).float()
             words = network.text.features(captions[chosen].to(device)).float()
             before, instruction, after = network.text.features(ids.flatten(0, 1).to(device)).float().chunk(3)
         scale = network.logit_scale.exp().clamp(max=100)
@@ -75,9 +73,8 @@ def clip_stage(options, settings, drawn, pixels):
 
     def finish(clip):
         save_clip(clip, tokenizer, options.out / "clip_model", torch.float16)
-        scenes, x = held_out_images(options.test_scenes, device)
-        texts = [caption(scene) for scene in scenes]
-        best = (clip.image.features((x + 1) / 2) @ clip.text.features(tokenizer(texts).to(device)).T).argmax(1)
+        texts = [caption(scene) for scene in held_out]
+        best = (clip.image.features((images + 1) / 2) @ clip.text.features(tokenizer(texts).to(device)).T).argmax(1)
         right = [texts[found] == text for found, text in zip(best.tolist(), texts, strict=True)]
         return {f"image to caption, first of {len(texts)}": float(np.mean(right))}
 
