@@ -11,8 +11,8 @@ import torch
 from dataset import Filter
 from formats.checkpoint import load_clip
 from images import enlarge, grid, to_image
+from mini.evaluate_world import SIMILARITIES, clip_similarities, percent, table, write_results
 from mini.judge import Judge, right
-from mini.report import SIMILARITIES, clip_similarities, percent, table, write_results
 from mini.scenes import in_batches
 from mini.world import KINDS, caption, random_edit
 from p2p import P_RANGE, PairNoise, sample_pairs
@@ -36,10 +36,11 @@ def one_sided_edits(count, seed=0):
     return edits
 
 
-def sample(model, edits, guidance, steps, batch_size, p=P_RANGE, shared=True, desc="pairs"):
-    """One Prompt-to-Prompt pair for each of N Edits -> images before and after, [N, 3, H, W] each, in [-1, 1].
+def sample(model, judge, edits, guidance, steps, batch_size, p=P_RANGE, shared=True, desc="pairs"):
+    """One Prompt-to-Prompt pair for each of N Edits; model: a `StableDiffusion`, guidance, p: ranges to draw from.
 
-    guidance, p: ranges to draw from; shared: False takes the second images from pairs of other seeds.
+    shared: False takes the second images from pairs of other seeds. Returns images before and after, [N, 3, H, W] each,
+    in [-1, 1], and whether the judge reads all attributes of both scenes in them, [N].
     """
     side = model.sampling.resolution // model.vae.config.factor
     shape = (model.vae.config.latent_channels, side, side)
@@ -48,20 +49,17 @@ def sample(model, edits, guidance, steps, batch_size, p=P_RANGE, shared=True, de
         texts = [caption(edit.before) for edit in edits], [caption(edit.after) for edit in edits]
         x, y = sample_pairs(model, *texts, PairNoise(seeds, shape, guidance, p, model.device), steps)
         if not shared:
-            others = [seed + 1_000_000 for seed in seeds]
-            _, y = sample_pairs(model, *texts, PairNoise(others, shape, guidance, p, model.device), steps)
+            seeds = [seed + 1_000_000 for seed in seeds]
+            _, y = sample_pairs(model, *texts, PairNoise(seeds, shape, guidance, p, model.device), steps)
         return torch.stack([x, y], dim=1).clamp(-1, 1).cpu()
 
-    return in_batches(compute, batch_size, edits, range(len(edits)), desc=desc).unbind(1)
+    x, y = in_batches(compute, batch_size, edits, range(len(edits)), desc=desc).unbind(1)
+    found = right(judge, x, [edit.before for edit in edits]) & right(judge, y, [edit.after for edit in edits])
+    return x, y, found
 
 
-def both_right(judge, before, after, edits):
-    """For each pair [N]: does the judge read all attributes of both scenes in its images?"""
-    return right(judge, before, [e.before for e in edits]) & right(judge, after, [e.after for e in edits])
-
-
-def measure_pairs(model, judge, edits, guidance, steps, batch_size):
-    """Sample pairs for `edits` (of `one_sided_edits`) in the ways of NOISE; model: a `StableDiffusion`.
+def measure_pairs(model, judge, edits, *how):
+    """Sample pairs for `edits` (of `one_sided_edits`) in the ways of NOISE; how: guidance, steps and batch size.
 
     Returns ({way: measures}, {way: the first pairs [<= 8, 2, 3, H, W]}). "change": the mean L1, in [0, 1], between the
     two images in the half that the edit does not name; "both_right": the fraction of pairs that show their captions.
@@ -69,24 +67,23 @@ def measure_pairs(model, judge, edits, guidance, steps, batch_size):
     measured, shown = {}, {}
     other_half = [int(edit.before.left != edit.after.left) for edit in edits]  # 0: left, 1: right
     for way, (shared, p) in NOISE.items():
-        before, after = sample(model, edits, guidance, steps, batch_size, p, shared, way)
+        before, after, found = sample(model, judge, edits, *how, p, shared, desc=way)
         error = ((after - before).abs() / 2).unflatten(3, (2, -1)).mean((1, 2, 4))  # [N, halves]
         change = error[range(len(edits)), other_half].mean().item()
-        measured[way] = {"change": change, "both_right": float(both_right(judge, before, after, edits).mean())}
+        measured[way] = {"change": change, "both_right": float(found.mean())}
         shown[way] = torch.stack([before[:8], after[:8]], dim=1)
     return measured, shown
 
 
-def measure_right(model, judge, clip, tokenizer, edits, wanted, guidance, steps, batch_size):
-    """Are filtered pairs better? Sample one pair for each Edit; wanted: a `dataset.Filter`.
+def measure_right(model, judge, clip, tokenizer, edits, wanted, *how):
+    """Are filtered pairs better? Sample one pair for each Edit; wanted: a `dataset.Filter`, how: see `measure_pairs`.
 
     Returns the fraction that the filter keeps, and the fraction of pairs that show their captions, of all and of those
     kept (None if there are none): {"yield", "right_all", "right_kept"}.
     """
-    pairs = sample(model, edits, guidance, steps, batch_size)
-    scores = clip_similarities(clip, tokenizer, edits, *pairs, batch_size).T.tolist()
+    before, after, found = sample(model, judge, edits, *how)
+    scores = clip_similarities(clip, tokenizer, edits, before, after, how[-1]).T.tolist()
     kept = np.array([wanted.keeps(dict(zip(SIMILARITIES, row, strict=True))) for row in scores])
-    found = both_right(judge, *pairs, edits)
     right_kept = float(found[kept].mean()) if kept.any() else None
     return {"yield": float(kept.mean()), "right_all": float(found.mean()), "right_kept": right_kept}
 

@@ -4,32 +4,32 @@ All scenes are held-out compositions, and half of the edits have phrasings that 
 edits succeed. Choose guidance scales with `--validation`.
 """
 
+import json
 from dataclasses import asdict, replace
 
-from cli import UserError
+from cli import UserError, atomic_write
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from formats.checkpoint import load_clip
-from images import enlarge, grid, to_image, to_tensor
+from images import enlarge, grid, save_png, to_image, to_tensor
 from ip2p import InstructPix2Pix
 from mini.judge import Judge, right
-from mini.report import clip_similarities, percent, table, write_results
 from mini.scenes import in_batches
-from mini.world import KINDS, random_edit, render
+from mini.world import KINDS, caption, random_edit, render
 
 CHANGED = 0.02  # a pixel whose true change is larger, in any channel in [0, 1], belongs to the edited region ...
 MARGIN = 4  # ... and so do the pixels at most this far from it: one latent, which an edit changes as a whole
 TOUCHED = 0.05  # the largest mean L1 outside the region, in [0, 1], at which an edit still succeeds
-STREAMS = {False: 8_001, True: 8_002}  # the first word of the seed of reported edits, and of validation edits
 EDITOR, BOUND = "this editor", "the same, trained on true pairs (upper bound)"
 COPY, FLOOR, TRUE = "copy the input", "true image through the VAE (floor)", "true image (the judge's own error)"
 MEANING = f"""\
 A success: the judge reads every attribute of the edited image as in the true edited scene, and outside the edited
 region the image differs from the true one by at most {TOUCHED} (mean L1 in [0, 1]). Edits that leave less than 1 % of
 the image outside, as those of the medium do, are judged by the attributes alone and do not count in the mean L1."""
+SIMILARITIES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")
 
 
 # ---- the edits and the editors ----
@@ -39,13 +39,12 @@ def held_out_edits(count, seed=0, validation=False):
     """`count` edits, all kinds equally often, half of each kind in training's phrasings and half in new ones.
 
     Equal seeds give equal edits; fewer edits are the first of more. validation: a separate stream of edits.
-    Raises UserError for a count that cannot be balanced.
     """
-    if count < 1 or count % (2 * len(KINDS)):
+    if count % (2 * len(KINDS)):
         raise UserError(f"the count of edits should be a multiple of {2 * len(KINDS)} (kinds x phrasings), not {count}")
-    edits = []
+    edits, stream = [], 8_002 if validation else 8_001
     for number in range(count):
-        rng, new = np.random.default_rng([STREAMS[validation], seed, number]), number // len(KINDS) % 2 == 1
+        rng, new = np.random.default_rng([stream, seed, number]), number // len(KINDS) % 2 == 1
         edits.append(random_edit(rng, KINDS[number % len(KINDS)], test=True, new_phrasing=new))
     return edits
 
@@ -59,8 +58,8 @@ def true_images(edits):
 def edit_all(model, edits, before, sampling, batch_size):
     """Edit the images `before` [count, 3, H, W] by an InstructPix2Pix -> images of the same shape, in [-1, 1].
 
-    sampling: a `diffusion.Sampling`. An edit's noise has its scene's layout as seed, so that it depends neither on the
-    batch size nor on the model, and editors can be compared edit by edit.
+    An edit's noise has its scene's layout as seed, whatever the batch size and the model, so that editors can be
+    compared edit by edit.
     """
 
     def compute(edits, before):
@@ -77,8 +76,8 @@ def edit_all(model, edits, before, sampling, batch_size):
 def measure(images, edits, before, after, judge):
     """How well do `images` show `edits`? All images [count, 3, 64, 64] in [-1, 1]; before, after: the true ones.
 
-    Returns a dict for JSON: fractions in [0, 1], the 95 % "interval" of the success, "failed": the positions of the
-    edits that did not succeed, and the mean "l1_outside" of the edits that leave anything outside.
+    Returns fractions in [0, 1], the 95 % interval of the success, the mean L1 of the edits that leave anything outside,
+    and the positions of the edits that failed.
     """
     attributes = right(judge, images, [edit.after for edit in edits])
     l1, counts = (values.numpy() for values in l1_outside(images, before, after))
@@ -107,10 +106,10 @@ def edited_region(before, after):
 
 
 def l1_outside(images, before, after):
-    """The mean L1 distance, in [0, 1], to the TRUE edited image outside the edited region.
+    """The mean L1 distance, in [0, 1], to the TRUE edited image outside the edited region; all [B, 3, H, W] in [-1, 1].
 
-    All [B, 3, H, W] in [-1, 1]. Returns (distances [B], does it count? bool [B]): where less than 1 % of the image is
-    outside, as in edits of the medium, the distance is 0 and does not count.
+    Returns (distances [B], does it count? bool [B]): where less than 1 % of the image is outside, as in edits of the
+    medium, the distance is 0 and does not count.
     """
     outside = ~edited_region(before, after)
     error = ((images - after).abs() / 2).mean(dim=1, keepdim=True)
@@ -125,6 +124,19 @@ def wilson(successes, count, z=1.96):
     middle = (p + spread / 2) / (1 + spread)
     half = (spread * (p * (1 - p) + spread / 4)) ** 0.5 / (1 + spread)
     return [max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def clip_similarities(clip, tokenizer, edits, before, after, batch_size):
+    """`CLIP.edit_similarities` of images [N, 3, H, W] in [-1, 1] and the captions of N edits: SIMILARITIES, [4, N]."""
+    device = clip.logit_scale.device
+
+    def compute(edits, before, after):
+        images = ((x.to(device) + 1) / 2 for x in (before, after))
+        texts = [caption(edit.before) for edit in edits], [caption(edit.after) for edit in edits]
+        found = clip.edit_similarities(*images, *(tokenizer(captions).to(device) for captions in texts))
+        return torch.stack([found[name] for name in SIMILARITIES], dim=1)
+
+    return in_batches(compute, batch_size, edits, before, after).T.contiguous()
 
 
 def clip_scores(clip, tokenizer, images, edits, before, batch_size=63):
@@ -157,14 +169,25 @@ def tables(results):
     }
 
 
-def sheet(edits, before, edited, after, failed):
-    """A contact sheet of the first two edits of every kind, one in a known and one in a new phrasing; a row a kind."""
-    images, labels = [], []
-    for position in (start + kind for kind in range(len(KINDS)) for start in (0, len(KINDS))):
-        images += [enlarge(to_image(x[position])) for x in (before, edited, after)]
-        labels += [edits[position].instruction, "fails" if position in failed else "succeeds", ""]
-    title = "The first edits of every kind, not selected: in phrasings of the training, and in new ones"
-    return grid(images, 6, labels, ["before", "ours", "true"] * 2, KINDS, title)
+def percent(fraction):
+    """A fraction in [0, 1] in percent."""
+    return f"{100 * fraction:.1f} %"
+
+
+def table(columns, rows):
+    """A table in Markdown. columns: their titles, rows: {title: cells}."""
+    lines = [f"| {' | '.join(cells)} |" for cells in [["", *columns], *([title, *rows[title]] for title in rows)]]
+    lines.insert(1, "|---" * (1 + len(columns)) + "|")
+    return "\n".join(lines)
+
+
+def write_results(out, name, results, paragraphs, image):
+    """Write NAME.json, NAME.md and NAME.png into the folder `out`, and say so."""
+    save_png(image, out / f"{name}.png")
+    for ending, text in (("json", json.dumps(results, indent=2, default=str)), ("md", "\n\n".join(paragraphs))):
+        with atomic_write(out / f"{name}.{ending}") as beside:
+            beside.write_text(text + "\n", encoding="utf-8")
+    print(f"\n{out} holds {name}.md, {name}.json and {name}.png")
 
 
 def evaluate_world(options, settings):
@@ -190,11 +213,18 @@ def evaluate_world(options, settings):
     scores = {name: clip_scores(*clip, x, edits, before, size) for name, x in scored.items()}
     settings["sampling"] = {name: asdict(chosen) for name, chosen in sampling.items()}
     results = {"settings": settings, "rows": rows, "clip": scores}
+
     use = "validation edits, to choose settings by" if options.validation else "held-out edits"
     texts = ["# Edits whose true result is known", f"{len(edits)} {use}: `{settings['command']}`", MEANING]
     for name, chosen in settings["sampling"].items():
         texts.append(f"- {name}: " + ", ".join(f"{key} {value}" for key, value in chosen.items()))
     texts += [f"## {title}\n\n{text}" for title, text in tables(results).items()]
     print(tables(results)["Overall"])
-    contact = sheet(edits, before, edited[EDITOR], after, rows[EDITOR]["failed"])
-    write_results(options.out, "world", results, texts, contact)
+    images, labels = [], []  # the first two edits of every kind, one in a known and one in a new phrasing; a row a kind
+    for position in (start + kind for kind in range(len(KINDS)) for start in (0, len(KINDS))):
+        images += [enlarge(to_image(x[position])) for x in (before, edited[EDITOR], after)]
+        fails = position in rows[EDITOR]["failed"]
+        labels += [edits[position].instruction, "fails" if fails else "succeeds", ""]
+    title = "The first edits of every kind, not selected: in phrasings of the training, and in new ones"
+    sheet = grid(images, 6, labels, ["before", "ours", "true"] * 2, KINDS, title)
+    write_results(options.out, "world", results, texts, sheet)

@@ -18,7 +18,7 @@ from formats.checkpoint import save_clip, save_folder
 from mini import evaluate_world
 from mini.evaluate_pairs import NOISE
 from mini.evaluate_world import clip_scores, edited_region, held_out_edits, l1_outside, measure, true_images, wilson
-from mini.judge import Judge, truth
+from mini.judge import Judge, labels
 from mini.world import caption
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -34,12 +34,12 @@ class Oracle(nn.Module):
     def __init__(self, edits):
         super().__init__()
         self.where = nn.Parameter(torch.zeros(1))
-        self.readings = [truth(scene) for edit in edits for scene in (edit.before, edit.after)]
+        self.classes = labels([scene for edit in edits for scene in (edit.before, edit.after)])
         self.known = torch.stack(true_images(edits), dim=1).flatten(0, 1)
 
     def read(self, x):
         distances = torch.cdist(x.flatten(1), self.known.flatten(1))
-        return [self.readings[nearest] for nearest in distances.argmin(1)]
+        return self.classes[distances.argmin(1)]
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ from torch import nn
 from dataset import Filter
 from mini import evaluate_pairs
 from mini.evaluate_pairs import NOISE, measure_pairs, measure_right, one_sided_edits
-from mini.judge import Judge, truth
-from mini.report import SIMILARITIES
+from mini.evaluate_world import SIMILARITIES
+from mini.judge import Judge, labels
 from mini.world import caption
 from p2p import P_RANGE
 
@@ -42,7 +42,7 @@ class Oracle(nn.Module):
 
     def read(self, x):
         numbers = [round(value) for value in (x.mean((1, 2, 3)) * len(self.scenes)).tolist()]
-        return [truth(self.scenes[number - 1 if number in self.wrong else number]) for number in numbers]
+        return labels([self.scenes[number - 1 if number in self.wrong else number] for number in numbers])
 
 
 def drawn(monkeypatch, oracle):

@@ -40,9 +40,6 @@ def test_a_judge_that_is_right_reads_the_truth(judge, scenes, monkeypatch):
     x = torch.zeros(len(scenes), 3, 64, 64)
     assert right(judge, x, scenes).all()
     assert right(judge, x, scenes[1:] + scenes[:1]).mean() < 0.02
-    readings = judge.read(x)
-    assert len(set(readings)) > 170
-    assert {(reading.left is None, reading.right is None) for reading in readings} == {(0, 0), (0, 1), (1, 0)}
 
 
 @torch.no_grad()
