@@ -17,32 +17,16 @@ from language.captions import begin_file
 from mini.world import caption, random_edit, render
 
 
-def write_text(edits, out, settings):
-    """Triplets of the miniature's world: {"caption", "edit", "output", "url"}, a line each."""
-    begin_file(out, settings)
-    if not out.exists():
-        with atomic_write(out) as beside:
-            beside.write_text("".join(json.dumps(triplet(edit)) + "\n" for edit in edits), encoding="utf-8")
-    print(f"{out}: {len(edits)} triplets")
-
-
-def write_true(edits, out, settings):
-    """Pairs of TRUE images, drawn by the miniature's world: never for an editor of ours, only for its upper bound."""
-    begin_data_set(out, settings)
-    for number, edit in enumerate(tqdm(edits, desc="drawing", unit="pair", mininterval=5, leave=False)):
-        if not (out / folder_name(number)).exists():
-            pair = Pair(render(edit.before), render(edit.after), {"seed": edit.before.layout})
-            write_edit(out, number, triplet(edit), [pair])
-    print(f"{out}: {write_seeds(out)} true pairs")
-
-
 def triplet(edit):
     """An edit of the miniature's world as a record."""
     return {"caption": caption(edit.before), "edit": edit.instruction, "output": caption(edit.after), "url": None}
 
 
 def main(arguments=None):
-    """Draw the edits and run one of the commands."""
+    """Draw the edits, and write them as a file of triplets or as a data set of TRUE pairs.
+
+    True pairs are never for an editor of ours, only for its upper bound.
+    """
     parser = Parser(prog="mini.datagen", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("command", choices=["text", "true"], help="text: captions, instructions, captions after; true: true pairs")
@@ -50,10 +34,22 @@ def main(arguments=None):
     add("--seed", type=SEED, default=0, metavar="S", help="(default: 0)")
     add("--out", type=Path, required=True, metavar="PATH")
     options = parser.parse_args(arguments)
-    rng = np.random.default_rng(options.seed)
+    rng, out = np.random.default_rng(options.seed), options.out
     edits = [random_edit(rng) for _ in range(options.count)]
     settings = {"program": f"mini.datagen {options.command}", "count": options.count, "seed": options.seed}
-    (write_text if options.command == "text" else write_true)(edits, options.out, settings)
+    if options.command == "text":
+        begin_file(out, settings)
+        if not out.exists():
+            with atomic_write(out) as beside:
+                beside.write_text("".join(json.dumps(triplet(edit)) + "\n" for edit in edits), encoding="utf-8")
+        print(f"{out}: {len(edits)} triplets")
+    else:
+        begin_data_set(out, settings)
+        for number, edit in enumerate(tqdm(edits, desc="drawing", unit="pair", mininterval=5, leave=False)):
+            if not (out / folder_name(number)).exists():
+                pair = Pair(render(edit.before), render(edit.after), {"seed": edit.before.layout})
+                write_edit(out, number, triplet(edit), [pair])
+        print(f"{out}: {write_seeds(out)} true pairs")
 
 
 if __name__ == "__main__":

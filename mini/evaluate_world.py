@@ -32,9 +32,6 @@ the image outside, as those of the medium do, are judged by the attributes alone
 SIMILARITIES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")
 
 
-# ---- the edits and the editors ----
-
-
 def held_out_edits(count, seed=0, validation=False):
     """`count` edits, all kinds equally often, half of each kind in training's phrasings and half in new ones.
 
@@ -68,9 +65,6 @@ def edit_all(model, edits, before, sampling, batch_size):
         return model.sample(text, image, [edit.before.layout for edit in edits], *how).clamp(-1, 1).cpu()
 
     return in_batches(compute, batch_size, edits, before, desc="editing")
-
-
-# ---- the measures ----
 
 
 def measure(images, edits, before, after, judge):

@@ -31,23 +31,16 @@ def labels(scenes):
     return torch.tensor(rows)
 
 
-def layer(width_in, width_out, stride):
-    """A convolution of the judge, with its norm and activation."""
-    convolution = nn.Conv2d(width_in, width_out, 3, stride, padding=1)
-    return nn.Sequential(convolution, nn.GroupNorm(8, width_out), nn.SiLU())
-
-
 class Judge(nn.Module):
     """Images to the attributes' logits."""
 
     def __init__(self):
         super().__init__()
-        self.features = nn.Sequential(
-            layer(3, 24, 1),
-            layer(24, 48, 2), layer(48, 48, 1),  # 32x32
-            layer(48, 96, 2), layer(96, 96, 1),  # 16x16
-            layer(96, 96, 2),  # 8x8
-        )  # fmt: skip
+        layers = [(3, 24, 1), (24, 48, 2), (48, 48, 1), (48, 96, 2), (96, 96, 1), (96, 96, 2)]  # width in, out, stride
+        self.features = nn.Sequential(*(
+            nn.Sequential(nn.Conv2d(width, out, 3, stride, padding=1), nn.GroupNorm(8, out), nn.SiLU())
+            for width, out, stride in layers
+        ))  # fmt: skip
         self.squeeze = nn.Conv2d(96, 32, 1)
         self.whole = nn.Linear(96, len(MEDIA) + len(BACKGROUNDS))
         self.place = nn.Sequential(nn.Linear(32 * 8 * 4, 128), nn.SiLU(), nn.Linear(128, sum(map(len, THING.values()))))

@@ -6,24 +6,29 @@
 Stages: `vae`, `clip` (with its tokenizer), `judge` (measures images, teaches nothing), `sd`.
 """
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from cli import WHOLE, Parser, UserError, atomic_write, between, check_device, keep_settings, run_program
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
 
 from attention import fused, reference
+from clip_image import CLIP, CLIPImageConfig
+from clip_text import END, START, CLIPTextConfig, CLIPTokenizer
 from diffusion import NoiseSchedule, Sampling
-from formats.checkpoint import Model, load_clip, load_vae, save_folder, save_vae
+from formats.checkpoint import Model, load_clip, load_vae, save_clip, save_folder, save_vae
 from formats.weights import write_json
 from images import enlarge, grid, save_png, to_image
 from mini.judge import Judge, labels, right
-from mini.pretrain_clip import clip_stage
-from mini.scenes import held_out_images, in_batches, scenes, to_images
-from mini.world import SIZE, caption
+from mini.scenes import in_batches, kept_pixels, pixels_of, scenes, to_images
+from mini.world import KINDS, SIZE, caption, random_edit
 from stable_diffusion import StableDiffusion
 from train import Settings, autocasting, fit
 from training.presets import fast_precision
@@ -54,46 +59,6 @@ SETTINGS = {  # batch_size: examples a step, of all processes together
 # A stage is a function of the options, its settings, the training scenes with their pixels [count, 64, 64, 3], and the
 # held-out scenes with their images [count, 3, 64, 64]. It returns the network to train, loss_of and evaluate as
 # `train.fit` takes them, and finish(network), which saves what was trained and returns numbers for results.json.
-
-
-def judge_stage(options, settings, drawn, pixels, held_out, images):
-    """The judge, on scenes as they are and as the autoencoder gives them back, and its own error.
-
-    Generated images are softer than drawn ones and lack the finest strokes; a judge must not live on those.
-    """
-    device, judge, answers = options.device, Judge().to(options.device), labels(drawn).to(options.device)
-    vae = load_vae(options.out / "vae_model").float().to(device)
-
-    def through_vae(pixels):
-        with options.autocast():
-            x = vae.decode(vae.encode(to_images(pixels, device)).mode()).float()
-        return ((x.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).round().byte().cpu()
-
-    decoded = in_batches(through_vae, 64, pixels[:8192], desc="decoding").numpy()
-
-    def loss_of(network, draws):
-        chosen = draws.integers(len(drawn)).numpy()
-        x = to_images(pixels[chosen], device)
-        chosen[::2] %= len(decoded)
-        x[::2] = to_images(decoded[chosen[::2]], device)
-        softened = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-        amount = draws.uniform()[:, None, None, None].to(device)
-        x = torch.lerp(x, softened, amount) + 0.05 * draws.normal(*x.shape[1:]).to(device)
-        with options.autocast():
-            return network.loss(x, answers[chosen])
-
-    def finish(judge):
-        judge.save(options.out / "judge.safetensors")
-        decoded = vae.decode(vae.encode(images).mode())
-        return {
-            "all attributes right on true images": right(judge, images, held_out).mean(),
-            "on those through the autoencoder": right(judge, decoded, held_out).mean(),
-        }
-
-    return judge, loss_of, None, finish
-
-
-# ---- the autoencoder ----
 
 
 def vae_stage(options, settings, drawn, pixels, held_out, images):
@@ -155,7 +120,111 @@ def normalise_latents(vae, latents):
     weight *= deviation[None, :, None, None]
 
 
-# ---- Stable Diffusion ----
+def clip_stage(options, settings, drawn, pixels, held_out, images):
+    """Both towers by the contrastive loss (Radford et al. 2021), on captions and images.
+
+    Captions hold no instructions, so the text tower would never learn their words. A second loss, on texts alone,
+    pulls an instruction towards the difference of the captions after and before it. No edited image is shown.
+    Each process contrasts its own rows of the total batch.
+    """
+    device, tokenizer = options.device, train_tokenizer(world_texts())
+    size = {"width": 128, "layers": 4, "heads": 4, "projection": 128}  # of either tower
+    text = CLIPTextConfig(len(tokenizer.vocabulary), tokenizer.tokens, end_token=tokenizer.end, **size)
+    clip = CLIP(text, CLIPImageConfig(size=SIZE, patch=8, **size)).to(device)
+    for name, weight in clip.named_parameters():
+        if "embedding" in name:  # small, as CLIP's authors start from; torch's own are fifty times larger
+            nn.init.normal_(weight, std=0.02)
+    captions = tokenizer([caption(scene) for scene in drawn])
+    rng = np.random.default_rng(settings.seed)
+    edits = [random_edit(rng) for _ in range(min(20_000, options.scenes))]
+    triplets = [tokenizer([caption(edit.before), edit.instruction, caption(edit.after)]) for edit in edits]
+    triplets = torch.stack(triplets, dim=1)  # [3, edits, L]
+
+    def loss_of(network, draws):
+        chosen, picked = draws.integers(len(drawn)).numpy(), draws.integers(len(edits)).numpy()
+        ids = triplets[:, picked[: max(1, len(picked) // 4)]]
+        x = (to_images(pixels[chosen], device) + 1) / 2
+        with options.autocast():
+            image = network.image.features(x).float()
+            words = network.text.features(captions[chosen].to(device)).float()
+            before, instruction, after = network.text.features(ids.flatten(0, 1).to(device)).float().chunk(3)
+        scale = network.logit_scale.exp().clamp(max=100)
+        turn = F.normalize(after - before, dim=-1)
+        loss = contrast(scale * image @ words.T, captions[chosen])
+        return loss + 0.5 * contrast(10 * instruction @ turn.T, ids[1])
+
+    def finish(clip):
+        save_clip(clip, tokenizer, options.out / "clip_model", torch.float16)
+        texts = [caption(scene) for scene in held_out]
+        best = (clip.image.features((images + 1) / 2) @ clip.text.features(tokenizer(texts).to(device)).T).argmax(1)
+        right = [texts[found] == text for found, text in zip(best.tolist(), texts, strict=True)]
+        return {f"image to caption, first of {len(texts)}": float(np.mean(right))}
+
+    return clip, loss_of, None, finish
+
+
+def contrast(logits, ids):
+    """The symmetric contrastive loss of logits [B, B]; texts that are equal (ids [B, L]) count as right alike."""
+    same = (ids[:, None] == ids[None]).all(2).float().to(logits.device)
+    target = same / same.sum(1, keepdim=True)
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+
+
+def world_texts():
+    """Captions and instructions of training, a few of every kind: what the tokenizer and CLIP read."""
+    rng = np.random.default_rng(0)
+    edits = [random_edit(rng, kind) for kind in KINDS for _ in range(1500)]
+    return [text for edit in edits for text in (caption(edit.before), edit.instruction, caption(edit.after))]
+
+
+def train_tokenizer(texts):
+    """A byte-level BPE in CLIP's format: after the merges, every word of the world is one token."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    bpe.pre_tokenizer = CLIPTokenizer({START: 0, END: 1}, []).bpe.pre_tokenizer
+    letters, end = sorted(pre_tokenizers.ByteLevel.alphabet()), "</w>"
+    learning = {"initial_alphabet": letters, "end_of_word_suffix": end, "min_frequency": 2, "vocab_size": 2000}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(**learning, show_progress=False))
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    # CLIP's order: the bytes, the bytes that end a word, the merges, the two special tokens
+    pieces = letters + [letter + end for letter in letters] + [a + b for a, b in merges] + [START, END]
+    return CLIPTokenizer({piece: number for number, piece in enumerate(dict.fromkeys(pieces))}, merges, tokens=24)
+
+
+def judge_stage(options, settings, drawn, pixels, held_out, images):
+    """The judge, on scenes as they are and as the autoencoder gives them back, and its own error.
+
+    Generated images are softer than drawn ones and lack the finest strokes; a judge must not live on those.
+    """
+    device, judge, answers = options.device, Judge().to(options.device), labels(drawn).to(options.device)
+    vae = load_vae(options.out / "vae_model").float().to(device)
+
+    def through_vae(pixels):
+        with options.autocast():
+            x = vae.decode(vae.encode(to_images(pixels, device)).mode()).float()
+        return ((x.clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).round().byte().cpu()
+
+    decoded = in_batches(through_vae, 64, pixels[:8192], desc="decoding").numpy()
+
+    def loss_of(network, draws):
+        chosen = draws.integers(len(drawn)).numpy()
+        x = to_images(pixels[chosen], device)
+        chosen[::2] %= len(decoded)
+        x[::2] = to_images(decoded[chosen[::2]], device)
+        softened = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        amount = draws.uniform()[:, None, None, None].to(device)
+        x = torch.lerp(x, softened, amount) + 0.05 * draws.normal(*x.shape[1:]).to(device)
+        with options.autocast():
+            return network.loss(x, answers[chosen])
+
+    def finish(judge):
+        judge.save(options.out / "judge.safetensors")
+        decoded = vae.decode(vae.encode(images).mode())
+        return {
+            "all attributes right on true images": right(judge, images, held_out).mean(),
+            "on those through the autoencoder": right(judge, decoded, held_out).mean(),
+        }
+
+    return judge, loss_of, None, finish
 
 
 def sd_stage(options, settings, drawn, pixels, held_out, images):
@@ -211,9 +280,6 @@ def write_grid(path, images, captions=None):
     save_png(grid([enlarge(to_image(x)) for x in images], 8, captions), path)
 
 
-# ---- the program ----
-
-
 STAGES = {"vae": vae_stage, "clip": clip_stage, "judge": judge_stage, "sd": sd_stage}
 
 
@@ -227,13 +293,15 @@ def run_stage(stage, options):
     if total % PROCESSES:
         raise UserError(f"{total} examples a step cannot be divided by {PROCESSES} processes")
     seed, every = own.seed + 1000 * options.seed, max(1, steps // 10)
-    changed = {"max_steps": steps, "eval_every": every, "save_every": every, "batch_size": total // PROCESSES}
-    settings = replace(own, **changed, seed=seed)
+    changed = {"max_steps": steps, "eval_every": every, "save_every": every, "seed": seed}
+    settings = replace(own, **changed, batch_size=total // PROCESSES)
     if RANK == 0:
         keep_settings(folder / "settings.json", {"total_batch_size": total, "seed": seed})
-    data = *scenes(options.scenes, options.out), *held_out_images(options.test_scenes, options.device)
+    drawn, held_out = scenes(options.scenes), scenes(options.test_scenes, test=True)
+    pixels = kept_pixels(drawn, options.out / f"scenes_{options.scenes}.npy")
+    images = to_images(pixels_of(held_out), options.device)
     torch.manual_seed(seed)  # of the weights to begin with; all else that is random is drawn from `Draws`
-    network, loss_of, evaluate, finish = STAGES[stage](options, settings, *data)
+    network, loss_of, evaluate, finish = STAGES[stage](options, settings, drawn, pixels, held_out, images)
     network = fit(network, loss_of, settings, folder, evaluate)
     if RANK == 0:
         shutil.rmtree(options.out / f"{stage}_model", ignore_errors=True)  # of a run that was stopped in `finish`
