@@ -12,8 +12,7 @@ from cli import SCALE, SEED, STEPS, WHOLE, Parser, check_device, run_program
 
 import torch
 
-from mini.evaluate_pairs import evaluate_pairs
-from mini.evaluate_world import evaluate_world
+from mini.evaluation import evaluate_pairs, evaluate_world
 
 
 def main(arguments=None):

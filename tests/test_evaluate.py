@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,12 +15,26 @@ from torch import nn
 import evaluate
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIPTextConfig
+from dataset import Filter
 from formats.checkpoint import save_clip, save_folder
-from mini import evaluate_world
-from mini.evaluate_pairs import NOISE
-from mini.evaluate_world import clip_scores, edited_region, held_out_edits, l1_outside, measure, true_images, wilson
+from mini import evaluation
+from mini.evaluation import (
+    NOISE,
+    SIMILARITIES,
+    clip_scores,
+    edited_region,
+    held_out_edits,
+    l1_outside,
+    measure,
+    measure_pairs,
+    measure_right,
+    one_sided_edits,
+    true_images,
+    wilson,
+)  # fmt: skip
 from mini.judge import Judge, labels
 from mini.world import caption
+from p2p import P_RANGE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -164,6 +179,141 @@ def test_clip_scores_by_their_definition(edits, images, clip):
     assert copied["directional"] == 0
 
 
+# ---- generated pairs ----
+
+
+INDEPENDENT, SHARED, CONTROLLED = NOISE
+MODEL = SimpleNamespace(
+    sampling=SimpleNamespace(resolution=64),
+    vae=SimpleNamespace(config=SimpleNamespace(factor=4, latent_channels=4)),
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def one_sided():
+    return one_sided_edits(24)
+
+
+class PairOracle(nn.Module):
+    """A judge of grey images whose brightness tells the scene; it takes those in `wrong` for others, and no more."""
+
+    def __init__(self, edits, wrong=()):
+        super().__init__()
+        self.where = nn.Parameter(torch.zeros(1))
+        self.scenes, self.wrong = [scene for edit in edits for scene in (edit.before, edit.after)], wrong
+
+    def image(self, scene):
+        return torch.full((3, 64, 64), self.scenes.index(scene) / len(self.scenes))
+
+    def read(self, x):
+        numbers = [round(value) for value in (x.mean((1, 2, 3)) * len(self.scenes)).tolist()]
+        return labels([self.scenes[number - 1 if number in self.wrong else number] for number in numbers])
+
+
+def drawn(monkeypatch, oracle):
+    """Let the oracle's images be what is sampled for the captions of its scenes."""
+    known = {caption(scene): oracle.image(scene) for scene in oracle.scenes}
+
+    def sample_pairs(model, before, after, noise, steps=None):
+        return tuple(torch.stack([known[text] for text in texts]) for texts in (before, after))
+
+    monkeypatch.setattr(evaluation, "sample_pairs", sample_pairs)
+
+
+def test_change_is_that_of_the_half_not_named(one_sided, monkeypatch):
+    """Of a pair that differs by 1 in the half named and by 0.4 in the other one, from -1 to 1: 0.2 of the range."""
+    sides = {caption(edit.before): edit.before.left != edit.after.left for edit in one_sided}
+    assert set(sides.values()) == {False, True}
+
+    def sample_pairs(model, before, after, noise, steps=None):
+        x = torch.zeros(len(before), 3, 64, 64)
+        y = x + 0.4
+        for row, text in enumerate(before):
+            half = slice(0, 32) if sides[text] else slice(32, 64)
+            y[row, :, :, half] = -1
+        return x, y
+
+    monkeypatch.setattr(evaluation, "sample_pairs", sample_pairs)
+    measured, shown = measure_pairs(MODEL, Judge().eval(), one_sided, (3.0, 6.0), None, 10)
+    assert list(measured) == list(shown) == list(NOISE)
+    for way in NOISE:
+        assert measured[way]["change"] == pytest.approx(0.2, abs=1e-6)
+        assert shown[way].shape == (16, 3, 64, 64)
+        assert torch.equal(shown[way][::2], torch.zeros(8, 3, 64, 64))
+
+
+def test_the_three_ways(one_sided, monkeypatch):
+    """Images that are nothing but their noise, with the fraction of control and the guidance of every call."""
+    calls = []
+
+    def sample_pairs(model, before, after, noise, steps=None):
+        calls.append((noise.p, noise.guidance, steps))
+        return tuple(half[:, :3].repeat_interleave(4, 2).repeat_interleave(4, 3) / 4 for half in noise.first.chunk(2))
+
+    monkeypatch.setattr(evaluation, "sample_pairs", sample_pairs)
+    measured, shown = measure_pairs(MODEL, Judge().eval(), one_sided, (3.0, 6.0), 7, 16)
+    assert measured[SHARED]["change"] == measured[CONTROLLED]["change"] == 0
+    assert measured[INDEPENDENT]["change"] == pytest.approx(0.141, abs=0.01)  # E|x - y| / 2 of two N(0, 1/4)
+    for way in NOISE:  # the same noise for the first images
+        assert torch.equal(shown[way][::2], shown[SHARED][::2])
+    assert len({tuple(x.flatten().tolist()) for x in shown[INDEPENDENT]}) == 16
+    assert [len(p) for p, _, _ in calls] == [16, 16, 8, 8, 16, 8, 16, 8]  # independent pairs are sampled twice
+    assert all(steps == 7 for _, _, steps in calls)
+    assert all(not p.any() for p, _, _ in calls[:6])
+    p, guidance = (torch.cat(values) for values in list(zip(*calls[6:], strict=True))[:2])
+    assert P_RANGE[0] <= p.min() < 0.3
+    assert 0.7 < p.max() <= P_RANGE[1]
+    assert 3 <= guidance.min() < guidance.max() <= 6
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fraction"),
+    [
+        ([], 1.0),
+        ([0], 5 / 6),  # the first pair's image before
+        ([3], 5 / 6),  # the second's image after
+        ([4, 5], 5 / 6),  # both of the third
+        (range(12), 0.0),
+    ],
+)
+def test_both_images_of_a_pair_must_be_right(one_sided, monkeypatch, wrong, fraction):
+    oracle = PairOracle(one_sided[:6], wrong)
+    drawn(monkeypatch, oracle)
+    measured, _ = measure_pairs(MODEL, oracle, one_sided[:6], (3.0, 6.0), None, 4)
+    assert [row["both_right"] for row in measured.values()] == [pytest.approx(fraction)] * 3
+
+
+class Scorer:
+    """A CLIP whose similarities are given; it checks that it is shown images in [0, 1] with their own captions."""
+
+    def __init__(self, rows, oracle):
+        self.rows, self.oracle, self.logit_scale = rows, oracle, torch.zeros(())
+
+    def edit_similarities(self, before, after, ids_before, ids_after):
+        known = {caption(scene): self.oracle.image(scene) for scene in self.oracle.scenes}
+        for images, ids in ((before, ids_before), (after, ids_after)):
+            captions = ["".join(map(chr, row)).strip() for row in ids.tolist()]
+            torch.testing.assert_close(images, (torch.stack([known[text] for text in captions]) + 1) / 2)
+        rows, self.rows = self.rows[: len(before)], self.rows[len(before) :]
+        return dict(zip(SIMILARITIES, torch.tensor(rows).T, strict=True))
+
+
+def letters(texts):
+    """A tokenizer."""
+    return torch.tensor([[ord(letter) for letter in text.ljust(120)] for text in texts])
+
+
+def test_filtered_pairs_are_compared_with_all(one_sided, monkeypatch):
+    """Six pairs, of which the 1st, 2nd, 4th and 6th pass, and the 2nd, 3rd and 5th are wrong."""
+    one_sided, good = one_sided[:6], [0.5, 0.6, 0.5, 0.9]
+    rows = [good, good, [0.1, *good[1:]], good, [*good[:3], 0.6], good]
+    oracle = PairOracle(one_sided, wrong=[3, 4, 8, 9])
+    drawn(monkeypatch, oracle)
+    found = measure_right(MODEL, oracle, Scorer(rows, oracle), letters, one_sided, Filter(), (3.0, 6.0), None, 4)
+    assert found == {"yield": pytest.approx(4 / 6), "right_all": 0.5, "right_kept": 0.75}
+
+
 # ---- the program ----
 
 
@@ -195,14 +345,14 @@ def test_the_program_writes_its_results(folder, tmp_path, capsys):
 
     results = json.loads((out / "world.json").read_text(), parse_constant=pytest.fail)  # a NaN would be no JSON
     names = ["EDITOR", "BOUND", "COPY", "FLOOR", "TRUE"]
-    assert list(results["rows"]) == [getattr(evaluate_world, name) for name in names]
-    assert list(results["clip"]) == [evaluate_world.EDITOR, evaluate_world.BOUND, "true image"]
-    assert results["rows"][evaluate_world.EDITOR] != results["rows"][evaluate_world.BOUND]
-    assert results["rows"][evaluate_world.TRUE]["l1_outside"] == 0
+    assert list(results["rows"]) == [getattr(evaluation, name) for name in names]
+    assert list(results["clip"]) == [evaluation.EDITOR, evaluation.BOUND, "true image"]
+    assert results["rows"][evaluation.EDITOR] != results["rows"][evaluation.BOUND]
+    assert results["rows"][evaluation.TRUE]["l1_outside"] == 0
     chosen = {"steps": 1, "text_guidance": 2.0, "image_guidance": 1.5, "resolution": 64}
-    assert results["settings"]["sampling"] == {evaluate_world.EDITOR: chosen, evaluate_world.BOUND: chosen}
+    assert results["settings"]["sampling"] == {evaluation.EDITOR: chosen, evaluation.BOUND: chosen}
 
-    text, tables = (out / "world.md").read_text(), evaluate_world.tables(results)
+    text, tables = (out / "world.md").read_text(), evaluation.tables(results)
     assert "14 held-out edits" in text
     for title, table in tables.items():
         assert f"## {title}\n\n{table}\n" in text

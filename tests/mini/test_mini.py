@@ -20,7 +20,7 @@ from formats.checkpoint import load, load_clip
 from images import open_image
 from ip2p import InstructPix2Pix
 from mini import pretrain
-from mini.evaluate_world import clip_scores, edit_all, held_out_edits, measure, true_images
+from mini.evaluation import clip_scores, edit_all, held_out_edits, measure, true_images
 from mini.judge import Judge, right
 from mini.scenes import scenes
 from mini.world import caption
