@@ -80,8 +80,8 @@ def vae_stage(options, settings, drawn, pixels, held_out, images):
         return error.abs().mean() + 2 * error.square().mean() + 0.3 * edges + 2e-4 * divergence
 
     def evaluate(step):
-        some = images[:16]
-        write_grid(options.out / "vae" / "samples.png", [*some, *vae.decode(vae.encode(some).mode())])
+        some = [*images[:16], *vae.decode(vae.encode(images[:16]).mode())]
+        save_png(grid([enlarge(to_image(x)) for x in some], 8), options.out / "vae" / "samples.png")
 
     def finish(vae):
         normalise_latents(vae, encode_all(vae, pixels[:2048], options).float())
@@ -219,10 +219,8 @@ def judge_stage(options, settings, drawn, pixels, held_out, images):
     def finish(judge):
         judge.save(options.out / "judge.safetensors")
         decoded = vae.decode(vae.encode(images).mode())
-        return {
-            "all attributes right on true images": right(judge, images, held_out).mean(),
-            "on those through the autoencoder": right(judge, decoded, held_out).mean(),
-        }
+        shown = {"all attributes right on true images": images, "on those through the autoencoder": decoded}
+        return {name: right(judge, x, held_out).mean() for name, x in shown.items()}
 
     return judge, loss_of, None, finish
 
@@ -255,7 +253,8 @@ def sd_stage(options, settings, drawn, pixels, held_out, images):
     def evaluate(step):
         some = held_out[:32]
         x = sample(some, range(len(some)))
-        write_grid(out / "sd" / "samples.png", x, [caption(scene) for scene in some])
+        sheet = grid([enlarge(to_image(image)) for image in x], 8, [caption(scene) for scene in some])
+        save_png(sheet, out / "sd" / "samples.png")
         return {"all attributes right": right(judge, x, some).mean()}
 
     def finish(unet):
@@ -273,11 +272,6 @@ def start_at_zero(unet):
         if type(module) in last:
             for weight in getattr(module, last[type(module)]).parameters():
                 weight.data.zero_()
-
-
-def write_grid(path, images, captions=None):
-    """A sheet of images [3, 64, 64], eight a row."""
-    save_png(grid([enlarge(to_image(x)) for x in images], 8, captions), path)
 
 
 STAGES = {"vae": vae_stage, "clip": clip_stage, "judge": judge_stage, "sd": sd_stage}

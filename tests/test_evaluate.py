@@ -18,20 +18,7 @@ from clip_text import CLIPTextConfig
 from dataset import Filter
 from formats.checkpoint import save_clip, save_folder
 from mini import evaluation
-from mini.evaluation import (
-    NOISE,
-    SIMILARITIES,
-    clip_scores,
-    edited_region,
-    held_out_edits,
-    l1_outside,
-    measure,
-    measure_pairs,
-    measure_right,
-    one_sided_edits,
-    true_images,
-    wilson,
-)  # fmt: skip
+from mini.evaluation import NOISE, clip_scores, edited_region, held_out_edits, l1_outside, measure, true_images, wilson
 from mini.judge import Judge, labels
 from mini.world import caption
 from p2p import P_RANGE
@@ -44,17 +31,21 @@ def program(run_main):
 
 
 class Oracle(nn.Module):
-    """A judge that does not err: it knows the true images, and takes an image for the one that is nearest."""
+    """A judge that knows the true images, and takes an image for the nearest; those in `wrong` for the one before."""
 
-    def __init__(self, edits):
+    def __init__(self, edits, wrong=()):
         super().__init__()
         self.where = nn.Parameter(torch.zeros(1))
-        self.classes = labels([scene for edit in edits for scene in (edit.before, edit.after)])
-        self.known = torch.stack(true_images(edits), dim=1).flatten(0, 1)
+        scenes = [scene for edit in edits for scene in (edit.before, edit.after)]
+        self.classes, self.known = labels(scenes), torch.stack(true_images(edits), dim=1).flatten(0, 1)
+        self.classes[list(wrong)] = self.classes.roll(1, 0)[list(wrong)]
+        self.drawn = {caption(scene): x for scene, x in zip(scenes, self.known, strict=True)}
 
     def read(self, x):
-        distances = torch.cdist(x.flatten(1), self.known.flatten(1))
-        return self.classes[distances.argmin(1)]
+        return self.classes[torch.cdist(x.flatten(1), self.known.flatten(1)).argmin(1)]
+
+    def sample_pairs(self, model, before, after, noise, steps=None):
+        return tuple(torch.stack([self.drawn[text] for text in texts]) for texts in (before, after))
 
 
 @pytest.fixture(scope="module")
@@ -192,33 +183,7 @@ MODEL = SimpleNamespace(
 
 @pytest.fixture(scope="module")
 def one_sided():
-    return one_sided_edits(24)
-
-
-class PairOracle(nn.Module):
-    """A judge of grey images whose brightness tells the scene; it takes those in `wrong` for others, and no more."""
-
-    def __init__(self, edits, wrong=()):
-        super().__init__()
-        self.where = nn.Parameter(torch.zeros(1))
-        self.scenes, self.wrong = [scene for edit in edits for scene in (edit.before, edit.after)], wrong
-
-    def image(self, scene):
-        return torch.full((3, 64, 64), self.scenes.index(scene) / len(self.scenes))
-
-    def read(self, x):
-        numbers = [round(value) for value in (x.mean((1, 2, 3)) * len(self.scenes)).tolist()]
-        return labels([self.scenes[number - 1 if number in self.wrong else number] for number in numbers])
-
-
-def drawn(monkeypatch, oracle):
-    """Let the oracle's images be what is sampled for the captions of its scenes."""
-    known = {caption(scene): oracle.image(scene) for scene in oracle.scenes}
-
-    def sample_pairs(model, before, after, noise, steps=None):
-        return tuple(torch.stack([known[text] for text in texts]) for texts in (before, after))
-
-    monkeypatch.setattr(evaluation, "sample_pairs", sample_pairs)
+    return evaluation.one_sided_edits(24)
 
 
 def test_change_is_that_of_the_half_not_named(one_sided, monkeypatch):
@@ -235,7 +200,7 @@ def test_change_is_that_of_the_half_not_named(one_sided, monkeypatch):
         return x, y
 
     monkeypatch.setattr(evaluation, "sample_pairs", sample_pairs)
-    measured, shown = measure_pairs(MODEL, Judge().eval(), one_sided, (3.0, 6.0), None, 10)
+    measured, shown = evaluation.measure_pairs(MODEL, Judge().eval(), one_sided, (3.0, 6.0), None, 10)
     assert list(measured) == list(shown) == list(NOISE)
     for way in NOISE:
         assert measured[way]["change"] == pytest.approx(0.2, abs=1e-6)
@@ -252,7 +217,7 @@ def test_the_three_ways(one_sided, monkeypatch):
         return tuple(half[:, :3].repeat_interleave(4, 2).repeat_interleave(4, 3) / 4 for half in noise.first.chunk(2))
 
     monkeypatch.setattr(evaluation, "sample_pairs", sample_pairs)
-    measured, shown = measure_pairs(MODEL, Judge().eval(), one_sided, (3.0, 6.0), 7, 16)
+    measured, shown = evaluation.measure_pairs(MODEL, Judge().eval(), one_sided, (3.0, 6.0), 7, 16)
     assert measured[SHARED]["change"] == measured[CONTROLLED]["change"] == 0
     assert measured[INDEPENDENT]["change"] == pytest.approx(0.141, abs=0.01)  # E|x - y| / 2 of two N(0, 1/4)
     for way in NOISE:  # the same noise for the first images
@@ -268,19 +233,13 @@ def test_the_three_ways(one_sided, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "fraction"),
-    [
-        ([], 1.0),
-        ([0], 5 / 6),  # the first pair's image before
-        ([3], 5 / 6),  # the second's image after
-        ([4, 5], 5 / 6),  # both of the third
-        (range(12), 0.0),
-    ],
+    ("wrong", "fraction"),  # of six pairs' images before and after
+    [([], 1.0), ([0], 5 / 6), ([3], 5 / 6), ([4, 5], 5 / 6), (range(12), 0.0)],
 )
 def test_both_images_of_a_pair_must_be_right(one_sided, monkeypatch, wrong, fraction):
-    oracle = PairOracle(one_sided[:6], wrong)
-    drawn(monkeypatch, oracle)
-    measured, _ = measure_pairs(MODEL, oracle, one_sided[:6], (3.0, 6.0), None, 4)
+    oracle = Oracle(one_sided[:6], wrong)
+    monkeypatch.setattr(evaluation, "sample_pairs", oracle.sample_pairs)
+    measured, _ = evaluation.measure_pairs(MODEL, oracle, one_sided[:6], (3.0, 6.0), None, 4)
     assert [row["both_right"] for row in measured.values()] == [pytest.approx(fraction)] * 3
 
 
@@ -291,12 +250,11 @@ class Scorer:
         self.rows, self.oracle, self.logit_scale = rows, oracle, torch.zeros(())
 
     def edit_similarities(self, before, after, ids_before, ids_after):
-        known = {caption(scene): self.oracle.image(scene) for scene in self.oracle.scenes}
         for images, ids in ((before, ids_before), (after, ids_after)):
             captions = ["".join(map(chr, row)).strip() for row in ids.tolist()]
-            torch.testing.assert_close(images, (torch.stack([known[text] for text in captions]) + 1) / 2)
+            torch.testing.assert_close(images, (torch.stack([self.oracle.drawn[text] for text in captions]) + 1) / 2)
         rows, self.rows = self.rows[: len(before)], self.rows[len(before) :]
-        return dict(zip(SIMILARITIES, torch.tensor(rows).T, strict=True))
+        return dict(zip(evaluation.SIMILARITIES, torch.tensor(rows).T, strict=True))
 
 
 def letters(texts):
@@ -306,11 +264,12 @@ def letters(texts):
 
 def test_filtered_pairs_are_compared_with_all(one_sided, monkeypatch):
     """Six pairs, of which the 1st, 2nd, 4th and 6th pass, and the 2nd, 3rd and 5th are wrong."""
-    one_sided, good = one_sided[:6], [0.5, 0.6, 0.5, 0.9]
+    edits, good = one_sided[:6], [0.5, 0.6, 0.5, 0.9]
     rows = [good, good, [0.1, *good[1:]], good, [*good[:3], 0.6], good]
-    oracle = PairOracle(one_sided, wrong=[3, 4, 8, 9])
-    drawn(monkeypatch, oracle)
-    found = measure_right(MODEL, oracle, Scorer(rows, oracle), letters, one_sided, Filter(), (3.0, 6.0), None, 4)
+    oracle = Oracle(edits, wrong=[3, 4, 8, 9])
+    monkeypatch.setattr(evaluation, "sample_pairs", oracle.sample_pairs)
+    clip = Scorer(rows, oracle)
+    found = evaluation.measure_right(MODEL, oracle, clip, letters, edits, Filter(), (3.0, 6.0), None, 4)
     assert found == {"yield": pytest.approx(4 / 6), "right_all": 0.5, "right_kept": 0.75}
 
 
@@ -364,8 +323,7 @@ def test_the_program_writes_its_results(folder, tmp_path, capsys):
 
 def test_the_pairs_program(folder, tmp_path, capsys):
     paths = {"sd": folder / "sd", "judge": folder / "judge.safetensors", "clip": folder / "clip", "out": tmp_path}
-    own = [f"--{name}={path}" for name, path in paths.items()]
-    evaluate.main(["pairs", *own, "--count=3", "--batch-size=2", "--steps=1", "--guidance", "2", "3"])
+    evaluate.main(["pairs", *(f"--{name}={path}" for name, path in paths.items()), "--count=3", "--batch-size=2", "--steps=1", "--guidance", "2", "3"])
     results = json.loads((tmp_path / "pairs.json").read_text())
     assert list(results["ways"]) == list(NOISE)
     assert results["filter"]["yield"] == 1
@@ -382,7 +340,7 @@ def test_the_pairs_program(folder, tmp_path, capsys):
     [
         ({"count": 10}, "the count of edits should be a multiple of 14 (kinds x phrasings), not 10"),
         ({"cfg_text": "nan"}, "--cfg-text: should be from 0 to 100, not nan"),
-        ({"device": "nonsense"}, "this machine or this torch has no device nonsense; try --device cpu"),
+        ({"device": "nonsense"}, "this machine or this torch has no device nonsense"),
         ({"model": "no/such/folder"}, "there are no weights at no/such/folder"),
         ({"judge": "no/such.safetensors"}, "no/such.safetensors is damaged or cannot be read"),
         ({"model": "SD"}, "is a text-to-image checkpoint"),

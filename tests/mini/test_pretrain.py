@@ -121,9 +121,6 @@ def test_contrast_is_least_for_logits_that_are_right():
     least = contrast(50 * same, pair).item()
     assert least == pytest.approx(0.5 * np.log(2), abs=1e-6)
     assert contrast(50 * torch.eye(4), pair) > least + 1
-    logits, swap = normal(4, 4), [2, 1, 0, 3]
-    for swapped in (logits[swap], logits[:, swap]):
-        assert contrast(swapped, pair).item() == pytest.approx(contrast(logits, pair).item())
     assert all(contrast(50 * same + normal(4, 4, seed=seed), pair) > least for seed in range(20))
 
 
