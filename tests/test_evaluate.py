@@ -323,14 +323,14 @@ def test_the_program_writes_its_results(folder, tmp_path, capsys):
 
 def test_the_pairs_program(folder, tmp_path, capsys):
     paths = {"sd": folder / "sd", "judge": folder / "judge.safetensors", "clip": folder / "clip", "out": tmp_path}
-    evaluate.main(["pairs", *(f"--{name}={path}" for name, path in paths.items()), "--count=3", "--batch-size=2", "--steps=1", "--guidance", "2", "3"])
+    own = [f"--{name}={path}" for name, path in paths.items()]
+    evaluate.main(["pairs", *own, "--count=3", "--batch-size=2", "--steps=1", "--guidance", "2", "3"])
     results = json.loads((tmp_path / "pairs.json").read_text())
     assert list(results["ways"]) == list(NOISE)
     assert results["filter"]["yield"] == 1
     assert results["filter"]["right_all"] == results["filter"]["right_kept"]
     report = (tmp_path / "pairs.md").read_text()
-    for words in (*NOISE, "100.0 %", "image_image 0.5"):
-        assert words in report
+    assert all(words in report for words in (*NOISE, "100.0 %", "image_image 0.5"))
     assert Image.open(tmp_path / "pairs.png").width > 6 * 128
     assert report.strip().splitlines()[-1] in capsys.readouterr().out
 

@@ -59,7 +59,6 @@ def test_what_was_made_otherwise_is_never_replaced(program, tmp_path):
     [
         (["text"], "--out"),
         (["true", "--out=x", "--count=0"], "--count: should be at least 1, not 0"),
-        (["text", "--out=x", "--seed=-1"], "seed"),
         (["text", "--out=data"], "cannot write data"),
         (["text", "--out=cat.txt"], "cat.txt is there already"),
         (["true", "--out=data"], "data holds other files, such as mine"),
