@@ -41,7 +41,7 @@ mini: .venv/installed
 	$(TORCHRUN) train.py --preset mini --resume --data $(HERE)/pairs --init $(HERE)/sd_model --out $(HERE)/editor \
 		--device $(DEVICE) --total-batch-size 32 --batch-size 16 --sampling-steps 20 --cfg-text 2 --cfg-image 1.5
 	$(RUN) evaluate.py pairs --sd $(HERE)/sd_model --judge $(HERE)/judge.safetensors --clip $(HERE)/clip_model --steps 12 \
-		--data $(HERE)/pairs --device $(DEVICE) --out $(HERE)/evaluate
+		--device $(DEVICE) --out $(HERE)/evaluate
 	$(RUN) evaluate.py world --model $(HERE)/editor/model --judge $(HERE)/judge.safetensors --clip $(HERE)/clip_model \
 		--device $(DEVICE) --out $(HERE)/evaluate
 

@@ -12,8 +12,7 @@ from cli import SCALE, SEED, STEPS, WHOLE, Parser, check_device, run_program
 
 import torch
 
-from mini.evaluate_pairs import evaluate_pairs
-from mini.evaluate_world import evaluate_world
+from mini.evaluation import evaluate_pairs, evaluate_world
 
 
 def main(arguments=None):
@@ -38,7 +37,6 @@ def main(arguments=None):
     add("--count", type=WHOLE, default=256, metavar="N", help="pairs for each measurement (default: 256)")
     add("--batch-size", type=WHOLE, default=32, metavar="B", help="pairs at a time (default: 32)")
     add("--guidance", type=SCALE, nargs=2, default=(2.0, 4.0), metavar=("LOW", "HIGH"), help="(default: 2 4)")
-    add("--data", type=Path, metavar="DIR", help="a data set of datagen.py images, for the quantiles of its candidates")
 
     for command in (world, pairs):
         add = command.add_argument

@@ -6,30 +6,34 @@
 Stages: `vae`, `clip` (with its tokenizer), `judge` (measures images, teaches nothing), `sd`.
 """
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from cli import WHOLE, Parser, UserError, atomic_write, between, check_device, keep_settings, run_program
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
 
 from attention import fused, reference
-from clip_text import CLIPText
+from clip_image import CLIP, CLIPImageConfig
+from clip_text import END, START, CLIPTextConfig, CLIPTokenizer
 from diffusion import NoiseSchedule, Sampling
-from formats.checkpoint import Model, load_clip, load_vae, save_folder, save_vae
+from formats.checkpoint import Model, load_clip, load_vae, save_clip, save_folder, save_vae
 from formats.weights import write_json
 from images import enlarge, grid, save_png, to_image
 from mini.judge import Judge, labels, right
-from mini.pretrain_clip import clip_stage
-from mini.scenes import held_out_images, in_batches, scenes, to_images, training_scene
-from mini.world import SIZE, caption
+from mini.scenes import in_batches, kept_pixels, pixels_of, scenes, to_images
+from mini.world import KINDS, SIZE, caption, random_edit
 from stable_diffusion import StableDiffusion
 from train import Settings, autocasting, fit
 from training.presets import fast_precision
 from training.runs import PROCESSES, RANK, barrier, join, read_metrics
-from unet import Level, UNet, UNetConfig
+from unet import Level, ResBlock, Transformer, UNet, UNetConfig
 from vae import VAE, VAEConfig
 
 MINI_VAE = VAEConfig(channels=(16, 40, 80), resblocks=1, groups=8, scaling=1.0)
@@ -52,11 +56,141 @@ SETTINGS = {  # batch_size: examples a step, of all processes together
 }
 
 
-# A stage returns what `run_stage` needs: the network to train, its loss_of and evaluate as `train.fit` takes them, and
-# finish(network), which saves what was trained, measures it and returns numbers for results.json.
+# A stage is a function of the options, its settings, the training scenes with their pixels [count, 64, 64, 3], and the
+# held-out scenes with their images [count, 3, 64, 64]. It returns the network to train, loss_of and evaluate as
+# `train.fit` takes them, and finish(network), which saves what was trained and returns numbers for results.json.
 
 
-def judge_stage(options, settings, drawn, pixels):
+def vae_stage(options, settings, drawn, pixels, held_out, images):
+    """The autoencoder (Rombach et al. 2022, without the discriminator); its latents are brought to unit variance."""
+    device, vae = options.device, VAE(MINI_VAE).to(options.device)
+
+    def loss_of(network, draws):
+        x = to_images(pixels[draws.integers(len(drawn)).numpy()], device)
+        if draws.step < 0.75 * settings.max_steps:  # a quarter of each image first, which is four times as fast
+            top, left = torch.randint(SIZE // 2 + 1, (2,), generator=draws.generator).tolist()
+            x = x[:, :, top : top + SIZE // 2, left : left + SIZE // 2].contiguous()
+        with options.autocast():
+            latent = network.encode(x)
+            noise = draws.normal(*latent.mean.shape[1:]).to(device)
+            error = network.decode(latent.sample(noise)).float() - x
+        edges = sum(error.diff(dim=axis).abs().mean() for axis in (2, 3))
+        mean, logvar = latent.mean.float(), latent.logvar.float()
+        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        return error.abs().mean() + 2 * error.square().mean() + 0.3 * edges + 2e-4 * divergence
+
+    def evaluate(step):
+        some = [*images[:16], *vae.decode(vae.encode(images[:16]).mode())]
+        save_png(grid([enlarge(to_image(x)) for x in some], 8), options.out / "vae" / "samples.png")
+
+    def finish(vae):
+        normalise_latents(vae, encode_all(vae, pixels[:2048], options).float())
+        error = vae.decode(vae.encode(images).mode()) - images
+        save_vae(vae, options.out / "vae_model", torch.float16)
+        noise_ratio = 10 * (error.square().mean((1, 2, 3)) / 4).log10().neg().mean()
+        return {"PSNR on held-out images, dB": noise_ratio.item(), "L1 in [0, 1]": (error.abs().mean() / 2).item()}
+
+    return vae, loss_of, evaluate, finish
+
+
+def encode_all(vae, pixels, options):
+    """The latents of all images, the mode: [count, C, h, w], float16, for the noise of a sample is far larger."""
+
+    def encode(pixels):
+        with options.autocast():
+            return vae.encode(to_images(pixels, options.device)).mode().half().cpu()
+
+    return in_batches(encode, 128, pixels, desc="encoding")
+
+
+@torch.no_grad()
+def normalise_latents(vae, latents):
+    """Give every latent channel mean 0 and deviation 1 over `latents` [B, C, H, W], by the 1x1 convolutions there are.
+
+    Stable Diffusion's VAE does it by one scaling factor; folded into quant_conv and post_quant_conv it is exact for
+    every channel, and the factor becomes 1. The images stay the same.
+    """
+    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    channels = len(mean)
+    vae.quant_conv.weight[:channels] /= deviation[:, None, None, None]
+    vae.quant_conv.bias[:channels] = (vae.quant_conv.bias[:channels] - mean) / deviation
+    vae.quant_conv.bias[channels:] -= 2 * deviation.log()
+    weight = vae.post_quant_conv.weight
+    vae.post_quant_conv.bias += (weight[:, :, 0, 0] * mean).sum(1)
+    weight *= deviation[None, :, None, None]
+
+
+def clip_stage(options, settings, drawn, pixels, held_out, images):
+    """Both towers by the contrastive loss (Radford et al. 2021), on captions and images.
+
+    Captions hold no instructions, so the text tower would never learn their words. A second loss, on texts alone,
+    pulls an instruction towards the difference of the captions after and before it. No edited image is shown.
+    Each process contrasts its own rows of the total batch.
+    """
+    device, tokenizer = options.device, train_tokenizer(world_texts())
+    size = {"width": 128, "layers": 4, "heads": 4, "projection": 128}  # of either tower
+    text = CLIPTextConfig(len(tokenizer.vocabulary), tokenizer.tokens, end_token=tokenizer.end, **size)
+    clip = CLIP(text, CLIPImageConfig(size=SIZE, patch=8, **size)).to(device)
+    for name, weight in clip.named_parameters():
+        if "embedding" in name:  # small, as CLIP's authors start from; torch's own are fifty times larger
+            nn.init.normal_(weight, std=0.02)
+    captions = tokenizer([caption(scene) for scene in drawn])
+    rng = np.random.default_rng(settings.seed)
+    edits = [random_edit(rng) for _ in range(min(20_000, options.scenes))]
+    triplets = [tokenizer([caption(edit.before), edit.instruction, caption(edit.after)]) for edit in edits]
+    triplets = torch.stack(triplets, dim=1)  # [3, edits, L]
+
+    def loss_of(network, draws):
+        chosen, picked = draws.integers(len(drawn)).numpy(), draws.integers(len(edits)).numpy()
+        ids = triplets[:, picked[: max(1, len(picked) // 4)]]
+        x = (to_images(pixels[chosen], device) + 1) / 2
+        with options.autocast():
+            image = network.image.features(x).float()
+            words = network.text.features(captions[chosen].to(device)).float()
+            before, instruction, after = network.text.features(ids.flatten(0, 1).to(device)).float().chunk(3)
+        scale = network.logit_scale.exp().clamp(max=100)
+        turn = F.normalize(after - before, dim=-1)
+        loss = contrast(scale * image @ words.T, captions[chosen])
+        return loss + 0.5 * contrast(10 * instruction @ turn.T, ids[1])
+
+    def finish(clip):
+        save_clip(clip, tokenizer, options.out / "clip_model", torch.float16)
+        texts = [caption(scene) for scene in held_out]
+        best = (clip.image.features((images + 1) / 2) @ clip.text.features(tokenizer(texts).to(device)).T).argmax(1)
+        right = [texts[found] == text for found, text in zip(best.tolist(), texts, strict=True)]
+        return {f"image to caption, first of {len(texts)}": float(np.mean(right))}
+
+    return clip, loss_of, None, finish
+
+
+def contrast(logits, ids):
+    """The symmetric contrastive loss of logits [B, B]; texts that are equal (ids [B, L]) count as right alike."""
+    same = (ids[:, None] == ids[None]).all(2).float().to(logits.device)
+    target = same / same.sum(1, keepdim=True)
+    return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
+
+
+def world_texts():
+    """Captions and instructions of training, a few of every kind: what the tokenizer and CLIP read."""
+    rng = np.random.default_rng(0)
+    edits = [random_edit(rng, kind) for kind in KINDS for _ in range(1500)]
+    return [text for edit in edits for text in (caption(edit.before), edit.instruction, caption(edit.after))]
+
+
+def train_tokenizer(texts):
+    """A byte-level BPE in CLIP's format: after the merges, every word of the world is one token."""
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
+    bpe.pre_tokenizer = CLIPTokenizer({START: 0, END: 1}, []).bpe.pre_tokenizer
+    letters, end = sorted(pre_tokenizers.ByteLevel.alphabet()), "</w>"
+    learning = {"initial_alphabet": letters, "end_of_word_suffix": end, "min_frequency": 2, "vocab_size": 2000}
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(**learning, show_progress=False))
+    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    # CLIP's order: the bytes, the bytes that end a word, the merges, the two special tokens
+    pieces = letters + [letter + end for letter in letters] + [a + b for a, b in merges] + [START, END]
+    return CLIPTokenizer({piece: number for number, piece in enumerate(dict.fromkeys(pieces))}, merges, tokens=24)
+
+
+def judge_stage(options, settings, drawn, pixels, held_out, images):
     """The judge, on scenes as they are and as the autoencoder gives them back, and its own error.
 
     Generated images are softer than drawn ones and lack the finest strokes; a judge must not live on those.
@@ -84,94 +218,25 @@ def judge_stage(options, settings, drawn, pixels):
 
     def finish(judge):
         judge.save(options.out / "judge.safetensors")
-        held_out, x = held_out_images(options.test_scenes, device)
-        again = vae.decode(vae.encode(x).mode())
-        return {
-            "all attributes right on true images": right(judge, x, held_out).mean(),
-            "on those through the autoencoder": right(judge, again, held_out).mean(),
-        }
+        decoded = vae.decode(vae.encode(images).mode())
+        shown = {"all attributes right on true images": images, "on those through the autoencoder": decoded}
+        return {name: right(judge, x, held_out).mean() for name, x in shown.items()}
 
     return judge, loss_of, None, finish
 
 
-# ---- the autoencoder ----
-
-
-def vae_stage(options, settings, drawn, pixels):
-    """The autoencoder (Rombach et al. 2022, without the discriminator); its latents are brought to unit variance."""
-    device, vae = options.device, VAE(MINI_VAE).to(options.device)
-    _, held_out = held_out_images(options.test_scenes, device)
-
-    def loss_of(network, draws):
-        x = to_images(pixels[draws.integers(len(drawn)).numpy()], device)
-        if draws.step < 0.75 * settings.max_steps:  # a quarter of each image first, which is four times as fast
-            top, left = torch.randint(SIZE // 2 + 1, (2,), generator=draws.generator).tolist()
-            x = x[:, :, top : top + SIZE // 2, left : left + SIZE // 2].contiguous()
-        with options.autocast():
-            latent = network.encode(x)
-            noise = draws.normal(*latent.mean.shape[1:]).to(device)
-            error = network.decode(latent.sample(noise)).float() - x
-        edges = sum((error.diff(dim=axis)).abs().mean() for axis in (2, 3))
-        mean, logvar = latent.mean.float(), latent.logvar.float()
-        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return error.abs().mean() + 2 * error.square().mean() + 0.3 * edges + 2e-4 * divergence
-
-    def evaluate(step):
-        some = held_out[:16]
-        write_grid(options.out / "vae" / "samples.png", [*some, *vae.decode(vae.encode(some).mode())])
-
-    def finish(vae):
-        normalise_latents(vae, encode_all(vae, pixels[:2048], options).float())
-        error = vae.decode(vae.encode(held_out).mode()) - held_out
-        save_vae(vae, options.out / "vae_model", torch.float16)
-        noise_ratio = 10 * (error.square().mean((1, 2, 3)) / 4).log10().neg().mean()
-        return {"PSNR on held-out images, dB": noise_ratio.item(), "L1 in [0, 1]": (error.abs().mean() / 2).item()}
-
-    return vae, loss_of, evaluate, finish
-
-
-def encode_all(vae, pixels, options):
-    """The latents of all images, the mode: [count, C, h, w], float16, for the noise of a sample is far larger."""
-
-    def encode(pixels):
-        with options.autocast():
-            return vae.encode(to_images(pixels, options.device)).mode().half().cpu()
-
-    return in_batches(encode, 128, pixels, desc="encoding") * vae.config.scaling
-
-
-@torch.no_grad()
-def normalise_latents(vae, latents):
-    """Give every latent channel mean 0 and deviation 1 over `latents` [B, C, H, W], by the 1x1 convolutions there are.
-
-    Stable Diffusion's VAE does it by one scaling factor; folded into quant_conv and post_quant_conv it is exact for
-    every channel, and the factor becomes 1. The images stay the same.
-    """
-    mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
-    channels = len(mean)
-    vae.quant_conv.weight[:channels] /= deviation[:, None, None, None]
-    vae.quant_conv.bias[:channels] = (vae.quant_conv.bias[:channels] - mean) / deviation
-    vae.quant_conv.bias[channels:] -= 2 * deviation.log()
-    weight = vae.post_quant_conv.weight
-    vae.post_quant_conv.bias += (weight[:, :, 0, 0] * mean).sum(1)
-    weight *= deviation[None, :, None, None]
-
-
-# ---- Stable Diffusion ----
-
-
-def sd_stage(options, settings, drawn, pixels):
+def sd_stage(options, settings, drawn, pixels, held_out, images):
     """Text-to-image latent diffusion on captions, the text tower frozen (Rombach et al. 2022)."""
     device, unet, out = options.device, UNet(MINI_UNET).to(options.device), options.out
     start_at_zero(unet)
     vae = load_vae(out / "vae_model").float().to(device)
     clip, tokenizer = load_clip(out / "clip_model", device)
+    clip.text.projection, clip.text.config = None, replace(clip.text.config, projection=None)  # which is CLIP's alone
     judge = Judge.load(out / "judge.safetensors", device)
     latents = encode_all(vae, pixels, options).contiguous()
     captions, null = tokenizer([caption(scene) for scene in drawn]), tokenizer([""])
-    model = Model(unet, vae, text_alone(clip.text), tokenizer, MINI_SAMPLING)
+    model = Model(unet, vae, clip.text, tokenizer, MINI_SAMPLING)
     sampler, schedule = StableDiffusion(model), NoiseSchedule()
-    held_out = [training_scene(index, test=True) for index in range(options.test_scenes)]
 
     def loss_of(network, draws):
         chosen, drop, t = draws.integers(len(drawn)), draws.uniform() < 0.1, draws.integers(1000).to(device)
@@ -188,7 +253,8 @@ def sd_stage(options, settings, drawn, pixels):
     def evaluate(step):
         some = held_out[:32]
         x = sample(some, range(len(some)))
-        write_grid(out / "sd" / "samples.png", x, [caption(scene) for scene in some])
+        sheet = grid([enlarge(to_image(image)) for image in x], 8, [caption(scene) for scene in some])
+        save_png(sheet, out / "sd" / "samples.png")
         return {"all attributes right": right(judge, x, some).mean()}
 
     def finish(unet):
@@ -201,25 +267,11 @@ def sd_stage(options, settings, drawn, pixels):
 
 def start_at_zero(unet):
     """Let every residual block and transformer begin as the identity, and the prediction as zero."""
-    for name, weight in unet.named_parameters():
-        last = ".conv2." in name or ".transformer" in name and name.endswith((".proj_out.weight", ".proj_out.bias"))
-        if (last and "feed_forward" not in name) or name.startswith("conv_out"):
-            weight.data.zero_()
-
-
-def text_alone(tower):
-    """CLIP's text tower without the projection, as Stable Diffusion uses it; the weights are shared."""
-    alone = CLIPText(replace(tower.config, projection=None))
-    alone.load_state_dict({k: v for k, v in tower.state_dict().items() if k != "projection.weight"}, assign=True)
-    return alone.eval().requires_grad_(False)
-
-
-def write_grid(path, images, captions=None):
-    """A sheet of images [3, 64, 64], eight a row."""
-    save_png(grid([enlarge(to_image(x)) for x in images], 8, captions), path)
-
-
-# ---- the program ----
+    last = {ResBlock: "conv2", Transformer: "proj_out", UNet: "conv_out"}
+    for module in unet.modules():
+        if type(module) in last:
+            for weight in getattr(module, last[type(module)]).parameters():
+                weight.data.zero_()
 
 
 STAGES = {"vae": vae_stage, "clip": clip_stage, "judge": judge_stage, "sd": sd_stage}
@@ -235,13 +287,15 @@ def run_stage(stage, options):
     if total % PROCESSES:
         raise UserError(f"{total} examples a step cannot be divided by {PROCESSES} processes")
     seed, every = own.seed + 1000 * options.seed, max(1, steps // 10)
-    changed = {"max_steps": steps, "eval_every": every, "save_every": every, "batch_size": total // PROCESSES}
-    settings = replace(own, **changed, seed=seed)
+    changed = {"max_steps": steps, "eval_every": every, "save_every": every, "seed": seed}
+    settings = replace(own, **changed, batch_size=total // PROCESSES)
     if RANK == 0:
         keep_settings(folder / "settings.json", {"total_batch_size": total, "seed": seed})
-    drawn, pixels = scenes(options.scenes, options.out)
+    drawn, held_out = scenes(options.scenes), scenes(options.test_scenes, test=True)
+    pixels = kept_pixels(drawn, options.out / f"scenes_{options.scenes}.npy")
+    images = to_images(pixels_of(held_out), options.device)
     torch.manual_seed(seed)  # of the weights to begin with; all else that is random is drawn from `Draws`
-    network, loss_of, evaluate, finish = STAGES[stage](options, settings, drawn, pixels)
+    network, loss_of, evaluate, finish = STAGES[stage](options, settings, drawn, pixels, held_out, images)
     network = fit(network, loss_of, settings, folder, evaluate)
     if RANK == 0:
         shutil.rmtree(options.out / f"{stage}_model", ignore_errors=True)  # of a run that was stopped in `finish`

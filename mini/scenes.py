@@ -1,4 +1,4 @@
-"""The miniature's scenes as training data: by number, as pixels, as tensors; and work on them in batches."""
+"""The miniature's scenes as training data: always the same ones, their pixels, and work on them in batches."""
 
 from concurrent.futures import ProcessPoolExecutor
 
@@ -11,36 +11,30 @@ from tqdm import tqdm
 from mini.world import random_scene, render
 
 
-def training_scene(index, test=False):
-    """The scene with this number, always the same one; with `test` a held-out one."""
-    return random_scene(np.random.default_rng([int(test), index]), test)
+def scenes(count, test=False):
+    """The first `count` scenes of training, always the same ones; with `test` held-out ones."""
+    return [random_scene(np.random.default_rng([int(test), index]), test) for index in range(count)]
 
 
-def pixels_of(scene):
-    """Its pixels [64, 64, 3], uint8."""
-    return np.asarray(render(scene))
+def pixels_of(scenes):
+    """Their pixels, uint8 [count, 64, 64, 3]."""
+    return np.stack([np.asarray(render(scene)) for scene in scenes])
 
 
-def scenes(count, folder):
-    """(The first `count` training scenes, their pixels uint8 [count, 64, 64, 3]); drawn once and kept in `folder`."""
-    path, chosen = folder / f"scenes_{count}.npy", [training_scene(index) for index in range(count)]
+def kept_pixels(scenes, path):
+    """The pixels of many scenes, drawn by all cores the first time and kept in a file."""
     if not path.exists():
+        parts = [scenes[start : start + 256] for start in range(0, len(scenes), 256)]
         with ProcessPoolExecutor() as pool, atomic_write(path) as beside, open(beside, "wb") as file:
-            drawn = tqdm(pool.map(pixels_of, chosen, chunksize=256), total=count, desc="drawing", leave=False)
-            np.save(file, np.stack(list(drawn)))
-    return chosen, np.load(path, mmap_mode="r")
+            drawn = tqdm(pool.map(pixels_of, parts), total=len(parts), desc="drawing", leave=False)
+            np.save(file, np.concatenate(list(drawn)))
+    return np.load(path, mmap_mode="r")
 
 
 def to_images(pixels, device="cpu"):
     """Pixels uint8 [B, 64, 64, 3] -> images [B, 3, 64, 64] in [-1, 1]."""
     x = torch.from_numpy(np.array(pixels)).to(device)
     return (x.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
-
-
-def held_out_images(count, device):
-    """(`count` held-out scenes, their images [count, 3, 64, 64] in [-1, 1])."""
-    chosen = [training_scene(index, test=True) for index in range(count)]
-    return chosen, to_images(np.stack([pixels_of(scene) for scene in chosen]), device)
 
 
 @torch.no_grad()

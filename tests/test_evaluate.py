@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +14,13 @@ from torch import nn
 import evaluate
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIPTextConfig
+from dataset import Filter
 from formats.checkpoint import save_clip, save_folder
-from mini import evaluate_world
-from mini.evaluate_pairs import NOISE
-from mini.evaluate_world import clip_scores, edited_region, held_out_edits, l1_outside, measure, true_images, wilson
-from mini.judge import Judge, truth
-from mini.report import SIMILARITIES
+from mini import evaluation
+from mini.evaluation import NOISE, clip_scores, edited_region, held_out_edits, l1_outside, measure, true_images, wilson
+from mini.judge import Judge, labels
 from mini.world import caption
+from p2p import P_RANGE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,17 +30,21 @@ def program(run_main):
 
 
 class Oracle(nn.Module):
-    """A judge that does not err: it knows the true images, and takes an image for the one that is nearest."""
+    """A judge that knows the true images, and takes an image for the nearest; those in `wrong` for the one before."""
 
-    def __init__(self, edits):
+    def __init__(self, edits, wrong=()):
         super().__init__()
         self.where = nn.Parameter(torch.zeros(1))
-        self.readings = [truth(scene) for edit in edits for scene in (edit.before, edit.after)]
-        self.known = torch.stack(true_images(edits), dim=1).flatten(0, 1)
+        scenes = [scene for edit in edits for scene in (edit.before, edit.after)]
+        self.classes, self.known = labels(scenes), torch.stack(true_images(edits), dim=1).flatten(0, 1)
+        self.classes[list(wrong)] = self.classes.roll(1, 0)[list(wrong)]
+        self.drawn = {caption(scene): x for scene, x in zip(scenes, self.known, strict=True)}
 
     def read(self, x):
-        distances = torch.cdist(x.flatten(1), self.known.flatten(1))
-        return [self.readings[nearest] for nearest in distances.argmin(1)]
+        return self.classes[torch.cdist(x.flatten(1), self.known.flatten(1)).argmin(1)]
+
+    def sample_pairs(self, model, before, after, noise, steps=None):
+        return tuple(torch.stack([self.drawn[text] for text in texts]) for texts in (before, after))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +90,7 @@ def test_true_images_succeed_and_copies_fail(edits, images, oracle):
     row = measure(after, edits, before, after, oracle)
     assert (row["count"], row["l1_outside"], row["failed"]) == (28, 0, [])
     assert {row[name] for name in fractions} == set(row["kinds"].values()) == {1}
-    row = measure(before, edits, before, after, oracle, batch_size=5)
+    row = measure(before, edits, before, after, oracle)
     assert {row[name] for name in fractions} == {0}
     assert row["l1_outside"] < 1e-3  # it did leave everything alone
     assert row["failed"] == list(range(28))
@@ -164,6 +169,109 @@ def test_clip_scores_by_their_definition(edits, images, clip):
     assert copied["directional"] == 0
 
 
+# ---- generated pairs ----
+
+
+INDEPENDENT, SHARED, CONTROLLED = NOISE
+MODEL = SimpleNamespace(
+    sampling=SimpleNamespace(resolution=64),
+    vae=SimpleNamespace(config=SimpleNamespace(factor=4, latent_channels=4)),
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def one_sided():
+    return evaluation.one_sided_edits(24)
+
+
+def test_change_is_that_of_the_half_not_named(one_sided, monkeypatch):
+    """Of a pair that differs by 1 in the half named and by 0.4 in the other one, from -1 to 1: 0.2 of the range."""
+    sides = {caption(edit.before): edit.before.left != edit.after.left for edit in one_sided}
+    assert set(sides.values()) == {False, True}
+
+    def sample_pairs(model, before, after, noise, steps=None):
+        x = torch.zeros(len(before), 3, 64, 64)
+        y = x + 0.4
+        for row, text in enumerate(before):
+            half = slice(0, 32) if sides[text] else slice(32, 64)
+            y[row, :, :, half] = -1
+        return x, y
+
+    monkeypatch.setattr(evaluation, "sample_pairs", sample_pairs)
+    measured, shown = evaluation.measure_pairs(MODEL, Judge().eval(), one_sided, (3.0, 6.0), None, 10)
+    assert list(measured) == list(shown) == list(NOISE)
+    for way in NOISE:
+        assert measured[way]["change"] == pytest.approx(0.2, abs=1e-6)
+        assert shown[way].shape == (16, 3, 64, 64)
+        assert torch.equal(shown[way][::2], torch.zeros(8, 3, 64, 64))
+
+
+def test_the_three_ways(one_sided, monkeypatch):
+    """Images that are nothing but their noise, with the fraction of control and the guidance of every call."""
+    calls = []
+
+    def sample_pairs(model, before, after, noise, steps=None):
+        calls.append((noise.p, noise.guidance, steps))
+        return tuple(half[:, :3].repeat_interleave(4, 2).repeat_interleave(4, 3) / 4 for half in noise.first.chunk(2))
+
+    monkeypatch.setattr(evaluation, "sample_pairs", sample_pairs)
+    measured, shown = evaluation.measure_pairs(MODEL, Judge().eval(), one_sided, (3.0, 6.0), 7, 16)
+    assert measured[SHARED]["change"] == measured[CONTROLLED]["change"] == 0
+    assert measured[INDEPENDENT]["change"] == pytest.approx(0.141, abs=0.01)  # E|x - y| / 2 of two N(0, 1/4)
+    for way in NOISE:  # the same noise for the first images
+        assert torch.equal(shown[way][::2], shown[SHARED][::2])
+    assert len({tuple(x.flatten().tolist()) for x in shown[INDEPENDENT]}) == 16
+    assert [len(p) for p, _, _ in calls] == [16, 16, 8, 8, 16, 8, 16, 8]  # independent pairs are sampled twice
+    assert all(steps == 7 for _, _, steps in calls)
+    assert all(not p.any() for p, _, _ in calls[:6])
+    p, guidance = (torch.cat(values) for values in list(zip(*calls[6:], strict=True))[:2])
+    assert P_RANGE[0] <= p.min() < 0.3
+    assert 0.7 < p.max() <= P_RANGE[1]
+    assert 3 <= guidance.min() < guidance.max() <= 6
+
+
+@pytest.mark.parametrize(
+    ("wrong", "fraction"),  # of six pairs' images before and after
+    [([], 1.0), ([0], 5 / 6), ([3], 5 / 6), ([4, 5], 5 / 6), (range(12), 0.0)],
+)
+def test_both_images_of_a_pair_must_be_right(one_sided, monkeypatch, wrong, fraction):
+    oracle = Oracle(one_sided[:6], wrong)
+    monkeypatch.setattr(evaluation, "sample_pairs", oracle.sample_pairs)
+    measured, _ = evaluation.measure_pairs(MODEL, oracle, one_sided[:6], (3.0, 6.0), None, 4)
+    assert [row["both_right"] for row in measured.values()] == [pytest.approx(fraction)] * 3
+
+
+class Scorer:
+    """A CLIP whose similarities are given; it checks that it is shown images in [0, 1] with their own captions."""
+
+    def __init__(self, rows, oracle):
+        self.rows, self.oracle, self.logit_scale = rows, oracle, torch.zeros(())
+
+    def edit_similarities(self, before, after, ids_before, ids_after):
+        for images, ids in ((before, ids_before), (after, ids_after)):
+            captions = ["".join(map(chr, row)).strip() for row in ids.tolist()]
+            torch.testing.assert_close(images, (torch.stack([self.oracle.drawn[text] for text in captions]) + 1) / 2)
+        rows, self.rows = self.rows[: len(before)], self.rows[len(before) :]
+        return dict(zip(evaluation.SIMILARITIES, torch.tensor(rows).T, strict=True))
+
+
+def letters(texts):
+    """A tokenizer."""
+    return torch.tensor([[ord(letter) for letter in text.ljust(120)] for text in texts])
+
+
+def test_filtered_pairs_are_compared_with_all(one_sided, monkeypatch):
+    """Six pairs, of which the 1st, 2nd, 4th and 6th pass, and the 2nd, 3rd and 5th are wrong."""
+    edits, good = one_sided[:6], [0.5, 0.6, 0.5, 0.9]
+    rows = [good, good, [0.1, *good[1:]], good, [*good[:3], 0.6], good]
+    oracle = Oracle(edits, wrong=[3, 4, 8, 9])
+    monkeypatch.setattr(evaluation, "sample_pairs", oracle.sample_pairs)
+    clip = Scorer(rows, oracle)
+    found = evaluation.measure_right(MODEL, oracle, clip, letters, edits, Filter(), (3.0, 6.0), None, 4)
+    assert found == {"yield": pytest.approx(4 / 6), "right_all": 0.5, "right_kept": 0.75}
+
+
 # ---- the program ----
 
 
@@ -195,14 +303,14 @@ def test_the_program_writes_its_results(folder, tmp_path, capsys):
 
     results = json.loads((out / "world.json").read_text(), parse_constant=pytest.fail)  # a NaN would be no JSON
     names = ["EDITOR", "BOUND", "COPY", "FLOOR", "TRUE"]
-    assert list(results["rows"]) == [getattr(evaluate_world, name) for name in names]
-    assert list(results["clip"]) == [evaluate_world.EDITOR, evaluate_world.BOUND, "true image"]
-    assert results["rows"][evaluate_world.EDITOR] != results["rows"][evaluate_world.BOUND]
-    assert results["rows"][evaluate_world.TRUE]["l1_outside"] == 0
+    assert list(results["rows"]) == [getattr(evaluation, name) for name in names]
+    assert list(results["clip"]) == [evaluation.EDITOR, evaluation.BOUND, "true image"]
+    assert results["rows"][evaluation.EDITOR] != results["rows"][evaluation.BOUND]
+    assert results["rows"][evaluation.TRUE]["l1_outside"] == 0
     chosen = {"steps": 1, "text_guidance": 2.0, "image_guidance": 1.5, "resolution": 64}
-    assert results["settings"]["sampling"] == {evaluate_world.EDITOR: chosen, evaluate_world.BOUND: chosen}
+    assert results["settings"]["sampling"] == {evaluation.EDITOR: chosen, evaluation.BOUND: chosen}
 
-    text, tables = (out / "world.md").read_text(), evaluate_world.tables(results)
+    text, tables = (out / "world.md").read_text(), evaluation.tables(results)
     assert "14 held-out edits" in text
     for title, table in tables.items():
         assert f"## {title}\n\n{table}\n" in text
@@ -213,24 +321,16 @@ def test_the_program_writes_its_results(folder, tmp_path, capsys):
 
 
 def test_the_pairs_program(folder, tmp_path, capsys):
-    """With a data set of one edit, whose one pair of four candidates was kept."""
-    edit = tmp_path / "data" / "0000000"
-    edit.mkdir(parents=True)
-    scores = json.dumps({"seed": 1, **dict.fromkeys(SIMILARITIES, 0.5)}) + "\n"
-    (edit / "candidates.jsonl").write_text(4 * scores)
-    (edit / "metadata.jsonl").write_text(scores)
-    paths = {"sd": folder / "sd", "judge": folder / "judge.safetensors", "clip": folder / "clip"}
-    own = [f"--{name}={path}" for name, path in {**paths, "data": edit.parent, "out": tmp_path / "out"}.items()]
+    paths = {"sd": folder / "sd", "judge": folder / "judge.safetensors", "clip": folder / "clip", "out": tmp_path}
+    own = [f"--{name}={path}" for name, path in paths.items()]
     evaluate.main(["pairs", *own, "--count=3", "--batch-size=2", "--steps=1", "--guidance", "2", "3"])
-    results = json.loads((tmp_path / "out" / "pairs.json").read_text())
+    results = json.loads((tmp_path / "pairs.json").read_text())
     assert list(results["ways"]) == list(NOISE)
     assert results["filter"]["yield"] == 1
     assert results["filter"]["right_all"] == results["filter"]["right_kept"]
-    assert results["candidates"]["yield"] == 0.25
-    report = (tmp_path / "out" / "pairs.md").read_text()
-    for words in (*NOISE, "100.0 %", "25.0 %", "kept, clip_sim_dir", "image_image 0.5"):
-        assert words in report
-    assert Image.open(tmp_path / "out" / "pairs.png").width > 6 * 128
+    report = (tmp_path / "pairs.md").read_text()
+    assert all(words in report for words in (*NOISE, "100.0 %", "image_image 0.5"))
+    assert Image.open(tmp_path / "pairs.png").width > 6 * 128
     assert report.strip().splitlines()[-1] in capsys.readouterr().out
 
 
@@ -239,9 +339,9 @@ def test_the_pairs_program(folder, tmp_path, capsys):
     [
         ({"count": 10}, "the count of edits should be a multiple of 14 (kinds x phrasings), not 10"),
         ({"cfg_text": "nan"}, "--cfg-text: should be from 0 to 100, not nan"),
-        ({"device": "nonsense"}, "this machine or this torch has no device nonsense; try --device cpu"),
+        ({"device": "nonsense"}, "this machine or this torch has no device nonsense"),
         ({"model": "no/such/folder"}, "there are no weights at no/such/folder"),
-        ({"judge": "no/such.safetensors"}, "there is no judge at no/such.safetensors"),
+        ({"judge": "no/such.safetensors"}, "no/such.safetensors is damaged or cannot be read"),
         ({"model": "SD"}, "is a text-to-image checkpoint"),
         ({"out": "FILE"}, "file: File exists"),
     ],

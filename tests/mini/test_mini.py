@@ -20,9 +20,9 @@ from formats.checkpoint import load, load_clip
 from images import open_image
 from ip2p import InstructPix2Pix
 from mini import pretrain
-from mini.evaluate_world import clip_scores, edit_all, held_out_edits, measure, true_images
+from mini.evaluation import clip_scores, edit_all, held_out_edits, measure, true_images
 from mini.judge import Judge, right
-from mini.scenes import training_scene
+from mini.scenes import scenes
 from mini.world import caption
 from stable_diffusion import StableDiffusion
 
@@ -95,11 +95,11 @@ def test_other_images_are_accepted_with_a_note(tmp_path):
 @pytest.mark.parametrize(("count", "steps"), [(20, 8), pytest.param(64, 20, marks=pytest.mark.slow)])
 def test_the_bundled_model_draws_what_held_out_captions_say(count, steps):
     """mini.pretrain measures 256; the bar leaves room for the smaller number."""
-    scenes = [training_scene(index, test=True) for index in range(count)]
-    x = StableDiffusion(load(MINI / "sd")).sample([caption(scene) for scene in scenes], range(count), steps)
+    held_out = scenes(count, test=True)
+    x = StableDiffusion(load(MINI / "sd")).sample([caption(scene) for scene in held_out], range(count), steps)
     judge = Judge.load(MINI / "judge.safetensors")
-    assert right(judge, x, scenes).mean() >= 0.9
-    assert right(judge, x, scenes[1:] + scenes[:1]).mean() < 0.1
+    assert right(judge, x, held_out).mean() >= 0.9
+    assert right(judge, x, held_out[1:] + held_out[:1]).mean() < 0.1
 
 
 def test_diffusers_opens_the_bundled_text_to_image_model():
@@ -140,7 +140,7 @@ def test_the_whole_chain_at_toy_scale(tmp_path, capsys):
     tools = ["--judge", str(mini / "judge.safetensors"), "--clip", clip, "--steps", "2"]
     out = tmp_path / "results"
     evaluate.main(["world", "--model", str(editor), *tools, "--count", "14", "--out", str(out)])
-    evaluate.main(["pairs", "--sd", sd, *tools, "--data", str(pairs), "--count", "6", "--out", str(out)])
+    evaluate.main(["pairs", "--sd", sd, *tools, "--count", "6", "--out", str(out)])
     names = {f"{name}.{ending}" for name in ("world", "pairs") for ending in ("json", "md", "png")}
     assert {path.name for path in out.iterdir()} == names
     assert "holds pairs.md" in capsys.readouterr().out

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mini.phrasings import HELD_OUT, PHRASINGS
-from mini.pretrain_clip import train_tokenizer, world_texts
+from mini.pretrain import train_tokenizer, world_texts
 from mini.world import (
     BACKGROUNDS,
     COLOURS,

@@ -1,0 +1,328 @@
+"""What evaluate.py measures in the miniature world: editors on edits whose true result is known, and generated pairs.
+
+All scenes are held-out compositions, and half of the edits have phrasings that training never uses. MEANING says which
+edits succeed.
+"""
+
+import json
+from dataclasses import asdict, replace
+
+from cli import UserError, atomic_write
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dataset import Filter
+from formats.checkpoint import load_clip
+from images import enlarge, grid, save_png, to_image, to_tensor
+from ip2p import InstructPix2Pix
+from mini.judge import Judge, right
+from mini.scenes import in_batches
+from mini.world import KINDS, caption, random_edit, render
+from p2p import P_RANGE, PairNoise, sample_pairs
+from stable_diffusion import StableDiffusion
+
+CHANGED = 0.02  # a pixel whose true change is larger, in any channel in [0, 1], belongs to the edited region ...
+MARGIN = 4  # ... and so do the pixels at most this far from it: one latent, which an edit changes as a whole
+TOUCHED = 0.05  # the largest mean L1 outside the region, in [0, 1], at which an edit still succeeds
+EDITOR, BOUND = "this editor", "the same, trained on true pairs (upper bound)"
+COPY, FLOOR, TRUE = "copy the input", "true image through the VAE (floor)", "true image (the judge's own error)"
+MEANING = f"""\
+A success: the judge reads every attribute of the edited image as in the true edited scene, and outside the edited
+region the image differs from the true one by at most {TOUCHED} (mean L1 in [0, 1]). Edits that leave less than 1 % of
+the image outside, as those of the medium do, are judged by the attributes alone and do not count in the mean L1."""
+SIMILARITIES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")
+NOISE = {  # name: (the same noise for both images?, range of p)
+    "independent noise": (False, (0.0, 0.0)),
+    "shared noise": (True, (0.0, 0.0)),
+    "Prompt-to-Prompt, p ~ U(0.1, 0.9)": (True, P_RANGE),
+}
+
+
+# ---- editors ----
+
+
+def held_out_edits(count, seed=0, validation=False):
+    """`count` edits, all kinds equally often, half of each kind in training's phrasings and half in new ones.
+
+    Equal seeds give equal edits; fewer edits are the first of more. validation: a separate stream of edits.
+    """
+    if count % (2 * len(KINDS)):
+        raise UserError(f"the count of edits should be a multiple of {2 * len(KINDS)} (kinds x phrasings), not {count}")
+    edits, stream = [], 8_002 if validation else 8_001
+    for number in range(count):
+        rng, new = np.random.default_rng([stream, seed, number]), number // len(KINDS) % 2 == 1
+        edits.append(random_edit(rng, KINDS[number % len(KINDS)], test=True, new_phrasing=new))
+    return edits
+
+
+def true_images(edits):
+    """The images before and after the edits: two tensors [count, 3, 64, 64] in [-1, 1]."""
+    pairs = [(to_tensor(render(edit.before)), to_tensor(render(edit.after))) for edit in edits]
+    return tuple(torch.stack(images) for images in zip(*pairs, strict=True))
+
+
+def edit_all(model, edits, before, sampling, batch_size):
+    """Edit the images `before` [count, 3, H, W] by an InstructPix2Pix -> images of the same shape, in [-1, 1].
+
+    An edit's noise has its scene's layout as seed, whatever the batch size and the model, so that editors can be
+    compared edit by edit.
+    """
+
+    def compute(edits, before):
+        text, image = model.encode_text([edit.instruction for edit in edits]), model.encode_image(before)
+        how = sampling.text_guidance, sampling.image_guidance, sampling.steps
+        return model.sample(text, image, [edit.before.layout for edit in edits], *how).clamp(-1, 1).cpu()
+
+    return in_batches(compute, batch_size, edits, before, desc="editing")
+
+
+def measure(images, edits, before, after, judge):
+    """How well do `images` show `edits`? All images [count, 3, 64, 64] in [-1, 1]; before, after: the true ones.
+
+    Returns fractions in [0, 1], the 95 % interval of the success, the mean L1 of the edits that leave anything outside,
+    and the positions of the edits that failed.
+    """
+    attributes = right(judge, images, [edit.after for edit in edits])
+    l1, counts = (values.numpy() for values in l1_outside(images, before, after))
+    success = attributes & (l1 <= TOUCHED)
+    kinds, new = np.array([edit.kind for edit in edits]), np.array([edit.new_phrasing for edit in edits])
+    return {
+        "count": len(edits),
+        "success": float(success.mean()),
+        "interval": wilson(int(success.sum()), len(edits)),
+        "attributes": float(attributes.mean()),
+        "l1_outside": float(l1[counts].mean()),
+        "known_phrasings": float(success[~new].mean()),
+        "new_phrasings": float(success[new].mean()),
+        "kinds": {kind: float(success[kinds == kind].mean()) for kind in KINDS},
+        "failed": np.flatnonzero(~success).tolist(),
+    }
+
+
+def edited_region(before, after):
+    """Where an edit may change the image: wherever the true pair differs, and MARGIN pixels around.
+
+    before, after [B, 3, H, W] in [-1, 1] -> bool [B, 1, H, W].
+    """
+    changed = ((after - before).abs() / 2).amax(dim=1, keepdim=True) > CHANGED
+    return F.max_pool2d(changed.float(), 2 * MARGIN + 1, stride=1, padding=MARGIN).bool()
+
+
+def l1_outside(images, before, after):
+    """The mean L1 distance, in [0, 1], to the TRUE edited image outside the edited region; all [B, 3, H, W] in [-1, 1].
+
+    Returns (distances [B], does it count? bool [B]): where less than 1 % of the image is outside, as in edits of the
+    medium, the distance is 0 and does not count.
+    """
+    outside = ~edited_region(before, after)
+    error = ((images - after).abs() / 2).mean(dim=1, keepdim=True)
+    counts = outside.float().mean(dim=(1, 2, 3)) >= 0.01
+    mean = (error * outside).sum(dim=(1, 2, 3)) / outside.sum(dim=(1, 2, 3)).clamp(min=1)
+    return mean * counts, counts
+
+
+def wilson(successes, count, z=1.96):
+    """The 95 % interval [low, high] of a fraction (Wilson 1927); unlike p +- z sigma it stays within [0, 1]."""
+    p, spread = successes / count, z * z / count
+    middle = (p + spread / 2) / (1 + spread)
+    half = (spread * (p * (1 - p) + spread / 4)) ** 0.5 / (1 + spread)
+    return [max(0.0, middle - half), min(1.0, middle + half)]
+
+
+def clip_scores(clip, tokenizer, images, edits, before, batch_size=63):
+    """The paper's metrics (Sec. 3.1.2 and 4), means over the edits; `images` and `before` as for `measure`."""
+    similarities = clip_similarities(clip, tokenizer, edits, before, images, batch_size)
+    _, image_caption, directional, image_image = similarities.mean(dim=1).tolist()
+    return {"image_image": image_image, "directional": directional, "image_caption": image_caption}
+
+
+def tables(results):
+    """The results in Markdown: {title: table}, the overall one first."""
+    overall, kinds, scores = {}, {}, {}
+    for name, row in results["rows"].items():
+        low, high = row["interval"]
+        success = f"**{percent(row['success'])}** [{100 * low:.1f} to {percent(high)}]"
+        phrasings = percent(row["known_phrasings"]), percent(row["new_phrasings"])
+        overall[name] = [success, percent(row["attributes"]), f"{row['l1_outside']:.4f}", *phrasings]
+        kinds[name] = map(percent, row["kinds"].values())
+    for name, row in results["clip"].items():
+        scores[name] = [f"{score:.3f}" for score in row.values()]
+    columns = "success [95 % interval]", "all attributes right", "L1 outside", "known phrasings", "new phrasings"
+    of_scores = "before to edited image", "directional", "edited image to its caption"
+    return {
+        "Overall": table(columns, overall),
+        "Success by the kind of edit": table(KINDS, kinds),
+        "Mean CLIP similarities": table(of_scores, scores),
+    }
+
+
+def evaluate_world(options, settings):
+    """Measure an editor on held-out edits, next to what it should be compared with."""
+    edits, size = held_out_edits(options.count, options.seed, options.validation), options.batch_size
+    paths = {EDITOR: options.model} | ({BOUND: options.bound} if options.bound else {})
+    models = {name: InstructPix2Pix.load(path, options.device) for name, path in paths.items()}
+    judge, clip = Judge.load(options.judge, options.device), load_clip(options.clip, options.device)
+    options.out.mkdir(parents=True, exist_ok=True)
+    asked = {"steps": options.steps, "text_guidance": options.cfg_text, "image_guidance": options.cfg_image}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    sampling = {name: replace(model.sampling, **asked) for name, model in models.items()}
+    before, after = true_images(edits)
+    edited = {name: edit_all(model, edits, before, sampling[name], size) for name, model in models.items()}
+
+    def through_vae(x):  # the best result possible; encode_image does not scale, decode takes scaled latents
+        editor = models[EDITOR]
+        return editor.decode(editor.encode_image(x) * editor.vae.config.scaling).clamp(-1, 1).cpu()
+
+    compared = {**edited, COPY: before, FLOOR: in_batches(through_vae, size, after), TRUE: after}
+    rows = {name: measure(x, edits, before, after, judge) for name, x in compared.items()}
+    scored = {**edited, "true image": after}
+    scores = {name: clip_scores(*clip, x, edits, before, size) for name, x in scored.items()}
+    settings["sampling"] = {name: asdict(chosen) for name, chosen in sampling.items()}
+    results = {"settings": settings, "rows": rows, "clip": scores}
+
+    use = "validation edits, to choose settings by" if options.validation else "held-out edits"
+    texts = ["# Edits whose true result is known", f"{len(edits)} {use}: `{settings['command']}`", MEANING]
+    for name, chosen in settings["sampling"].items():
+        texts.append(f"- {name}: " + ", ".join(f"{key} {value}" for key, value in chosen.items()))
+    texts += [f"## {title}\n\n{text}" for title, text in tables(results).items()]
+    print(tables(results)["Overall"])
+    images, labels = [], []  # the first two edits of every kind, one in a known and one in a new phrasing; a row a kind
+    for position in (start + kind for kind in range(len(KINDS)) for start in (0, len(KINDS))):
+        images += [before[position], edited[EDITOR][position], after[position]]
+        success = "fails" if position in rows[EDITOR]["failed"] else "succeeds"
+        labels += [edits[position].instruction, success, ""]
+    title = "The first edits of every kind, not selected: in phrasings of the training, and in new ones"
+    layout = 6, labels, ["before", "ours", "true"] * 2, KINDS, title
+    write_results(options.out, "world", results, texts, images, layout)
+
+
+# ---- generated pairs ----
+
+
+def one_sided_edits(count, seed=0):
+    """Edits of one of two things, whose other half should stay as it is."""
+    edits = []
+    for number in range(count):
+        rng = np.random.default_rng([8_003, seed, number])
+        while len((edit := random_edit(rng, ("colour", "shape", "size")[number % 3], test=True)).before.things) < 2:
+            pass
+        edits.append(edit)
+    return edits
+
+
+def generate(model, judge, edits, guidance, steps, batch_size, p=P_RANGE, shared=True, desc="pairs"):
+    """One Prompt-to-Prompt pair for each of N Edits; model: a `StableDiffusion`, guidance, p: ranges to draw from.
+
+    shared: False takes the second images from pairs of other seeds. Returns images before and after, [N, 3, H, W] each,
+    in [-1, 1], and whether the judge reads all attributes of both scenes in them, [N].
+    """
+    side = model.sampling.resolution // model.vae.config.factor
+    shape = (model.vae.config.latent_channels, side, side)
+
+    def compute(edits, seeds):
+        texts = [caption(edit.before) for edit in edits], [caption(edit.after) for edit in edits]
+        x, y = sample_pairs(model, *texts, PairNoise(seeds, shape, guidance, p, model.device), steps)
+        if not shared:
+            seeds = [seed + 1_000_000 for seed in seeds]
+            _, y = sample_pairs(model, *texts, PairNoise(seeds, shape, guidance, p, model.device), steps)
+        return torch.stack([x, y], dim=1).clamp(-1, 1).cpu()
+
+    x, y = in_batches(compute, batch_size, edits, range(len(edits)), desc=desc).unbind(1)
+    found = right(judge, x, [edit.before for edit in edits]) & right(judge, y, [edit.after for edit in edits])
+    return x, y, found
+
+
+def measure_pairs(model, judge, edits, *how):
+    """Sample pairs for `edits` (of `one_sided_edits`) in the ways of NOISE; how: guidance, steps and batch size.
+
+    Returns ({way: measures}, {way: the first 8 pairs, [16, 3, H, W]}). "change": the mean L1, in [0, 1], between the
+    two images in the half that the edit does not name; "both_right": the fraction of pairs that show their captions.
+    """
+    measured, shown = {}, {}
+    other_half = [int(edit.before.left != edit.after.left) for edit in edits]  # 0: left, 1: right
+    for way, (shared, p) in NOISE.items():
+        before, after, found = generate(model, judge, edits, *how, p, shared, desc=way)
+        error = ((after - before).abs() / 2).unflatten(3, (2, -1)).mean((1, 2, 4))  # [N, halves]
+        change = error[range(len(edits)), other_half].mean().item()
+        measured[way] = {"change": change, "both_right": float(found.mean())}
+        shown[way] = torch.stack([before[:8], after[:8]], dim=1).flatten(0, 1)
+    return measured, shown
+
+
+def measure_right(model, judge, clip, tokenizer, edits, wanted, *how):
+    """Are filtered pairs better? Sample one pair for each Edit; wanted: a `dataset.Filter`, how: see `measure_pairs`.
+
+    Returns the fraction that the filter keeps, and the fraction of pairs that show their captions, of all and of those
+    kept (None if there are none): {"yield", "right_all", "right_kept"}.
+    """
+    before, after, found = generate(model, judge, edits, *how)
+    scores = clip_similarities(clip, tokenizer, edits, before, after, how[-1]).T.tolist()
+    kept = np.array([wanted.keeps(dict(zip(SIMILARITIES, row, strict=True))) for row in scores])
+    right_kept = float(found[kept].mean()) if kept.any() else None
+    return {"yield": float(kept.mean()), "right_all": float(found.mean()), "right_kept": right_kept}
+
+
+def evaluate_pairs(options, settings):
+    """Measure pairs of one text-to-image model: with and without Prompt-to-Prompt, with and without the filter."""
+    model, judge = StableDiffusion.load(options.sd, options.device), Judge.load(options.judge, options.device)
+    clip, tokenizer = load_clip(options.clip, options.device)
+    wanted = Filter.read(options.clip)
+    options.out.mkdir(parents=True, exist_ok=True)
+    how = options.guidance, options.steps, options.batch_size
+    ways, shown = measure_pairs(model, judge, one_sided_edits(options.count, options.seed), *how)
+    rng = np.random.default_rng([8_004, options.seed])
+    edits = [random_edit(rng, KINDS[number % len(KINDS)], test=True) for number in range(options.count)]
+    found = measure_right(model, judge, clip, tokenizer, edits, wanted, *how)
+
+    columns = "change in the half not named, L1", "relative to independent noise", "both images right"
+    rows, independent = {}, ways["independent noise"]["change"]
+    for way, row in ways.items():
+        rows[way] = [f"{row['change']:.4f}", f"{row['change'] / independent:.2f}", percent(row["both_right"])]
+    thresholds = ", ".join(f"{name} {value}" for name, value in asdict(wanted).items())
+    cells = ["none" if fraction is None else percent(fraction) for fraction in found.values()]
+    filtered = table(["kept", "both images right, of all", "of those kept"], {thresholds: cells})
+    texts = ["# Generated pairs", f"`{settings['command']}`", table(columns, rows), filtered]
+    print("\n\n".join(texts[2:]))
+    columns = 2 * min(8, options.count)
+    layout = columns, None, ["before", "after"] * (columns // 2), list(shown)
+    results = {"settings": settings, "ways": ways, "filter": found}
+    write_results(options.out, "pairs", results, texts, torch.cat(list(shown.values())), layout)
+
+
+# ---- both ----
+
+
+def clip_similarities(clip, tokenizer, edits, before, after, batch_size):
+    """`CLIP.edit_similarities` of images [N, 3, H, W] in [-1, 1] and the captions of N edits: SIMILARITIES, [4, N]."""
+    device = clip.logit_scale.device
+
+    def compute(edits, before, after):
+        images = ((x.to(device) + 1) / 2 for x in (before, after))
+        texts = [caption(edit.before) for edit in edits], [caption(edit.after) for edit in edits]
+        found = clip.edit_similarities(*images, *(tokenizer(captions).to(device) for captions in texts))
+        return torch.stack([found[name] for name in SIMILARITIES], dim=1)
+
+    return in_batches(compute, batch_size, edits, before, after).T.contiguous()
+
+
+def percent(fraction):
+    """A fraction in [0, 1] in percent."""
+    return f"{100 * fraction:.1f} %"
+
+
+def table(columns, rows):
+    """A table in Markdown. columns: their titles, rows: {title: cells}."""
+    lines = [f"| {' | '.join(cells)} |" for cells in [["", *columns], *([title, *rows[title]] for title in rows)]]
+    lines.insert(1, "|---" * (1 + len(columns)) + "|")
+    return "\n".join(lines)
+
+
+def write_results(out, name, results, paragraphs, images, layout):
+    """Write NAME.json, NAME.md and NAME.png into the folder `out`; images [3, H, W], layout: as for `grid`."""
+    save_png(grid([enlarge(to_image(x)) for x in images], *layout), out / f"{name}.png")
+    for ending, text in (("json", json.dumps(results, indent=2, default=str)), ("md", "\n\n".join(paragraphs))):
+        with atomic_write(out / f"{name}.{ending}") as beside:
+            beside.write_text(text + "\n", encoding="utf-8")
+    print(f"\n{out} holds {name}.md, {name}.json and {name}.png")
