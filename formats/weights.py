@@ -61,26 +61,25 @@ def fill(make, tensors, candidates, where):
     tensors: {foreign name: tensor}, candidates(Name) -> the foreign names to look under, where: named in errors.
     Raises UserError for a tensor that is missing, of the wrong shape or kind, or not asked for.
     """
-    with torch.device("meta"):
+    with reported_as(f"{where}: its configuration cannot be used"), torch.device("meta"):
         network = make()
-    names, missing, taken, weights = foreign_names(network), [], set(), {}
+    names, missing, weights, unknown = foreign_names(network), [], {}, dict(tensors)
     for key, blank in network.state_dict().items():
-        found = [name for name in candidates(names[key]) if name in tensors]
+        found = next((name for name in candidates(names[key]) if name in tensors), None)
         if not found:
             missing.append(candidates(names[key])[0])
             continue
-        taken.add(found[0])
-        tensor = tensors[found[0]]
+        tensor = unknown.pop(found)
         if not tensor.is_floating_point():
-            raise UserError(f"{where}: tensor {found[0]} holds {tensor.dtype}, not floating-point weights")
+            raise UserError(f"{where}: tensor {found} holds {tensor.dtype}, not floating-point weights")
         if with_ones(tensor.shape) != with_ones(blank.shape):
-            raise UserError(f"{where}: tensor {found[0]} has shape {list(tensor.shape)}, not {list(blank.shape)}")
+            raise UserError(f"{where}: tensor {found} has shape {list(tensor.shape)}, not {list(blank.shape)}")
         weights[key] = tensor.reshape(blank.shape)  # a 1x1 convolution and a linear layer hold the same numbers
     if missing:
         raise UserError(f"{where}: {len(missing)} of {len(names)} tensors are missing, such as {missing[0]}")
-    extra = [name for name in tensors if name not in taken and not name.endswith(HARMLESS)]
-    if extra:
-        raise UserError(f"{where}: {len(extra)} unknown tensors, such as {min(extra)}")
+    unknown = [name for name in unknown if not name.endswith(HARMLESS)]
+    if unknown:
+        raise UserError(f"{where}: {len(unknown)} unknown tensors, such as {min(unknown)}")
     network.load_state_dict(weights, assign=True)
     return network.eval().requires_grad_(False)
 
