@@ -51,6 +51,11 @@ PARTS = {  # as folders and `Model` call them
     "text_encoder": Part(lambda config: CLIPText(configs.text_from(config)), configs.text_json, "model", TEXT_PREFIX),
 }
 CLIP_TOWERS = Part(lambda config: CLIP(*configs.clip_from(config)), configs.clip_json, "model")
+OTHER_KINDS = {  # how some names in a single file begin: what it is
+    "conditioner.": "Stable Diffusion XL", UNET_PREFIX + "label_emb.": "Stable Diffusion XL",
+    "cond_stage_model.model.": "Stable Diffusion 2", UNET_PREFIX + "joint_blocks.": "Stable Diffusion 3",
+    "double_blocks.": "Flux", UNET_PREFIX + "double_blocks.": "Flux", "lora_": "LoRA",
+}
 FIRST = UNET_PREFIX + "input_blocks.0.0.weight"
 VAE_JSON = configs.vae_json(STABLE_DIFFUSION_VAE)
 
@@ -93,17 +98,19 @@ def load(path, device="cpu", dtype=torch.float32, tokenizer=None, vae=None):
     tokenizer = tokenizer or (path if path.is_dir() else tokenizer_beside(path))
     tokenizer = load_tokenizer(tokenizer, networks["text_encoder"].config)
     model = Model(**networks, tokenizer=tokenizer, sampling=sampling, source=str(path))
-    check_fit(model)
+    unet, text, vae = model.unet.config, model.text_encoder.config, model.vae.config
+    if (unet.context_width, unet.out_channels) != (text.width, vae.latent_channels):
+        raise UserError(f"{path}: its UNet is made for another text encoder or another VAE")
     for network in networks.values():
         network.to(device=device, dtype=dtype)
     return model
 
 
-def load_clip(path, device="cpu", dtype=torch.float32):
+def load_clip(path, device="cpu"):
     """Read CLIP's two towers and the tokenizer from a folder in transformers' layout or a hub id: (CLIP, tokenizer)."""
     folder = find(path, CLIP_FILES)
     clip = load_part(CLIP_TOWERS, folder)
-    return clip.to(device=device, dtype=dtype), load_tokenizer(folder, clip.config[0])
+    return clip.to(device, torch.float32), load_tokenizer(folder, clip.config[0])
 
 
 def find(path, files=MODEL_FILES):
@@ -125,17 +132,13 @@ def from_hub(repository, files):
 
 def load_folder(folder, parts):
     """Read parts of a diffusers-layout folder: ({name: network}, Sampling)."""
-    if (folder / "model_index.json").exists():
-        kind = str(Config.read(folder / "model_index.json").values.get("_class_name"))
-        if "XL" in kind or "3" in kind:
-            raise UserError(f"{folder} is a {kind}; {SUPPORTED}")
     if not (folder / "unet").is_dir():
         raise UserError(f"{folder} has no unet/ folder; a folder in diffusers' layout, or a single file, is needed")
-    if (folder / "scheduler" / "scheduler_config.json").exists():
-        Config.read(folder / "scheduler" / "scheduler_config.json").fixed(configs.SCHEDULER_FIXED)
-    sampling = folder / "sampling.json"
-    sampling = sampling_from(Config.read(sampling)) if sampling.exists() else Sampling()
-    return {name: load_part(part, folder / name) for name, part in parts.items()}, sampling
+    scheduler, sampling = folder / "scheduler" / "scheduler_config.json", folder / "sampling.json"
+    if scheduler.exists():
+        Config.read(scheduler).fixed(configs.SCHEDULER_FIXED)
+    networks = {name: load_part(part, folder / name) for name, part in parts.items()}
+    return networks, sampling_from(Config.read(sampling)) if sampling.exists() else Sampling()
 
 
 def load_part(part, folder):
@@ -147,7 +150,11 @@ def load_part(part, folder):
 def load_single_file(path, parts):
     """Read parts of an original Stable Diffusion file: ({name: network}, Sampling)."""
     tensors, metadata = read_tensors(path)
-    check_kind(tensors, path)
+    for beginning, kind in OTHER_KINDS.items():
+        if any(name.startswith(beginning) for name in tensors):
+            raise UserError(f"{path} is a file of {kind}; {SUPPORTED}")
+    if FIRST not in tensors:
+        raise UserError(f"{path} is no Stable Diffusion checkpoint: it holds no {FIRST}")
     with reported_as(f"{path} cannot be used"):
         if "ip2p" in metadata:  # written by `save_single_file`, which notes what the names do not tell
             noted = json.loads(metadata["ip2p"])
@@ -198,31 +205,6 @@ def tokenizer_beside(path):
         with suppress(UserError):
             return from_hub(repository, TOKENIZER_FILES)
     raise UserError(f"{path} has no tokenizer/ beside it, and the hub cannot be reached; name one by --tokenizer")
-
-
-# ---- what is it, and does it fit together? ----
-
-OTHER_KINDS = {  # how some of its names begin: what it is
-    "conditioner.": "Stable Diffusion XL", UNET_PREFIX + "label_emb.": "Stable Diffusion XL",
-    "cond_stage_model.model.": "Stable Diffusion 2", UNET_PREFIX + "joint_blocks.": "Stable Diffusion 3",
-    "double_blocks.": "Flux", UNET_PREFIX + "double_blocks.": "Flux", "lora_": "LoRA",
-}
-
-
-def check_kind(tensors, path):
-    """Raise UserError unless these are the names of an original Stable Diffusion 1.x file, saying what they are."""
-    for beginning, kind in OTHER_KINDS.items():
-        if any(name.startswith(beginning) for name in tensors):
-            raise UserError(f"{path} is a file of {kind}; {SUPPORTED}")
-    if FIRST not in tensors:
-        raise UserError(f"{path} is no Stable Diffusion checkpoint: it holds no {FIRST}")
-
-
-def check_fit(model):
-    """Raise UserError where the parts of a model do not fit each other."""
-    unet, vae, text = model.unet.config, model.vae.config, model.text_encoder.config
-    if (unet.context_width, unet.out_channels) != (text.width, vae.latent_channels):
-        raise UserError(f"{model.source}: its UNet is made for another text encoder or another VAE")
 
 
 def sampling_from(config):
@@ -284,9 +266,8 @@ def save_single_file(model, path, dtype=None):
         network = getattr(model, key)
         noted[key] = part.config_json(network.config)
         for name, tensor in renamed(network, "original", dtype).items():
-            if ".mid.attn_1." in name and name.endswith(("q.weight", "k.weight", "v.weight", "proj_out.weight")):
-                tensor = tensor[:, :, None, None]  # a 1x1 convolution in the original
-            tensors[part.prefix + name] = tensor
+            linear = ".mid.attn_1." in name and tensor.dim() == 2  # a 1x1 convolution in the original
+            tensors[part.prefix + name] = tensor[:, :, None, None] if linear else tensor
     positions = torch.arange(model.text_encoder.config.tokens)[None]
     tensors[TEXT_PREFIX + "text_model.embeddings.position_ids"] = positions
     noted["sampling"] = asdict(model.sampling)

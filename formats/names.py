@@ -63,13 +63,16 @@ CLIP_BLOCK = [
     ("to_out", "self_attn.out_proj"),
 ]
 CLIP_TEXT = [
-    ("token_embedding", "embeddings.token_embedding"), ("position_embedding", "embeddings.position_embedding"),
-    ("norm_out", "final_layer_norm"),
+    ("token_embedding", "text_model.embeddings.token_embedding"),
+    ("position_embedding", "text_model.embeddings.position_embedding"),
+    ("norm_out", "text_model.final_layer_norm"), ("projection", "text_projection"),
 ]
 CLIP_IMAGE = [
-    ("patch_embedding", "embeddings.patch_embedding"), ("class_embedding", "embeddings.class_embedding"),
-    ("position_embedding", "embeddings.position_embedding"),
-    ("norm_in", "pre_layrnorm"), ("norm_out", "post_layernorm"),  # the first is misspelt in every file there is
+    ("patch_embedding", "vision_model.embeddings.patch_embedding"),
+    ("class_embedding", "vision_model.embeddings.class_embedding"),
+    ("position_embedding", "vision_model.embeddings.position_embedding"),
+    ("norm_in", "vision_model.pre_layrnorm"),  # misspelt in every file there is
+    ("norm_out", "vision_model.post_layernorm"), ("projection", "visual_projection"),
 ]
 ALIASES = [("text_model.", "")]  # what some files call the same: the text tower's level, and the VAE's attention
 OLDER = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # in diffusers
@@ -91,11 +94,9 @@ def foreign_names(network):
     foreign = {ours: Name(theirs, original) for ours, theirs, original in rows}
     names = {}
     for key in network.state_dict():
-        if key in foreign:  # a bare parameter, not a module's weight or bias
-            names[key] = foreign[key]
-        else:
-            module, _, leaf = key.rpartition(".")
-            names[key] = Name(*(f"{name}.{leaf}" for name in foreign[module]))
+        module, _, leaf = key.rpartition(".")
+        bare = foreign.get(key)  # a parameter by itself, not a module's weight or bias
+        names[key] = bare or Name(*(f"{name}.{leaf}" for name in foreign[module]))
     return names
 
 
@@ -136,21 +137,21 @@ def vae_rows(config):
 
 def tower_rows(ours, theirs, table, layers):
     """One of CLIP's towers; original Stable Diffusion files carry transformers' names."""
-    rows = under(ours, theirs, theirs, table)
+    rows = under(ours, "", "", table)
     for i in range(layers):
-        layer = f"{theirs}encoder.layers.{i}."
+        layer = f"{theirs}.encoder.layers.{i}."
         rows += under(f"{ours}blocks.{i}.", layer, layer, CLIP_BLOCK)
     return rows
 
 
-def text_rows(config, ours=""):
-    """The text tower."""
-    rows = tower_rows(ours, "text_model.", CLIP_TEXT, config.layers)
-    return [*rows, (f"{ours}projection", "text_projection", "text_projection")]
+def text_rows(config):
+    """The text tower alone."""
+    return tower_rows("", "text_model", CLIP_TEXT, config.layers)
 
 
 def clip_rows(config):
     """Both towers. No original layout is known for them; transformers' stands in."""
     text, image = config
-    rows = text_rows(text, "text.") + tower_rows("image.", "vision_model.", CLIP_IMAGE, image.layers)
-    return rows + under("", "", "", [("image.projection", "visual_projection"), ("logit_scale", "logit_scale")])
+    rows = tower_rows("text.", "text_model", CLIP_TEXT, text.layers)
+    rows += tower_rows("image.", "vision_model", CLIP_IMAGE, image.layers)
+    return [*rows, ("logit_scale", "logit_scale", "logit_scale")]
