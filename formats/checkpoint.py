@@ -1,11 +1,10 @@
 """Whole models in and out: a diffusers folder, an original single file, a hub id; and a CLIP folder.
 
-How one network's tensors are read and written stands in `weights.py`, what they are called in `names.py`, and how their
-sizes are noted in `configs.py`. `PARTS` ties these together for the three networks of a model.
+`PARTS` ties together, for the three networks of a model, how tensors are read and written (`weights.py`), what they
+are called (`names.py`) and how their sizes are noted (`configs.py`).
 """
 
 import json
-import os
 import re
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -33,11 +32,10 @@ SUPPORTED = "only Stable Diffusion 1.x and InstructPix2Pix made from it are supp
 
 
 class Part(NamedTuple):
-    """One network of a model: its class, its configuration from and to JSON, and where files keep its tensors."""
+    """One network of a model: how it is made and described, and where files keep its tensors."""
 
-    make: Callable  # our configuration -> the network
-    config_from: Callable  # Config -> our configuration
-    config_json: Callable  # our configuration -> what config.json says
+    make: Callable  # Config -> the network
+    config_json: Callable  # the network's own configuration -> what config.json says
     stem: str  # of the weights' name in a folder
     prefix: str = ""  # of every weight's name in a single file
     roots: tuple[str, ...] = ("",)  # what may follow the prefix
@@ -48,11 +46,18 @@ UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "first_stage_mo
 EMA_PREFIX = "model_ema.diffusion_model"  # of an averaged weight of the UNet, whose name then loses its dots
 VAE_ROOTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the loss that trained it may lie beside
 PARTS = {  # as folders and `Model` call them
-    "unet": Part(UNet, configs.unet_from, configs.unet_json, STEM, UNET_PREFIX),
-    "vae": Part(VAE, configs.vae_from, configs.vae_json, STEM, VAE_PREFIX, VAE_ROOTS),
-    "text_encoder": Part(CLIPText, configs.text_from, configs.text_json, "model", TEXT_PREFIX),
+    "unet": Part(lambda config: UNet(configs.unet_from(config)), configs.unet_json, STEM, UNET_PREFIX),
+    "vae": Part(lambda config: VAE(configs.vae_from(config)), configs.vae_json, STEM, VAE_PREFIX, VAE_ROOTS),
+    "text_encoder": Part(lambda config: CLIPText(configs.text_from(config)), configs.text_json, "model", TEXT_PREFIX),
 }
-CLIP_TOWERS = Part(lambda towers: CLIP(*towers), configs.clip_from, configs.clip_json, "model")
+CLIP_TOWERS = Part(lambda config: CLIP(*configs.clip_from(config)), configs.clip_json, "model")
+OTHER_KINDS = {  # how some names in a single file begin: what it is
+    "conditioner.": "Stable Diffusion XL", UNET_PREFIX + "label_emb.": "Stable Diffusion XL",
+    "cond_stage_model.model.": "Stable Diffusion 2", UNET_PREFIX + "joint_blocks.": "Stable Diffusion 3",
+    "double_blocks.": "Flux", UNET_PREFIX + "double_blocks.": "Flux", "lora_": "LoRA",
+}
+FIRST = UNET_PREFIX + "input_blocks.0.0.weight"
+VAE_JSON = configs.vae_json(STABLE_DIFFUSION_VAE)
 
 # What to fetch of a repository
 MODEL_FILES = ["*.json", "*/*.json", "*/merges.txt", *(f"{name}/{PARTS[name].stem}.safetensors" for name in PARTS)]
@@ -93,31 +98,32 @@ def load(path, device="cpu", dtype=torch.float32, tokenizer=None, vae=None):
     tokenizer = tokenizer or (path if path.is_dir() else tokenizer_beside(path))
     tokenizer = load_tokenizer(tokenizer, networks["text_encoder"].config)
     model = Model(**networks, tokenizer=tokenizer, sampling=sampling, source=str(path))
-    check_fit(model)
+    unet, text, vae = model.unet.config, model.text_encoder.config, model.vae.config
+    if (unet.context_width, unet.out_channels) != (text.width, vae.latent_channels):
+        raise UserError(f"{path}: its UNet is made for another text encoder or another VAE")
     for network in networks.values():
         network.to(device=device, dtype=dtype)
     return model
 
 
-def load_clip(path, device="cpu", dtype=torch.float32):
+def load_clip(path, device="cpu"):
     """Read CLIP's two towers and the tokenizer from a folder in transformers' layout or a hub id: (CLIP, tokenizer)."""
     folder = find(path, CLIP_FILES)
     clip = load_part(CLIP_TOWERS, folder)
-    return clip.to(device=device, dtype=dtype), load_tokenizer(folder, clip.config[0])
+    return clip.to(device, torch.float32), load_tokenizer(folder, clip.config[0])
 
 
 def find(path, files=MODEL_FILES):
     """A path that exists, or the local folder of a hub id. Raises UserError."""
-    if os.path.exists(path):  # where Path.exists() raises for a name that is too long
+    if Path(path).exists():
         return Path(path)
-    looks_like_file = Path(path).suffix in (".safetensors", ".ckpt", ".bin", ".pt") or Path(path).parent.is_dir()
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not looks_like_file:
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not Path(path).parent.is_dir():
         return from_hub(str(path), files)
     raise UserError(f"there are no weights at {path}; give a folder, a .safetensors file or a hub id such as {PUBLIC}")
 
 
 def from_hub(repository, files):
-    """The local folder of a hub repository, downloaded into the hub's cache where it is not there. Raises UserError."""
+    """The local folder of a hub repository, from the hub's cache or the hub. Raises UserError."""
     from huggingface_hub import snapshot_download  # here, since it takes a second
 
     with reported_as(f"{repository} is not in this machine's hub cache and cannot be fetched"):
@@ -126,52 +132,49 @@ def from_hub(repository, files):
 
 def load_folder(folder, parts):
     """Read parts of a diffusers-layout folder: ({name: network}, Sampling)."""
-    if (folder / "model_index.json").exists():
-        kind = str(Config.read(folder / "model_index.json").values.get("_class_name"))
-        if "XL" in kind or "3" in kind:
-            raise UserError(f"{folder} is a {kind}; {SUPPORTED}")
     if not (folder / "unet").is_dir():
         raise UserError(f"{folder} has no unet/ folder; a folder in diffusers' layout, or a single file, is needed")
-    if (folder / "scheduler" / "scheduler_config.json").exists():
-        Config.read(folder / "scheduler" / "scheduler_config.json").fixed(configs.SCHEDULER_FIXED)
-    sampling = folder / "sampling.json"
-    sampling = sampling_from(Config.read(sampling)) if sampling.exists() else Sampling()
-    return {name: load_part(part, folder / name) for name, part in parts.items()}, sampling
+    scheduler, sampling = folder / "scheduler" / "scheduler_config.json", folder / "sampling.json"
+    if scheduler.exists():
+        Config.read(scheduler).fixed(configs.SCHEDULER_FIXED)
+    networks = {name: load_part(part, folder / name) for name, part in parts.items()}
+    return networks, sampling_from(Config.read(sampling)) if sampling.exists() else Sampling()
 
 
 def load_part(part, folder):
     """Read one network from its own folder."""
-    config = part.config_from(Config.read(folder / "config.json"))
-    return fill(lambda: part.make(config), read_component(folder), lambda n: aliases(n.diffusers), folder)
+    config = Config.read(folder / "config.json")
+    return fill(lambda: part.make(config), read_component(folder), lambda name: aliases(name.diffusers), folder)
 
 
 def load_single_file(path, parts):
     """Read parts of an original Stable Diffusion file: ({name: network}, Sampling)."""
     tensors, metadata = read_tensors(path)
-    check_kind(tensors, path)
-    if "ip2p" in metadata:  # written by `save_single_file`, which notes what the names do not tell
-        with reported_as(f"{path}: its header is damaged"):
-            noted = Config(json.loads(metadata["ip2p"]), path).values
-        config = {name: part.config_from(Config(noted.get(name), path)) for name, part in parts.items()}
-        sampling = sampling_from(Config(noted.get("sampling"), path))
-    else:
-        channels = tensors[UNET_PREFIX + "input_blocks.0.0.weight"].shape[1:2]
-        unet = replace(STABLE_DIFFUSION, in_channels=channels[0] if channels else 4)
-        config = {"unet": unet, "vae": STABLE_DIFFUSION_VAE, "text_encoder": CLIP_L_TEXT}
-        sampling = Sampling()
-    return {name: from_original(part, config[name], tensors, path) for name, part in parts.items()}, sampling
+    for beginning, kind in OTHER_KINDS.items():
+        if any(name.startswith(beginning) for name in tensors):
+            raise UserError(f"{path} is a file of {kind}; {SUPPORTED}")
+    if FIRST not in tensors:
+        raise UserError(f"{path} is no Stable Diffusion checkpoint: it holds no {FIRST}")
+    with reported_as(f"{path} cannot be used"):
+        if "ip2p" in metadata:  # written by `save_single_file`, which notes what the names do not tell
+            noted = json.loads(metadata["ip2p"])
+        else:
+            unet = replace(STABLE_DIFFUSION, in_channels=tensors[FIRST].shape[1])
+            noted = {"unet": configs.unet_json(unet), "vae": VAE_JSON, "text_encoder": configs.text_json(CLIP_L_TEXT)}
+        networks = {name: from_original(part, Config(noted[name], path), tensors) for name, part in parts.items()}
+        return networks, sampling_from(Config(noted.get("sampling", {}), path))
 
 
-def from_original(part, config, tensors, path):
+def from_original(part, config, tensors):
     """One network from the tensors of an original file; averaged (EMA) weights of the UNet are preferred."""
-    averaged = part.make is UNet and any(name.startswith(EMA_PREFIX) for name in tensors)
+    averaged = part.prefix == UNET_PREFIX and any(name.startswith(EMA_PREFIX) for name in tensors)
     beginnings = EMA_PREFIX if averaged else tuple(part.prefix + root for root in part.roots)
 
     def candidates(name):
         return [EMA_PREFIX + name.original.replace(".", "")] if averaged else aliases(part.prefix + name.original)
 
     mine = {name: tensor for name, tensor in tensors.items() if name.startswith(beginnings)}
-    return fill(lambda: part.make(config), mine, candidates, path)
+    return fill(lambda: part.make(config), mine, candidates, config.name)
 
 
 def load_vae(path):
@@ -181,13 +184,13 @@ def load_vae(path):
         return load_part(part, path / "vae" if (path / "vae").is_dir() else path)
     tensors, _ = read_tensors(path)
     prefix = VAE_PREFIX if any(name.startswith(VAE_PREFIX) for name in tensors) else ""
-    return from_original(part._replace(prefix=prefix), STABLE_DIFFUSION_VAE, tensors, path)
+    return from_original(part._replace(prefix=prefix), Config(VAE_JSON, path), tensors)
 
 
 def load_tokenizer(path, text_config):
     """The tokenizer in a folder, or in its `tokenizer/`, if it is the one that a text encoder was trained with."""
     folder = Path(path)
-    folder = folder / "tokenizer" if os.path.isdir(folder / "tokenizer") else folder
+    folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
     tokenizer = CLIPTokenizer.load(folder, text_config.tokens)
     if max(tokenizer.vocabulary.values()) >= text_config.vocabulary or tokenizer.end != text_config.end_token:
         raise UserError(f"the tokenizer in {folder} is not the one that the text encoder was trained with")
@@ -195,56 +198,21 @@ def load_tokenizer(path, text_config):
 
 
 def tokenizer_beside(path):
-    """Where the tokenizer of a single file is: beside it, else CLIP's own, from the hub's cache or the hub."""
-    for folder in (path.parent / "tokenizer", path.parent):
-        if (folder / "vocab.json").exists() or (folder / "tokenizer.json").exists():
-            return folder
+    """The folder with the tokenizer of a single file: its own, else that of CLIP from the hub's cache or the hub."""
+    if any((path.parent / name).exists() for name in ("tokenizer", "vocab.json", "tokenizer.json")):
+        return path.parent
     for repository in (CLIP_L, PUBLIC):
         with suppress(UserError):
             return from_hub(repository, TOKENIZER_FILES)
-    raise UserError(
-        f"{path} holds no tokenizer: put a folder tokenizer/ with vocab.json and merges.txt beside it, or name one "
-        f"with --tokenizer (the hub's {CLIP_L} has it, but cannot be reached)"
-    )
-
-
-# ---- what is it, and does it fit together? ----
-
-OTHER_KINDS = {  # how some of its names begin: what it is
-    "conditioner.embedders.": "Stable Diffusion XL", UNET_PREFIX + "label_emb.": "Stable Diffusion XL",
-    "cond_stage_model.model.": "Stable Diffusion 2", UNET_PREFIX + "joint_blocks.": "Stable Diffusion 3",
-    "double_blocks.": "Flux", UNET_PREFIX + "double_blocks.": "Flux", "lora_": "LoRA",
-}
-
-
-def check_kind(tensors, path):
-    """Raise UserError unless these are the names of an original Stable Diffusion 1.x file, saying what they are."""
-    for beginning, kind in OTHER_KINDS.items():
-        if any(name.startswith(beginning) for name in tensors):
-            raise UserError(f"{path} is a file of {kind}; {SUPPORTED}")
-    if UNET_PREFIX + "input_blocks.0.0.weight" not in tensors:
-        found = f"it holds {next(iter(tensors))}, ..." if tensors else "it holds no tensors"
-        raise UserError(f"{path} is no Stable Diffusion checkpoint ({found}); its UNet should be {UNET_PREFIX}...")
-
-
-def check_fit(model):
-    """Raise UserError where the parts of a model do not fit each other."""
-    unet, vae, text = model.unet.config, model.vae.config, model.text_encoder.config
-    if unet.context_width != text.width:
-        raise UserError(f"{model.source}: its UNet wants a text {unet.context_width} wide, not {text.width}")
-    if unet.out_channels != vae.latent_channels:
-        raise UserError(f"{model.source}: its UNet makes {unet.out_channels} channels, its VAE {vae.latent_channels}")
+    raise UserError(f"{path} has no tokenizer/ beside it, and the hub cannot be reached; name one by --tokenizer")
 
 
 def sampling_from(config):
     """A Config -> Sampling; the released code's values where some are missing."""
-    values = {field: config.values.get(field, getattr(Sampling, field)) for field in asdict(Sampling())}
-    config.must(all(type(value) in (int, float) for value in values.values()), "numbers are needed")
-    try:
+    with reported_as(f"{config.name} cannot be used"):
+        values = {name: type(value)(config.values.get(name, value)) for name, value in asdict(Sampling()).items()}
         check_sampling(**values)
-    except UserError as error:
-        raise UserError(f"{config.name}: {error}") from error
-    return Sampling(int(values.pop("steps")), resolution=int(values.pop("resolution")), **values)
+        return Sampling(**values)
 
 
 # ---- writing ----
@@ -261,6 +229,7 @@ def write_new(path):
 
 def save_folder(model, folder, dtype=None):
     """Write a Model as a folder that diffusers opens. dtype None: as it is. Raises UserError if `folder` exists."""
+    editor = model.unet.config.in_channels == 8
     with write_new(folder) as beside:
         (beside / "tokenizer").mkdir(parents=True)
         model.tokenizer.save(beside / "tokenizer")
@@ -268,7 +237,7 @@ def save_folder(model, folder, dtype=None):
             save_part(part, getattr(model, name), beside / name, dtype)
         write_json(beside / "scheduler" / "scheduler_config.json", configs.SCHEDULER)
         write_json(beside / "sampling.json", asdict(model.sampling))
-        write_json(beside / "model_index.json", configs.index_json(model.unet.config.in_channels))
+        write_json(beside / "model_index.json", configs.EDITOR if editor else configs.TEXT_TO_IMAGE)
 
 
 def save_part(part, network, folder, dtype):
@@ -297,9 +266,8 @@ def save_single_file(model, path, dtype=None):
         network = getattr(model, key)
         noted[key] = part.config_json(network.config)
         for name, tensor in renamed(network, "original", dtype).items():
-            if ".mid.attn_1." in name and name.endswith(("q.weight", "k.weight", "v.weight", "proj_out.weight")):
-                tensor = tensor[:, :, None, None]  # a 1x1 convolution in the original
-            tensors[part.prefix + name] = tensor
+            linear = ".mid.attn_1." in name and tensor.dim() == 2  # a 1x1 convolution in the original
+            tensors[part.prefix + name] = tensor[:, :, None, None] if linear else tensor
     positions = torch.arange(model.text_encoder.config.tokens)[None]
     tensors[TEXT_PREFIX + "text_model.embeddings.position_ids"] = positions
     noted["sampling"] = asdict(model.sampling)

@@ -9,12 +9,11 @@ from dataclasses import replace
 from cli import UserError, reported_as
 
 from clip_image import CLIPImageConfig
-from clip_text import ACTIVATIONS, CLIPTextConfig
+from clip_text import CLIPTextConfig
 from unet import Level, UNetConfig
 from vae import VAEConfig
 
 DIFFUSERS_VERSION = "0.30.0"  # of the layout that we write
-UP_BLOCKS = {"CrossAttnDownBlock2D": "CrossAttnUpBlock2D", "DownBlock2D": "UpBlock2D"}
 
 # Our field: (its key in a config.json, the value that diffusers or transformers take where the key is missing).
 UNET = {
@@ -30,23 +29,16 @@ TEXT = {
 }
 IMAGE = {
     "size": ("image_size", 224), "patch": ("patch_size", 32), "width": ("hidden_size", 768),
-    "layers": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 12), "projection": ("projection_dim", 512),
+    "layers": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 12),
 }
-CLIP = {"projection": ("projection_dim", 512)}  # beside the configurations of the two towers
 
-# What diffusers can vary and Stable Diffusion 1.x never does. A file need not name them.
+# What diffusers can vary, Stable Diffusion 1.x never does and the names and shapes of the tensors would not tell.
 UNET_FIXED = {
-    "act_fn": "silu", "addition_embed_type": None, "center_input_sample": False, "class_embed_type": None,
-    "conv_in_kernel": 3, "conv_out_kernel": 3, "downsample_padding": 1, "dual_cross_attention": False,
-    "encoder_hid_dim": None, "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-5, "only_cross_attention": False,
-    "resnet_time_scale_shift": "default", "time_embedding_dim": None, "time_embedding_type": "positional",
-    "transformer_layers_per_block": 1, "use_linear_projection": False,
+    "act_fn": "silu", "center_input_sample": False, "class_embed_type": None, "downsample_padding": 1,
+    "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_scale_factor": 1, "norm_eps": 1e-5,
+    "only_cross_attention": False, "resnet_time_scale_shift": "default", "use_linear_projection": False,
 }
-VAE_FIXED = {
-    "act_fn": "silu", "in_channels": 3, "latents_mean": None, "latents_std": None, "mid_block_add_attention": True,
-    "out_channels": 3, "shift_factor": None, "use_post_quant_conv": True, "use_quant_conv": True,
-}
+VAE_FIXED = {"act_fn": "silu", "latents_mean": None, "latents_std": None, "shift_factor": None}
 SCHEDULER_FIXED = {
     "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
@@ -54,7 +46,7 @@ SCHEDULER_FIXED = {
 
 
 class Config:
-    """A JSON object from a file; every reading of it either gives what was asked for or raises a clear UserError."""
+    """A JSON object from a file, which is `name` in errors."""
 
     def __init__(self, values, name):
         if not isinstance(values, dict):
@@ -76,18 +68,15 @@ class Config:
         """Refuse the file if it asks for anything else."""
         for key, value in expected.items():
             asked = self.values.get(key, value)
-            only = f"only {json.dumps(value)} is supported, as in Stable Diffusion 1.x"
-            self.must(asked == value, f"{key} is {json.dumps(asked)[:80]}; {only}")
+            self.must(asked == value, f"{key} is {asked!r:.80}; only {value!r}, Stable Diffusion 1.x's, is supported")
 
-    def numbers(self, key, count=None, default=None):
-        """`count` whole numbers, or one that stands for them all. count None: any up to 8."""
+    def numbers(self, key, count, default=None):
+        """`count` whole numbers, or one that stands for them all."""
         value = self.values.get(key, default)
-        value = value if isinstance(value, list) else [value] * (count or 1)
-        self.must(1 <= len(value) <= 8 and count in (None, len(value)), f"{key} should be {count or '1 to 8'} numbers")
+        value = value if isinstance(value, list) else [value] * count
         most = 256 if "layers" in key else 1_000_000  # a damaged file should not ask for endless layers
-        for number in value:
-            good = type(number) is int and 1 <= number <= most
-            self.must(good, f"{key} is {number!r:.80}; a whole number from 1 to {most} is needed")
+        good = len(value) == count and all(type(number) is int and 1 <= number <= most for number in value)
+        self.must(good, f"{key} is {value!r:.80}; it should be {count} of the numbers from 1 to {most}")
         return tuple(value)
 
     def sizes(self, table):
@@ -100,34 +89,31 @@ def written(config, table):
     return {key: getattr(config, field) for field, (key, _) in table.items()}
 
 
+def block_types(attention):
+    """diffusers' names for a UNet's levels, from which of them have transformers."""
+    down = ["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attention]
+    return {"down_block_types": down, "up_block_types": [kind.replace("Down", "Up") for kind in reversed(down)]}
+
+
 def unet_from(config):
     """diffusers' UNet2DConditionModel configuration (a Config) -> UNetConfig."""
-    config.fixed(UNET_FIXED)
-    channels, sizes = config.numbers("block_out_channels"), config.sizes(UNET)
-    types = config.values.get("down_block_types")
-    known = isinstance(types, list) and len(types) == len(channels) and all(t in UP_BLOCKS for t in map(str, types))
-    config.must(known, f"down_block_types should be {len(channels)} of {', '.join(UP_BLOCKS)}")
-    config.fixed({"up_block_types": [UP_BLOCKS[t] for t in reversed(types)]})
+    attention = [kind == "CrossAttnDownBlock2D" for kind in config.values["down_block_types"]]
+    config.fixed({**UNET_FIXED, **block_types(attention)})
+    channels = config.numbers("block_out_channels", len(attention))
     # diffusers' attention_head_dim is, for historical reasons, the NUMBER of heads where num_attention_heads is unset
     key = "num_attention_heads" if config.values.get("num_attention_heads") else "attention_head_dim"
-    heads = config.numbers(key, len(channels), default=8)
-    for width, number in zip(channels, heads, strict=True):
-        good = width % sizes["groups"] == 0 and width % number == 0
-        config.must(good, f"{width} channels cannot be split into {sizes['groups']} groups and {number} heads")
-    levels = zip(channels, (t == "CrossAttnDownBlock2D" for t in types), heads, strict=True)
-    return UNetConfig(levels=tuple(Level(*level) for level in levels), **sizes)
+    levels = tuple(map(Level, channels, attention, config.numbers(key, len(attention), default=8)))
+    config.must(all(level.channels % level.heads == 0 for level in levels), "channels cannot be split into the heads")
+    return UNetConfig(levels=levels, **config.sizes(UNET))
 
 
 def unet_json(config):
     """UNetConfig -> diffusers' configuration."""
-    types = ["CrossAttnDownBlock2D" if level.attention else "DownBlock2D" for level in config.levels]
     return {
-        "_class_name": "UNet2DConditionModel",
-        "_diffusers_version": DIFFUSERS_VERSION,
+        "_class_name": "UNet2DConditionModel", "_diffusers_version": DIFFUSERS_VERSION,
         "attention_head_dim": [level.heads for level in config.levels],
         "block_out_channels": [level.channels for level in config.levels],
-        "down_block_types": types,
-        "up_block_types": [UP_BLOCKS[t] for t in reversed(types)],
+        **block_types(level.attention for level in config.levels),
         **written(config, UNET),
     }
 
@@ -135,19 +121,16 @@ def unet_json(config):
 def vae_from(config):
     """diffusers' AutoencoderKL configuration (a Config) -> VAEConfig."""
     config.fixed(VAE_FIXED)
-    channels, sizes = config.numbers("block_out_channels"), config.sizes(VAE)
-    good = all(width % sizes["groups"] == 0 for width in channels)
-    config.must(good, f"channels cannot be split into {sizes['groups']} groups")
-    scaling = config.values.get("scaling_factor", VAEConfig.scaling)
-    config.must(type(scaling) in (int, float) and 0 < scaling < 1000, "scaling_factor should be a positive number")
-    return VAEConfig(channels=channels, scaling=float(scaling), **sizes)
+    channels = config.numbers("block_out_channels", len(config.values["block_out_channels"]))
+    scaling = float(config.values.get("scaling_factor", VAEConfig.scaling))
+    config.must(0 < scaling < 1000, "scaling_factor should be a positive number")
+    return VAEConfig(channels=channels, scaling=scaling, **config.sizes(VAE))
 
 
 def vae_json(config):
     """VAEConfig -> diffusers' configuration."""
     return {
-        "_class_name": "AutoencoderKL",
-        "_diffusers_version": DIFFUSERS_VERSION,
+        "_class_name": "AutoencoderKL", "_diffusers_version": DIFFUSERS_VERSION,
         "block_out_channels": list(config.channels),
         "down_block_types": ["DownEncoderBlock2D"] * len(config.channels),
         "up_block_types": ["UpDecoderBlock2D"] * len(config.channels),
@@ -159,57 +142,51 @@ def vae_json(config):
 def tower_from(config, table):
     """The sizes and the activation of a CLIP tower."""
     config.fixed({"layer_norm_eps": 1e-5})
-    sizes, activation = config.sizes(table), config.values.get("hidden_act", "quick_gelu")
-    config.must(sizes["width"] % sizes["heads"] == 0, f"hidden_size cannot be split into {sizes['heads']} heads")
-    config.fixed({"intermediate_size": 4 * sizes["width"]})
-    known = str(activation) in ACTIVATIONS
-    config.must(known, f"hidden_act is {activation!r:.80}; supported: {', '.join(ACTIVATIONS)}")
-    return {**sizes, "activation": activation}
+    sizes = config.sizes(table)
+    config.must(sizes["width"] % sizes["heads"] == 0, "hidden_size cannot be split into the heads")
+    return {**sizes, "activation": config.values.get("hidden_act", "quick_gelu")}
+
+
+def tower_json(config, table, model_type):
+    """A CLIP tower's configuration -> transformers' configuration."""
+    fixed = {"hidden_act": config.activation, "intermediate_size": 4 * config.width, "model_type": model_type}
+    return {**fixed, **written(config, table)}
 
 
 def text_from(config):
     """transformers' CLIPTextConfig (a Config) -> CLIPTextConfig, without CLIP's projection."""
-    sizes = tower_from(config, TEXT)
-    end = config.values.get("eos_token_id", 49407)
-    end = sizes["vocabulary"] - 1 if end == 2 else end  # 2 stands in many published files by mistake
-    config.must(type(end) is int and 0 <= end < sizes["vocabulary"], "eos_token_id is not in the vocabulary")
-    return CLIPTextConfig(**sizes, end_token=end)
+    sizes, end = tower_from(config, TEXT), config.values.get("eos_token_id", 49407)
+    last = sizes["vocabulary"] - 1
+    return CLIPTextConfig(**sizes, end_token=last if end == 2 else end)  # 2 stands in many published files by mistake
 
 
 def text_json(config):
     """CLIPTextConfig -> transformers' configuration."""
     return {
         "architectures": ["CLIPTextModel"],
-        "bos_token_id": config.end_token - 1,
-        "eos_token_id": config.end_token,
-        "hidden_act": config.activation,
-        "intermediate_size": 4 * config.width,
-        "model_type": "clip_text_model",
-        "pad_token_id": config.end_token,
+        "bos_token_id": config.end_token - 1, "eos_token_id": config.end_token, "pad_token_id": config.end_token,
         "projection_dim": config.projection or config.width,
         "torch_dtype": "float32",  # what diffusers' default is for the other networks, too, whatever the files hold
-        **written(config, TEXT),
+        **tower_json(config, TEXT, "clip_text_model"),
     }
 
 
 def clip_from(config):
     """transformers' CLIPConfig (a Config) -> (CLIPTextConfig, CLIPImageConfig)."""
     text, image = (Config(config.values.get(key), f"{config.name}, {key}") for key in ("text_config", "vision_config"))
-    sizes, shared = tower_from(image, IMAGE), config.sizes(CLIP)
-    image.must(sizes["size"] % sizes["patch"] == 0, "image_size should be a multiple of patch_size")
-    return replace(text_from(text), **shared), CLIPImageConfig(**{**sizes, **shared})
+    shared = {"projection": config.numbers("projection_dim", 1, 512)[0]}
+    return replace(text_from(text), **shared), CLIPImageConfig(**tower_from(image, IMAGE), **shared)
 
 
 def clip_json(config):
     """(CLIPTextConfig, CLIPImageConfig) -> transformers' configuration."""
     text, image = config
-    vision = {"hidden_act": image.activation, "intermediate_size": 4 * image.width, "model_type": "clip_vision_model"}
+    shared = {"projection_dim": image.projection}
     return {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
-        "projection_dim": image.projection,
+        "architectures": ["CLIPModel"], "model_type": "clip",
         "text_config": text_json(text),
-        "vision_config": {**vision, **written(image, IMAGE)},
+        "vision_config": {**tower_json(image, IMAGE, "clip_vision_model"), **shared},
+        **shared,
     }
 
 
@@ -217,18 +194,12 @@ SCHEDULER = {  # the paper's sampler for diffusers
     "_class_name": "EulerAncestralDiscreteScheduler", "_diffusers_version": DIFFUSERS_VERSION,
     **SCHEDULER_FIXED, "steps_offset": 1, "timestep_spacing": "linspace",
 }
-
-
-def index_json(in_channels):
-    """model_index.json: which classes of diffusers and transformers the folders are for."""
-    return {
-        "_class_name": "StableDiffusionInstructPix2PixPipeline" if in_channels == 8 else "StableDiffusionPipeline",
-        "_diffusers_version": DIFFUSERS_VERSION,
-        "feature_extractor": [None, None], "image_encoder": [None, None],
-        "requires_safety_checker": False, "safety_checker": [None, None],
-        "scheduler": ["diffusers", "EulerAncestralDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
+EDITOR = {  # model_index.json: which classes of diffusers and transformers the folders are for
+    "_class_name": "StableDiffusionInstructPix2PixPipeline", "_diffusers_version": DIFFUSERS_VERSION,
+    "feature_extractor": [None, None], "image_encoder": [None, None],
+    "requires_safety_checker": False, "safety_checker": [None, None],
+    "scheduler": ["diffusers", "EulerAncestralDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+}
+TEXT_TO_IMAGE = {**EDITOR, "_class_name": "StableDiffusionPipeline"}

@@ -69,10 +69,7 @@ def export(folder, state, out, lora=False, raw=False):
         raise UserError(f"{folder} was trained with --trainable {trainable}; it has no LoRA")
     model = load_editor(init, sampling=sampling)
     choose_weights(model.unet, trainable, rank)
-    weights = dict(model.unet.named_parameters())
-    with torch.no_grad():
-        for name, value in state["weights" if raw else "ema"].items():
-            weights[name].copy_(value)
+    model.unet.load_state_dict(state["weights" if raw else "ema"], strict=False)  # only the trained ones are there
     if lora:
         write_lora(model.unet, out, base=init)
     else:

@@ -1,86 +1,98 @@
 """What one and the same weight is called: here, in diffusers' folders, and in original single files.
 
-The rows of these tables are (ours, diffusers or transformers, original), or (ours, theirs) where both others agree;
-the levels' numbers are worked out below them, for layers that a network lacks as well. `foreign_names(network)` gives
-the whole correspondence for one network.
+The rows of these tables are (ours, diffusers or transformers, original), or (ours, theirs) where both others agree. The
+sign # stands for the number of a level or block; `original_numbers` says where the original counts in another way.
 """
 
+import re
 from typing import NamedTuple
 
-from clip_image import CLIP
-from clip_text import CLIPText
-from unet import UNet
-from vae import VAE
 
-UNET_ENDS = [
-    ("time_embed.0", "time_embedding.linear_1", "time_embed.0"),
-    ("time_embed.2", "time_embedding.linear_2", "time_embed.2"),
-    ("conv_in", "conv_in", "input_blocks.0.0"),
-    ("norm_out", "conv_norm_out", "out.0"),
-    ("conv_out", "conv_out", "out.2"),
-]
+def under(ours, theirs, original, rows):
+    """The rows with one prefix a layout before their names."""
+    return [(ours + row[0], theirs + row[1], original + row[-1]) for row in rows]
+
+
 RESBLOCK = [
-    ("norm1", "norm1", "in_layers.0"),
-    ("conv1", "conv1", "in_layers.2"),
+    ("norm1", "norm1", "in_layers.0"), ("conv1", "conv1", "in_layers.2"),
     ("time", "time_emb_proj", "emb_layers.1"),
-    ("norm2", "norm2", "out_layers.0"),
-    ("conv2", "conv2", "out_layers.3"),
+    ("norm2", "norm2", "out_layers.0"), ("conv2", "conv2", "out_layers.3"),
     ("skip", "conv_shortcut", "skip_connection"),
+]
+ATTENTION = [("to_q", "to_q"), ("to_k", "to_k"), ("to_v", "to_v"), ("to_out", "to_out.0")]
+LAYERS = [
+    ("norm1", "norm1"), *under("self_attention.", "attn1.", "attn1.", ATTENTION),
+    ("norm2", "norm2"), *under("cross_attention.", "attn2.", "attn2.", ATTENTION),
+    ("norm3", "norm3"), ("feed_forward.proj_in", "ff.net.0.proj"), ("feed_forward.proj_out", "ff.net.2"),
 ]
 TRANSFORMER = [
     ("norm", "norm"), ("proj_in", "proj_in"), ("proj_out", "proj_out"),
-    ("norm1", "transformer_blocks.0.norm1"),
-    ("self_attention.to_q", "transformer_blocks.0.attn1.to_q"),
-    ("self_attention.to_k", "transformer_blocks.0.attn1.to_k"),
-    ("self_attention.to_v", "transformer_blocks.0.attn1.to_v"),
-    ("self_attention.to_out", "transformer_blocks.0.attn1.to_out.0"),
-    ("norm2", "transformer_blocks.0.norm2"),
-    ("cross_attention.to_q", "transformer_blocks.0.attn2.to_q"),
-    ("cross_attention.to_k", "transformer_blocks.0.attn2.to_k"),
-    ("cross_attention.to_v", "transformer_blocks.0.attn2.to_v"),
-    ("cross_attention.to_out", "transformer_blocks.0.attn2.to_out.0"),
-    ("norm3", "transformer_blocks.0.norm3"),
-    ("feed_forward.proj_in", "transformer_blocks.0.ff.net.0.proj"),
-    ("feed_forward.proj_out", "transformer_blocks.0.ff.net.2"),
+    *under("", "transformer_blocks.0.", "transformer_blocks.0.", LAYERS),
 ]
-VAE_HALF = [  # encoder and decoder
-    ("conv_in", "conv_in"), ("conv_out", "conv_out"), ("norm_out", "conv_norm_out", "norm_out"),
-    ("middle.attention.norm", "mid_block.attentions.0.group_norm", "mid.attn_1.norm"),
-    ("middle.attention.to_q", "mid_block.attentions.0.to_q", "mid.attn_1.q"),
-    ("middle.attention.to_k", "mid_block.attentions.0.to_k", "mid.attn_1.k"),
-    ("middle.attention.to_v", "mid_block.attentions.0.to_v", "mid.attn_1.v"),
-    ("middle.attention.to_out", "mid_block.attentions.0.to_out.0", "mid.attn_1.proj_out"),
+UNET = [
+    ("time_embed.0", "time_embedding.linear_1", "time_embed.0"),
+    ("time_embed.2", "time_embedding.linear_2", "time_embed.2"),
+    ("conv_in", "conv_in", "input_blocks.0.0"),
+    *under("middle.resblock1.", "mid_block.resnets.0.", "middle_block.0.", RESBLOCK),
+    *under("middle.transformer.", "mid_block.attentions.0.", "middle_block.1.", TRANSFORMER),
+    *under("middle.resblock2.", "mid_block.resnets.1.", "middle_block.2.", RESBLOCK),
+    ("norm_out", "conv_norm_out", "out.0"), ("conv_out", "conv_out", "out.2"),
 ]
+for step, blocks, sampling in (("down", "input_blocks", "0.op"), ("up", "output_blocks", "#.conv")):
+    UNET += under(f"{step}.#.resblocks.#.", f"{step}_blocks.#.resnets.#.", f"{blocks}.#.0.", RESBLOCK)
+    UNET += under(f"{step}.#.transformers.#.", f"{step}_blocks.#.attentions.#.", f"{blocks}.#.1.", TRANSFORMER)
+    UNET += [(f"{step}.#.{step}sample", f"{step}_blocks.#.{step}samplers.0.conv", f"{blocks}.#.{sampling}")]
+
 VAE_RESBLOCK = [
     ("norm1", "norm1"), ("conv1", "conv1"), ("norm2", "norm2"), ("conv2", "conv2"),
     ("skip", "conv_shortcut", "nin_shortcut"),
 ]
+VAE_ATTENTION = [
+    ("norm", "group_norm", "norm"),
+    ("to_q", "to_q", "q"), ("to_k", "to_k", "k"), ("to_v", "to_v", "v"), ("to_out", "to_out.0", "proj_out"),
+]
+VAE_HALF = [  # encoder or decoder
+    ("conv_in", "conv_in"),
+    *under("middle.resblock1.", "mid_block.resnets.0.", "mid.block_1.", VAE_RESBLOCK),
+    *under("middle.attention.", "mid_block.attentions.0.", "mid.attn_1.", VAE_ATTENTION),
+    *under("middle.resblock2.", "mid_block.resnets.1.", "mid.block_2.", VAE_RESBLOCK),
+    ("norm_out", "conv_norm_out", "norm_out"), ("conv_out", "conv_out"),
+]
+VAE = [("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv")]
+for half, step in (("encoder", "down"), ("decoder", "up")):
+    level, their_level = f"{half}.{step}.#", f"{half}.{step}_blocks.#"
+    VAE += under(f"{half}.", f"{half}.", f"{half}.", VAE_HALF)
+    VAE += under(f"{level}.resblocks.#.", f"{their_level}.resnets.#.", f"{level}.block.#.", VAE_RESBLOCK)
+    VAE += [(f"{level}.{step}sample", f"{their_level}.{step}samplers.0.conv", f"{level}.{step}sample.conv")]
+
 CLIP_BLOCK = [
     ("norm1", "layer_norm1"), ("norm2", "layer_norm2"), ("mlp_in", "mlp.fc1"), ("mlp_out", "mlp.fc2"),
     ("to_q", "self_attn.q_proj"), ("to_k", "self_attn.k_proj"), ("to_v", "self_attn.v_proj"),
     ("to_out", "self_attn.out_proj"),
 ]
+CLIP_TOWER = [
+    ("token_embedding", "embeddings.token_embedding"), ("patch_embedding", "embeddings.patch_embedding"),
+    ("class_embedding", "embeddings.class_embedding"), ("position_embedding", "embeddings.position_embedding"),
+    *under("blocks.#.", "encoder.layers.#.", "encoder.layers.#.", CLIP_BLOCK),
+]
 CLIP_TEXT = [
-    ("token_embedding", "embeddings.token_embedding"),
-    ("position_embedding", "embeddings.position_embedding"),
-    ("norm_out", "final_layer_norm"),
+    *under("", "text_model.", "text_model.", [*CLIP_TOWER, ("norm_out", "final_layer_norm")]),
+    ("projection", "text_projection"),
 ]
 CLIP_IMAGE = [
-    ("patch_embedding", "embeddings.patch_embedding"),
-    ("class_embedding", "embeddings.class_embedding"),
-    ("position_embedding", "embeddings.position_embedding"),
-    ("norm_in", "pre_layrnorm"),  # misspelt in every file there is
-    ("norm_out", "post_layernorm"),
+    *under("", "vision_model.", "vision_model.", [*CLIP_TOWER, ("norm_out", "post_layernorm")]),
+    ("norm_in", "vision_model.pre_layrnorm"),  # misspelt in every file there is
+    ("projection", "visual_projection"),
 ]
-ALIASES = [  # what some files call the same: the VAE's attention, and the text tower's level that comes and goes
-    (".mid_block.attentions.0.to_q.", ".mid_block.attentions.0.query."),
-    (".mid_block.attentions.0.to_k.", ".mid_block.attentions.0.key."),
-    (".mid_block.attentions.0.to_v.", ".mid_block.attentions.0.value."),
-    (".mid_block.attentions.0.to_out.0.", ".mid_block.attentions.0.proj_attn."),
-    (".mid.attn_1.q.", ".mid.attn_1.to_q."), (".mid.attn_1.k.", ".mid.attn_1.to_k."),
-    (".mid.attn_1.v.", ".mid.attn_1.to_v."), (".mid.attn_1.proj_out.", ".mid.attn_1.to_out.0."),
-    ("text_model.", ""),
+CLIP = [  # no original layout is known; transformers' stands in
+    *under("text.", "", "", CLIP_TEXT), *under("image.", "", "", CLIP_IMAGE), ("logit_scale", "logit_scale"),
 ]
+TABLES = {"UNet": UNET, "VAE": VAE, "CLIPText": CLIP_TEXT, "CLIP": CLIP}  # by class
+ALIASES = [("text_model.", "")]  # what some files call the same: the text tower's level, and the VAE's attention
+OLDER = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # in diffusers
+for _, theirs, original in VAE_ATTENTION[1:]:
+    ALIASES.append((f".mid_block.attentions.0.{theirs}.", f".mid_block.attentions.0.{OLDER[theirs]}."))
+    ALIASES.append((f".mid.attn_1.{original}.", f".mid.attn_1.{theirs}."))
 
 
 class Name(NamedTuple):
@@ -92,16 +104,25 @@ class Name(NamedTuple):
 
 def foreign_names(network):
     """{our name: Name} for every weight of a UNet, VAE, CLIPText or CLIP, in the network's own order."""
-    rows = {UNet: unet_rows, VAE: vae_rows, CLIPText: text_rows, CLIP: clip_rows}[type(network)](network.config)
-    prefixes = {ours: Name(theirs, original) for ours, theirs, original in rows}
+    table = {row[0]: (row[1], row[-1]) for row in TABLES[type(network).__name__]}
     names = {}
     for key in network.state_dict():
-        if key in prefixes:  # a bare parameter, not a module's weight or bias
-            names[key] = prefixes[key]
-        else:
-            module, _, leaf = key.rpartition(".")
-            names[key] = Name(*(f"{prefix}.{leaf}" for prefix in prefixes[module]))
+        module, dot, leaf = (key, "", "") if key in table else key.rpartition(".")  # some parameters have no module
+        numbers = []
+        if module not in table:
+            numbers = [int(number) for number in re.findall(r"\.(\d+)", module)]
+            module = re.sub(r"\.\d+", ".#", module)
+        theirs, original = table[module]
+        original = insert(original, original_numbers(module, numbers, network.config))
+        names[key] = Name(insert(theirs, numbers) + dot + leaf, original + dot + leaf)
     return names
+
+
+def insert(name, numbers):
+    """Put the numbers in the place of the signs #."""
+    for number in numbers:
+        name = name.replace("#", str(number), 1)
+    return name
 
 
 def aliases(name):
@@ -109,75 +130,12 @@ def aliases(name):
     return [name, *(name.replace(now, other) for now, other in ALIASES if now in name)]
 
 
-def under(ours, theirs, original, rows):
-    """Put one prefix a layout before the names of every row; of two names, the second is both other layouts'."""
-    return [(ours + row[0], theirs + row[1], original + row[-1]) for row in rows]
-
-
-def unet_rows(config):
-    """The table of a whole UNet. The original numbers its blocks straight through, down- and upsampling included."""
-    rows = list(UNET_ENDS)
-    for step, blocks, number, levels, resblocks in [
-        ("down", "input_blocks", 1, config.levels, config.resblocks),
-        ("up", "output_blocks", 0, config.levels[::-1], config.resblocks + 1),
-    ]:
-        for i, level in enumerate(levels):
-            ours, theirs = f"{step}.{i}", f"{step}_blocks.{i}"
-            for j in range(resblocks):
-                place = f"{blocks}.{number}"
-                rows += under(f"{ours}.resblocks.{j}.", f"{theirs}.resnets.{j}.", f"{place}.0.", RESBLOCK)
-                if level.attention:
-                    rows += under(f"{ours}.transformers.{j}.", f"{theirs}.attentions.{j}.", f"{place}.1.", TRANSFORMER)
-                number += 1
-            if step == "down":  # a block of its own
-                place = f"{blocks}.{number}.0.op"
-                number += 1
-            else:  # the end of the level's last block
-                place = f"{place}.{2 if level.attention else 1}.conv"
-            rows.append((f"{ours}.{step}sample", f"{theirs}.{step}samplers.0.conv", place))
-    rows += under("middle.resblock1.", "mid_block.resnets.0.", "middle_block.0.", RESBLOCK)
-    rows += under("middle.transformer.", "mid_block.attentions.0.", "middle_block.1.", TRANSFORMER)
-    return rows + under("middle.resblock2.", "mid_block.resnets.1.", "middle_block.2.", RESBLOCK)
-
-
-def vae_rows(config):
-    """The table of a whole VAE. The original counts the decoder's levels backwards, from the image."""
-    deepest = len(config.channels) - 1
-    rows = under("", "", "", [("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv")])
-    for half, step, resblocks in [("encoder", "down", config.resblocks), ("decoder", "up", config.resblocks + 1)]:
-        rows += under(f"{half}.", f"{half}.", f"{half}.", VAE_HALF)
-        for j in (0, 1):
-            middle = (f"{half}.middle.resblock{j + 1}.", f"{half}.mid_block.resnets.{j}.", f"{half}.mid.block_{j + 1}.")
-            rows += under(*middle, VAE_RESBLOCK)
-        for i in range(deepest + 1):
-            ours, theirs = f"{half}.{step}.{i}", f"{half}.{step}_blocks.{i}"
-            original = f"{half}.{step}.{i if step == 'down' else deepest - i}"
-            for j in range(resblocks):
-                names = (f"{ours}.resblocks.{j}.", f"{theirs}.resnets.{j}.", f"{original}.block.{j}.")
-                rows += under(*names, VAE_RESBLOCK)
-            rows.append((f"{ours}.{step}sample", f"{theirs}.{step}samplers.0.conv", f"{original}.{step}sample.conv"))
-    return rows
-
-
-def tower_rows(prefix, table, layers):
-    """One of CLIP's towers below transformers' prefix; original Stable Diffusion files carry the same names."""
-    rows = under("", prefix, prefix, table)
-    for i in range(layers):
-        layer = f"{prefix}encoder.layers.{i}."
-        rows += under(f"blocks.{i}.", layer, layer, CLIP_BLOCK)
-    return rows
-
-
-def text_rows(config):
-    """The table of a text tower."""
-    rows = tower_rows("text_model.", CLIP_TEXT, config.layers)
-    return [*rows, ("projection", "text_projection", "text_projection")]
-
-
-def clip_rows(config):
-    """The table of both towers. No original layout is known for them; transformers' stands in."""
-    text, image = config
-    rows = under("text.", "", "", text_rows(text))
-    rows += under("image.", "", "", tower_rows("vision_model.", CLIP_IMAGE, image.layers))
-    ends = [("image.projection", "visual_projection"), ("logit_scale", "logit_scale")]
-    return rows + under("", "", "", ends)
+def original_numbers(module, numbers, config):
+    """The numbers in an original name, from ours: of the level and, but for its down- or upsampling, of the block."""
+    if module.startswith(("down.", "up.")):  # the UNet's blocks are numbered straight through, downsampling included
+        level, block = (*numbers, config.resblocks)[:2]
+        place = 2 if config.levels[-1 - level].attention else 1  # of the upsampling in the level's last block
+        return [(config.resblocks + 1) * level + block + module.startswith("down."), place]
+    if module.startswith("decoder.up."):  # the VAE's decoder counts from the image
+        return [len(config.channels) - 1 - numbers[0], *numbers[1:]]
+    return numbers

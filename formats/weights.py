@@ -22,20 +22,14 @@ from formats.names import foreign_names
 from unet import UNet
 
 HARMLESS = ("position_ids", "text_projection.weight")  # what files may hold beyond what the networks here need
-WEIGHTS = [  # file names in a component's folder, best first
-    f"{stem}{variant}{ending}"
-    for ending in (".safetensors", ".bin")
-    for variant in ("", ".fp16")
-    for stem in ("diffusion_pytorch_model", "model", "pytorch_model")
-]
 
 
 def read_component(folder):
     """The tensors in a component's folder, whatever its weights file is called."""
-    for name in WEIGHTS:
-        if (folder / name).exists():
-            return read_tensors(folder / name)[0]
-    raise UserError(f"{folder} holds no weights; {' or '.join(WEIGHTS[:2])} is expected there")
+    for ending in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin"):  # best first
+        for path in sorted(folder.glob(f"*model{ending}")):
+            return read_tensors(path)[0]
+    raise UserError(f"{folder} holds no weights; diffusion_pytorch_model.safetensors or model.safetensors is expected")
 
 
 def read_tensors(path):
@@ -61,33 +55,27 @@ def fill(make, tensors, candidates, where):
     tensors: {foreign name: tensor}, candidates(Name) -> the foreign names to look under, where: named in errors.
     Raises UserError for a tensor that is missing, of the wrong shape or kind, or not asked for.
     """
-    with torch.device("meta"):
+    with reported_as(f"{where}: its configuration cannot be used"), torch.device("meta"):
         network = make()
-    names, missing, taken, weights = foreign_names(network), [], set(), {}
+    names, missing, weights, unknown = foreign_names(network), [], {}, dict(tensors)
     for key, blank in network.state_dict().items():
-        found = [name for name in candidates(names[key]) if name in tensors]
+        found = next((name for name in candidates(names[key]) if name in tensors), None)
         if not found:
             missing.append(candidates(names[key])[0])
             continue
-        taken.add(found[0])
-        tensor = tensors[found[0]]
+        tensor = unknown.pop(found)
         if not tensor.is_floating_point():
-            raise UserError(f"{where}: tensor {found[0]} holds {tensor.dtype}, not floating-point weights")
-        if with_ones(tensor.shape) != with_ones(blank.shape):
-            raise UserError(f"{where}: tensor {found[0]} has shape {list(tensor.shape)}, not {list(blank.shape)}")
+            raise UserError(f"{where}: tensor {found} holds {tensor.dtype}, not floating-point weights")
+        if tensor.numel() != blank.numel() or tensor.shape[:2] != blank.shape[:2]:
+            raise UserError(f"{where}: tensor {found} has shape {list(tensor.shape)}, not {list(blank.shape)}")
         weights[key] = tensor.reshape(blank.shape)  # a 1x1 convolution and a linear layer hold the same numbers
     if missing:
         raise UserError(f"{where}: {len(missing)} of {len(names)} tensors are missing, such as {missing[0]}")
-    extra = [name for name in tensors if name not in taken and not name.endswith(HARMLESS)]
-    if extra:
-        raise UserError(f"{where}: {len(extra)} unknown tensors, such as {min(extra)}")
+    unknown = [name for name in unknown if not name.endswith(HARMLESS)]
+    if unknown:
+        raise UserError(f"{where}: {len(unknown)} unknown tensors, such as {min(unknown)}")
     network.load_state_dict(weights, assign=True)
     return network.eval().requires_grad_(False)
-
-
-def with_ones(shape):
-    """A shape with ones appended, up to the four dimensions of a convolution's weight."""
-    return [*shape, *[1] * (4 - len(shape))]
 
 
 def extend_input(unet, in_channels=8):
