@@ -180,7 +180,8 @@ def world_texts():
 def train_tokenizer(texts):
     """A byte-level BPE in CLIP's format: after the merges, every word of the world is one token."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
-    bpe.pre_tokenizer = CLIPTokenizer({START: 0, END: 1}, []).bpe.pre_tokenizer
+    clip = CLIPTokenizer({START: 0, END: 1}, []).bpe
+    bpe.normalizer, bpe.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
     letters, end = sorted(pre_tokenizers.ByteLevel.alphabet()), "</w>"
     learning = {"initial_alphabet": letters, "end_of_word_suffix": end, "min_frequency": 2, "vocab_size": 2000}
     bpe.train_from_iterator(texts, trainers.BpeTrainer(**learning, show_progress=False))

@@ -9,7 +9,6 @@ thing), chosen by a hash, and the phrasings in `HELD_OUT` of phrasings.py.
 """
 
 import math
-import re
 import zlib
 from dataclasses import dataclass, replace
 
@@ -87,20 +86,6 @@ def caption(scene, side=True):
     return f"a {scene.medium} of {things}{side} {BACKGROUNDS[scene.background]}"
 
 
-def read_caption(text, layout=0):
-    """The inverse of `caption`: the scene with this layout. Raises ValueError for any other text."""
-    thing = rf"a ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-    places = {words: name for name, words in BACKGROUNDS.items()}
-    pattern = rf"a ({'|'.join(MEDIA)}) of {thing}(?: and {thing}| on the (left|right)) ({'|'.join(places)})"
-    found = re.fullmatch(pattern, text)
-    if not found or found[4] == found[7]:  # the things of a scene differ in shape
-        raise ValueError(f'"{text}" is not a caption of the miniature\'s world')
-    medium, size, colour, shape, other_size, other_colour, other_shape, side, place = found.groups()
-    first, second = Thing(shape, colour, size), None if side else Thing(other_shape, other_colour, other_size)
-    left, right = (None, first) if side == "right" else (first, second)
-    return Scene(medium, places[place], left, right, layout)
-
-
 def held_out(scene):
     """Is this composition kept from all training? A tenth of them are, whichever side a single thing stands on."""
     return zlib.crc32(caption(scene, side=False).encode()) % 10 == 0
@@ -136,15 +121,6 @@ def random_edit(rng, kind=None, test=False, new_phrasing=False):
                 break
     template = pick(rng, (HELD_OUT if new_phrasing else PHRASINGS)[key])
     return Edit(kind, template.format(**words), before, after, new_phrasing)
-
-
-def edit_scene(before, rng):
-    """A random edit of this scene for training, of any kind that it allows."""
-    while True:
-        kind = pick(rng, possible_kinds(before))
-        after, key, words = change(before, kind, rng)
-        if not held_out(after):
-            return Edit(kind, pick(rng, PHRASINGS[key]).format(**words), before, after)
 
 
 def possible_kinds(scene):

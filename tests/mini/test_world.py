@@ -23,7 +23,6 @@ from mini.world import (
     held_out,
     random_edit,
     random_scene,
-    read_caption,
     render,
 )
 
@@ -115,11 +114,10 @@ def test_the_instruction_says_what_changes(kind, new_phrasing):
 # ---- words ----
 
 
-def test_captions_are_read_back():
-    """All of training's and of the held-out ones; the layout is no part of a caption."""
+def test_a_caption_says_all_but_the_layout():
     rng = np.random.default_rng(0)
-    for scene in (random_scene(rng, test) for test in (False, True) for _ in range(300)):
-        assert read_caption(caption(scene), scene.layout) == scene
+    scenes = [replace(random_scene(rng, test), layout=0) for test in (False, True) for _ in range(2000)]
+    assert len({caption(scene) for scene in scenes}) == len(set(scenes)) > 1000
 
 
 def test_every_text_fits_the_text_tower():
