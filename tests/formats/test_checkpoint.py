@@ -54,13 +54,17 @@ def rewrite(path, change):
     save_file(change(tensors), path, metadata=metadata)
 
 
+def assert_equal(ours, theirs):
+    """Two {name: tensor} hold the same."""
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
 def same_weights(ours, other):
     for name in checkpoint.PARTS:
         mine, theirs = getattr(ours, name), getattr(other, name)
         assert mine.config == theirs.config
-        weights = theirs.state_dict()
-        assert all(torch.equal(tensor, weights[key]) for key, tensor in mine.state_dict().items())
-    return True
+        assert_equal(mine.state_dict(), theirs.state_dict())
 
 
 @pytest.mark.parametrize("layout", ["folder", "single"])
@@ -77,9 +81,7 @@ def test_half_precision_files(model, tmp_path):
     save_folder(model, tmp_path / "half", torch.float16)
     save_single_file(model, tmp_path / "half" / "single.safetensors", torch.float16)
     for path in (tmp_path / "half", tmp_path / "half" / "single.safetensors"):
-        again = load(path)
-        assert {weight.dtype for weight in again.unet.parameters()} == {torch.float32}
-        torch.testing.assert_close(again.unet.conv_in.weight, model.unet.conv_in.weight, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(load(path).unet.conv_in.weight, model.unet.conv_in.weight, rtol=1e-3, atol=1e-3)
         assert {weight.dtype for weight in load(path, dtype=torch.bfloat16).vae.parameters()} == {torch.bfloat16}
 
 
@@ -145,10 +147,7 @@ def test_diffusers_reads_our_single_file(model, folder, single):
     unet = diffusers.UNet2DConditionModel.from_single_file(single, subfolder="unet", **offline)
     vae = diffusers.AutoencoderKL.from_single_file(single, subfolder="vae", **offline)
     for theirs, ours in ((unet, model.unet), (vae, model.vae)):
-        weights = theirs.state_dict()
-        mine = renamed(ours, "diffusers", None)
-        assert weights.keys() == mine.keys()
-        assert all(torch.equal(weights[name], mine[name]) for name in mine)
+        assert_equal(theirs.state_dict(), renamed(ours, "diffusers", None))
 
 
 def test_averaged_weights_are_preferred_and_must_be_whole(model, single):
@@ -172,12 +171,9 @@ def test_older_and_newer_names_of_the_same(model, folder, single):
 
     def rename(path, *renames):
         def change(tensors):
-            changed = {}
-            for name, tensor in tensors.items():
-                for old, new in renames:
-                    name = name.replace(old, new)
-                changed[name] = tensor.flatten(1) if "attn_1.to" in name and tensor.dim() == 4 else tensor
-            return changed
+            for old, new in renames:
+                tensors = {name.replace(old, new): tensor for name, tensor in tensors.items()}
+            return {name: x.flatten(1) if "attn_1.to" in name and x.dim() == 4 else x for name, x in tensors.items()}
 
         rewrite(path, change)
 
@@ -196,9 +192,7 @@ def test_a_plain_ckpt(model, single, archive):
     """What the authors published: a pickle. It is opened as plain weights or not at all."""
     path, tensors = single.with_suffix(".ckpt"), load_file(single)
     torch.save({"state_dict": tensors, "steps": 22000}, path, _use_new_zipfile_serialization=archive)
-    again, _ = read_tensors(path)
-    assert again.keys() == tensors.keys()
-    assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
+    assert_equal(read_tensors(path)[0], tensors)
     with pytest.raises(UserError, match="has shape"):
         load(path)  # it lacks our note of its sizes, is taken for Stable Diffusion's, and misfits
 
@@ -234,8 +228,7 @@ def test_extending_the_input_adds_zeros_only():
     unet = random_model(in_channels=4).unet
     extended = extend_input(unet)
     assert extended.config == replace(unet.config, in_channels=8)
-    z, image, context = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16), torch.randn(2, 5, 32)
-    t = torch.tensor([5.0, 900.0])
+    z, image, context, t = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16), torch.randn(2, 5, 32), torch.ones(2)
     with torch.no_grad():
         torch.testing.assert_close(extended(torch.cat([z, image], 1), t, context), unet(z, t, context))
     assert extended.conv_in.weight[:, 4:].count_nonzero() == 0
@@ -250,13 +243,13 @@ def test_clip_in_transformers_layout(path, tmp_path):
     if path == "ours":
         save_clip(clip, tokenizer, tmp_path / path)
         theirs = transformers.CLIPModel.from_pretrained(tmp_path / path)
-        assert all(torch.equal(theirs.state_dict()[n], w) for n, w in renamed(clip, "diffusers", None).items())
+        assert_equal(theirs.state_dict(), renamed(clip, "diffusers", None))
     else:
         clip_reference(clip).save_pretrained(tmp_path / path)
         tokenizer.save(tmp_path / path)
     again, its_tokenizer = load_clip(tmp_path / path)
     assert again.config == clip.config
-    assert all(torch.equal(again.state_dict()[name], weight) for name, weight in clip.state_dict().items())
+    assert_equal(again.state_dict(), clip.state_dict())
     assert its_tokenizer(["the night"]).tolist() == tokenizer(["the night"]).tolist()
 
 
