@@ -252,7 +252,7 @@ def test_clip_in_transformers_layout(path, tmp_path):
 
 
 def test_the_published_configurations_are_understood():
-    """Field by field what unet/config.json and text_encoder/config.json of the public models say."""
+    """What unet/config.json and text_encoder/config.json of the public models say."""
     unet = {
         "act_fn": "silu", "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280],
         "center_input_sample": False, "cross_attention_dim": 768,
