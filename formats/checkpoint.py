@@ -1,13 +1,12 @@
 """Whole models in and out: a diffusers folder, an original single file, a hub id; and a CLIP folder.
 
-`PARTS` ties together, for the three networks of a model, how tensors are read and written (`weights.py`), what they
-are called (`names.py`) and how their sizes are noted (`configs.py`).
+How tensors are read stands in `weights.py`, what they are called in `names.py`, how sizes are noted in `configs.py`.
 """
 
 import json
 import re
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +27,6 @@ from vae import STABLE_DIFFUSION_VAE, VAE
 
 PUBLIC = "timbrooks/instruct-pix2pix"
 CLIP_L = "openai/clip-vit-large-patch14"
-SUPPORTED = "only Stable Diffusion 1.x and InstructPix2Pix made from it are supported"
 
 
 class Part(NamedTuple):
@@ -36,7 +34,7 @@ class Part(NamedTuple):
 
     make: Callable  # Config -> the network
     config_json: Callable  # the network's own configuration -> what config.json says
-    stem: str  # of the weights' name in a folder
+    stem: str  # of the weights' file in a folder
     prefix: str = ""  # of every weight's name in a single file
     roots: tuple[str, ...] = ("",)  # what may follow the prefix
 
@@ -51,15 +49,11 @@ PARTS = {  # as folders and `Model` call them
     "text_encoder": Part(lambda config: CLIPText(configs.text_from(config)), configs.text_json, "model", TEXT_PREFIX),
 }
 CLIP_TOWERS = Part(lambda config: CLIP(*configs.clip_from(config)), configs.clip_json, "model")
-OTHER_KINDS = {  # how some names in a single file begin: what it is
-    "conditioner.": "Stable Diffusion XL", UNET_PREFIX + "label_emb.": "Stable Diffusion XL",
-    "cond_stage_model.model.": "Stable Diffusion 2", UNET_PREFIX + "joint_blocks.": "Stable Diffusion 3",
-    "double_blocks.": "Flux", UNET_PREFIX + "double_blocks.": "Flux", "lora_": "LoRA",
+OTHER_KINDS = {  # what some names in a single file contain: what it is
+    "label_emb.": "Stable Diffusion XL", "cond_stage_model.model.": "Stable Diffusion 2",
+    "joint_blocks.": "Stable Diffusion 3", "double_blocks.": "Flux", "lora_": "LoRA",
 }
-FIRST = UNET_PREFIX + "input_blocks.0.0.weight"
 VAE_JSON = configs.vae_json(STABLE_DIFFUSION_VAE)
-
-# What to fetch of a repository
 MODEL_FILES = ["*.json", "*/*.json", "*/merges.txt", *(f"{name}/{PARTS[name].stem}.safetensors" for name in PARTS)]
 CLIP_FILES = ["config.json", "vocab.json", "merges.txt", "model.safetensors"]
 TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer/*"]
@@ -80,9 +74,6 @@ class Model:
     def side_multiple(self):
         """Pixels: sides that are multiples of this can be halved down to the UNet's coarsest level."""
         return self.vae.config.factor * 2 ** (len(self.unet.config.levels) - 1)
-
-
-# ---- reading ----
 
 
 def load(path, device="cpu", dtype=torch.float32, tokenizer=None, vae=None):
@@ -132,13 +123,11 @@ def from_hub(repository, files):
 
 def load_folder(folder, parts):
     """Read parts of a diffusers-layout folder: ({name: network}, Sampling)."""
-    if not (folder / "unet").is_dir():
-        raise UserError(f"{folder} has no unet/ folder; a folder in diffusers' layout, or a single file, is needed")
     scheduler, sampling = folder / "scheduler" / "scheduler_config.json", folder / "sampling.json"
     if scheduler.exists():
         Config.read(scheduler).fixed(configs.SCHEDULER_FIXED)
-    networks = {name: load_part(part, folder / name) for name, part in parts.items()}
-    return networks, sampling_from(Config.read(sampling)) if sampling.exists() else Sampling()
+    sampling = sampling_from(Config.read(sampling)) if sampling.exists() else Sampling()
+    return {name: load_part(part, folder / name) for name, part in parts.items()}, sampling
 
 
 def load_part(part, folder):
@@ -150,31 +139,28 @@ def load_part(part, folder):
 def load_single_file(path, parts):
     """Read parts of an original Stable Diffusion file: ({name: network}, Sampling)."""
     tensors, metadata = read_tensors(path)
-    for beginning, kind in OTHER_KINDS.items():
-        if any(name.startswith(beginning) for name in tensors):
-            raise UserError(f"{path} is a file of {kind}; {SUPPORTED}")
-    if FIRST not in tensors:
-        raise UserError(f"{path} is no Stable Diffusion checkpoint: it holds no {FIRST}")
-    with reported_as(f"{path} cannot be used"):
+    for part, kind in OTHER_KINDS.items():
+        if any(part in name for name in tensors):
+            raise UserError(f"{path} is a file of {kind}; only Stable Diffusion 1.x and its editors are supported")
+    with reported_as(f"{path} is no Stable Diffusion checkpoint, or it is damaged"):
         if "ip2p" in metadata:  # written by `save_single_file`, which notes what the names do not tell
             noted = json.loads(metadata["ip2p"])
         else:
-            unet = replace(STABLE_DIFFUSION, in_channels=tensors[FIRST].shape[1])
+            unet = replace(STABLE_DIFFUSION, in_channels=tensors[UNET_PREFIX + "input_blocks.0.0.weight"].shape[1])
             noted = {"unet": configs.unet_json(unet), "vae": VAE_JSON, "text_encoder": configs.text_json(CLIP_L_TEXT)}
+        if any(name.startswith(EMA_PREFIX) for name in tensors):  # averaged weights are preferred
+            for name in tensors:
+                if name.startswith(UNET_PREFIX):
+                    tensors[name] = tensors[EMA_PREFIX + name.removeprefix(UNET_PREFIX).replace(".", "")]
         networks = {name: from_original(part, Config(noted[name], path), tensors) for name, part in parts.items()}
         return networks, sampling_from(Config(noted.get("sampling", {}), path))
 
 
 def from_original(part, config, tensors):
-    """One network from the tensors of an original file; averaged (EMA) weights of the UNet are preferred."""
-    averaged = part.prefix == UNET_PREFIX and any(name.startswith(EMA_PREFIX) for name in tensors)
-    beginnings = EMA_PREFIX if averaged else tuple(part.prefix + root for root in part.roots)
-
-    def candidates(name):
-        return [EMA_PREFIX + name.original.replace(".", "")] if averaged else aliases(part.prefix + name.original)
-
-    mine = {name: tensor for name, tensor in tensors.items() if name.startswith(beginnings)}
-    return fill(lambda: part.make(config), mine, candidates, config.name)
+    """One network from the tensors of an original file."""
+    roots = tuple(part.prefix + root for root in part.roots)
+    mine = {name: tensor for name, tensor in tensors.items() if name.startswith(roots)}
+    return fill(lambda: part.make(config), mine, lambda name: aliases(part.prefix + name.original), config.name)
 
 
 def load_vae(path):
@@ -215,16 +201,11 @@ def sampling_from(config):
         return Sampling(**values)
 
 
-# ---- writing ----
-
-
-@contextmanager
 def write_new(path):
     """`atomic_write` for what must not exist yet. Raises UserError if it does."""
     if Path(path).exists():
         raise UserError(f"{path} exists already; name another one, or remove it first")
-    with atomic_write(path) as beside:
-        yield beside
+    return atomic_write(path)
 
 
 def save_folder(model, folder, dtype=None):
@@ -261,15 +242,13 @@ def save_clip(clip, tokenizer, folder, dtype=None):
 
 def save_single_file(model, path, dtype=None):
     """Write a Model, but for its tokenizer, as one .safetensors file with the original names; it must not exist yet."""
-    tensors, noted = {}, {}
+    tensors, noted = {}, {"sampling": asdict(model.sampling)}
     for key, part in PARTS.items():
         network = getattr(model, key)
         noted[key] = part.config_json(network.config)
         for name, tensor in renamed(network, "original", dtype).items():
             linear = ".mid.attn_1." in name and tensor.dim() == 2  # a 1x1 convolution in the original
             tensors[part.prefix + name] = tensor[:, :, None, None] if linear else tensor
-    positions = torch.arange(model.text_encoder.config.tokens)[None]
-    tensors[TEXT_PREFIX + "text_model.embeddings.position_ids"] = positions
-    noted["sampling"] = asdict(model.sampling)
+    tensors[TEXT_PREFIX + "text_model.embeddings.position_ids"] = torch.arange(model.text_encoder.config.tokens)[None]
     with write_new(path) as beside:
         write_tensors(beside, tensors, {"ip2p": json.dumps(noted)})

@@ -21,7 +21,8 @@ UNET = {
     "context_width": ("cross_attention_dim", 1280), "groups": ("norm_num_groups", 32),
 }
 VAE = {
-    "resblocks": ("layers_per_block", 1), "latent_channels": ("latent_channels", 4), "groups": ("norm_num_groups", 32),
+    "channels": ("block_out_channels", [64]), "resblocks": ("layers_per_block", 1), "groups": ("norm_num_groups", 32),
+    "latent_channels": ("latent_channels", 4), "scaling": ("scaling_factor", 0.18215),
 }
 TEXT = {
     "vocabulary": ("vocab_size", 49408), "tokens": ("max_position_embeddings", 77), "width": ("hidden_size", 512),
@@ -70,22 +71,22 @@ class Config:
             asked = self.values.get(key, value)
             self.must(asked == value, f"{key} is {asked!r:.80}; only {value!r}, Stable Diffusion 1.x's, is supported")
 
-    def numbers(self, key, count, default=None):
-        """`count` whole numbers, or one that stands for them all."""
-        value = self.values.get(key, default)
-        value = value if isinstance(value, list) else [value] * count
-        most = 256 if "layers" in key else 1_000_000  # a damaged file should not ask for endless layers
-        good = len(value) == count and all(type(number) is int and 1 <= number <= most for number in value)
-        self.must(good, f"{key} is {value!r:.80}; it should be {count} of the numbers from 1 to {most}")
-        return tuple(value)
-
     def sizes(self, table):
-        """{our field: number} for one of the tables above."""
-        return {field: self.numbers(key, 1, default)[0] for field, (key, default) in table.items()}
+        """{our field: number or tuple of numbers} for one of the tables above."""
+        sizes = {}
+        for field, (key, default) in table.items():
+            value = self.values.get(key, default)
+            value = tuple(value) if isinstance(value, list) else value
+            numbers = value if isinstance(value, tuple) else (value,)
+            most = 256 if "layers" in key else 1_000_000  # a damaged file should not ask for endless layers
+            good = all(type(number) in (int, type(default)) and 0 < number <= most for number in numbers)
+            self.must(good, f"{key} is {value!r:.80}; numbers up to {most} are needed")
+            sizes[field] = value
+        return sizes
 
 
 def written(config, table):
-    """The opposite of `Config.sizes`: {key of config.json: number}."""
+    """The opposite of `Config.sizes`: {key of config.json: value}."""
     return {key: getattr(config, field) for field, (key, _) in table.items()}
 
 
@@ -99,10 +100,11 @@ def unet_from(config):
     """diffusers' UNet2DConditionModel configuration (a Config) -> UNetConfig."""
     attention = [kind == "CrossAttnDownBlock2D" for kind in config.values["down_block_types"]]
     config.fixed({**UNET_FIXED, **block_types(attention)})
-    channels = config.numbers("block_out_channels", len(attention))
     # diffusers' attention_head_dim is, for historical reasons, the NUMBER of heads where num_attention_heads is unset
     key = "num_attention_heads" if config.values.get("num_attention_heads") else "attention_head_dim"
-    levels = tuple(map(Level, channels, attention, config.numbers(key, len(attention), default=8)))
+    channels, heads = config.sizes({"channels": ("block_out_channels", []), "heads": (key, 8)}).values()
+    heads = heads if isinstance(heads, tuple) else [heads] * len(channels)
+    levels = tuple(Level(*level) for level in zip(channels, attention, heads, strict=True))
     config.must(all(level.channels % level.heads == 0 for level in levels), "channels cannot be split into the heads")
     return UNetConfig(levels=levels, **config.sizes(UNET))
 
@@ -113,29 +115,22 @@ def unet_json(config):
         "_class_name": "UNet2DConditionModel", "_diffusers_version": DIFFUSERS_VERSION,
         "attention_head_dim": [level.heads for level in config.levels],
         "block_out_channels": [level.channels for level in config.levels],
-        **block_types(level.attention for level in config.levels),
-        **written(config, UNET),
+        **block_types(level.attention for level in config.levels), **written(config, UNET),
     }
 
 
 def vae_from(config):
     """diffusers' AutoencoderKL configuration (a Config) -> VAEConfig."""
     config.fixed(VAE_FIXED)
-    channels = config.numbers("block_out_channels", len(config.values["block_out_channels"]))
-    scaling = float(config.values.get("scaling_factor", VAEConfig.scaling))
-    config.must(0 < scaling < 1000, "scaling_factor should be a positive number")
-    return VAEConfig(channels=channels, scaling=scaling, **config.sizes(VAE))
+    return VAEConfig(**config.sizes(VAE))
 
 
 def vae_json(config):
     """VAEConfig -> diffusers' configuration."""
     return {
-        "_class_name": "AutoencoderKL", "_diffusers_version": DIFFUSERS_VERSION,
-        "block_out_channels": list(config.channels),
+        "_class_name": "AutoencoderKL", "_diffusers_version": DIFFUSERS_VERSION, **written(config, VAE),
         "down_block_types": ["DownEncoderBlock2D"] * len(config.channels),
         "up_block_types": ["UpDecoderBlock2D"] * len(config.channels),
-        "scaling_factor": config.scaling,
-        **written(config, VAE),
     }
 
 
@@ -174,7 +169,7 @@ def text_json(config):
 def clip_from(config):
     """transformers' CLIPConfig (a Config) -> (CLIPTextConfig, CLIPImageConfig)."""
     text, image = (Config(config.values.get(key), f"{config.name}, {key}") for key in ("text_config", "vision_config"))
-    shared = {"projection": config.numbers("projection_dim", 1, 512)[0]}
+    shared = config.sizes({"projection": ("projection_dim", 512)})
     return replace(text_from(text), **shared), CLIPImageConfig(**tower_from(image, IMAGE), **shared)
 
 
@@ -183,8 +178,7 @@ def clip_json(config):
     text, image = config
     shared = {"projection_dim": image.projection}
     return {
-        "architectures": ["CLIPModel"], "model_type": "clip",
-        "text_config": text_json(text),
+        "architectures": ["CLIPModel"], "model_type": "clip", "text_config": text_json(text),
         "vision_config": {**tower_json(image, IMAGE, "clip_vision_model"), **shared},
         **shared,
     }
@@ -196,9 +190,8 @@ SCHEDULER = {  # the paper's sampler for diffusers
 }
 EDITOR = {  # model_index.json: which classes of diffusers and transformers the folders are for
     "_class_name": "StableDiffusionInstructPix2PixPipeline", "_diffusers_version": DIFFUSERS_VERSION,
-    "feature_extractor": [None, None], "image_encoder": [None, None],
-    "requires_safety_checker": False, "safety_checker": [None, None],
-    "scheduler": ["diffusers", "EulerAncestralDiscreteScheduler"],
+    "feature_extractor": [None, None], "image_encoder": [None, None], "safety_checker": [None, None],
+    "requires_safety_checker": False, "scheduler": ["diffusers", "EulerAncestralDiscreteScheduler"],
     "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
     "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
 }

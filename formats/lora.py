@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021): a weight W stays as it is, and what is learned is a narrow product added to it, W + B A.
 
-Only A and B are trained, so the optimizer and the gradients take next to no memory. To use them, they are merged into
-the weights; or they are kept as a small file, which diffusers loads on top of the model that the training began with.
+Only A and B are trained, so optimizer and gradients take next to no memory. They are then merged into the weights, or
+kept as a small file, which diffusers loads on top of the model that the training began with.
 """
 
 import math
@@ -55,10 +55,9 @@ def merge_lora(unet):
 
 
 def write_lora(unet, path, base):
-    """Write A and B of every layer as a .safetensors file that diffusers' `load_lora_weights` opens.
+    """Write A and B of every layer as a .safetensors file for `load_lora_weights` of an InstructPix2Pix in diffusers.
 
-    base: the model that the training began with, noted in the file's metadata. The file opens on an InstructPix2Pix
-    pipeline: if that model was a text-to-image one, its first convolution needs the new input channels of zeros first.
+    base: what the training began with. If that is a text-to-image model, its conv_in needs the channels of zeros first.
     """
     with torch.device("meta"):
         names = foreign_names(UNet(unet.config))

@@ -5,7 +5,10 @@ sign # stands for the number of a level or block; `original_numbers` says where 
 """
 
 import re
-from typing import NamedTuple
+from collections import namedtuple
+
+# What one weight is called in the two foreign layouts; "original" without the component's own prefix.
+Name = namedtuple("Name", ["diffusers", "original"])
 
 
 def under(ours, theirs, original, rows):
@@ -14,8 +17,7 @@ def under(ours, theirs, original, rows):
 
 
 RESBLOCK = [
-    ("norm1", "norm1", "in_layers.0"), ("conv1", "conv1", "in_layers.2"),
-    ("time", "time_emb_proj", "emb_layers.1"),
+    ("norm1", "norm1", "in_layers.0"), ("conv1", "conv1", "in_layers.2"), ("time", "time_emb_proj", "emb_layers.1"),
     ("norm2", "norm2", "out_layers.0"), ("conv2", "conv2", "out_layers.3"),
     ("skip", "conv_shortcut", "skip_connection"),
 ]
@@ -84,22 +86,14 @@ CLIP_IMAGE = [
     ("norm_in", "vision_model.pre_layrnorm"),  # misspelt in every file there is
     ("projection", "visual_projection"),
 ]
-CLIP = [  # no original layout is known; transformers' stands in
-    *under("text.", "", "", CLIP_TEXT), *under("image.", "", "", CLIP_IMAGE), ("logit_scale", "logit_scale"),
-]
+# No original layout of both towers is known; transformers' stands in.
+CLIP = [*under("text.", "", "", CLIP_TEXT), *under("image.", "", "", CLIP_IMAGE), ("logit_scale", "logit_scale")]
 TABLES = {"UNet": UNET, "VAE": VAE, "CLIPText": CLIP_TEXT, "CLIP": CLIP}  # by class
 ALIASES = [("text_model.", "")]  # what some files call the same: the text tower's level, and the VAE's attention
 OLDER = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # in diffusers
 for _, theirs, original in VAE_ATTENTION[1:]:
     ALIASES.append((f".mid_block.attentions.0.{theirs}.", f".mid_block.attentions.0.{OLDER[theirs]}."))
     ALIASES.append((f".mid.attn_1.{original}.", f".mid.attn_1.{theirs}."))
-
-
-class Name(NamedTuple):
-    """What one weight is called in the two foreign layouts; "original" without the component's own prefix."""
-
-    diffusers: str
-    original: str
 
 
 def foreign_names(network):

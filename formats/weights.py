@@ -1,8 +1,7 @@
 """The tensors of one network, from a file and into one.
 
 Networks are made on the meta device, where tensors have a shape and no memory, and take the tensors of the
-memory-mapped file as their own: no random initialisation, no second copy. Every tensor must be there, have the right
-shape and be wanted; what is not so is named.
+memory-mapped file as their own: no random initialisation, no second copy.
 """
 
 import json
@@ -98,10 +97,8 @@ def renamed(network, layout, dtype):
 def write_tensors(path, tensors, metadata=None):
     """A .safetensors file."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
+    with reported_as(f"cannot write {path}", SafetensorError):  # the library's word for a full disk or a missing folder
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
-    except SafetensorError as error:  # the library's word for a full disk or a missing folder
-        raise OSError(str(error)) from error
 
 
 def write_json(path, values):

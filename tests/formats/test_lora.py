@@ -15,15 +15,15 @@ from formats.lora import adapted_layers, add_lora, merge_lora
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def inputs(channels=8):
+def inputs():
     generator = torch.Generator().manual_seed(1)
-    z, context = torch.randn(2, channels, 16, 16, generator=generator), torch.randn(2, 24, 16, generator=generator)
+    z, context = torch.randn(2, 8, 16, 16, generator=generator), torch.randn(2, 24, 16, generator=generator)
     return z, torch.tensor([3, 700]), context
 
 
-def learned(unet, rank=3):
-    """A UNet with LoRA whose B is no longer zero."""
-    add_lora(unet, rank)
+def learned(unet):
+    """A UNet with LoRA of rank 3 whose B is no longer zero."""
+    add_lora(unet, 3)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for layer in adapted_layers(unet).values():
@@ -34,12 +34,11 @@ def learned(unet, rank=3):
 
 def test_at_first_it_changes_nothing_and_only_the_narrow_parts_are_trained():
     plain, unet = tiny_model().unet, tiny_model().unet
-    count = len(adapted_layers(unet))
     add_lora(unet, 3)
     output = unet(*inputs())
     assert torch.equal(output, plain(*inputs()))
     trained = {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
-    assert len(trained) == 2 * count
+    assert len(trained) == 2 * len(adapted_layers(unet))
     assert all(name.endswith((".a", ".b")) and 3 in weight.shape for name, weight in trained.items())
     output.square().mean().backward()
     assert all(weight.grad.any() for name, weight in trained.items() if name.endswith(".b"))
