@@ -1,7 +1,6 @@
 """A data set as one page: every pair with its numbers, and sliders that show what other thresholds would keep.
 
-The page holds everything it needs, images included, and asks no network for anything. `browse.html` is its
-form; what fills it is collected here.
+The page holds everything it needs, images included, and asks no network for anything. `browse.html` is its form.
 """
 
 import base64
@@ -23,29 +22,28 @@ NUMBERS = ("p2p_threshold", "cfg_scale", "clip_sim_0", "clip_sim_1", "clip_sim_i
 def write_page(root, out, count):
     """Write a page of about `count` pairs of the data set `root` at most, whole edits spread over all of it.
 
-    Where the similarities of every candidate are kept (datagen.py does so), they are on it for these edits, and for
-    those between them of which nothing was kept. Returns a line that says what is there. Raises UserError where `root`
-    is no data set or the page cannot be written.
+    Where the similarities of every candidate are kept (datagen.py does so), they are on it, also for edits of which
+    nothing was kept. Returns a line that says what is there. Raises UserError where `root` is no data set.
     """
-    folders = sorted(path.parent for path in root.glob("[0-9]*/candidates.jsonl"))
-    edits = [(folder.name, kept_seeds(folder)) for folder in folders] or read_seeds(root)
+    every = sorted(path.parent for path in root.glob("[0-9]*/candidates.jsonl"))
+    noted = [(folder.name, [line["seed"] for line in read_metadata(folder / "metadata.jsonl")]) for folder in every]
+    edits = noted or read_seeds(root)
     total = sum(len(seeds) for _, seeds in edits)
-    chosen = edits[:: max(1, -(-total // count))]
     pairs, candidates, broken = [], [], 0
-    for index, (folder, seeds) in enumerate(chosen):
+    for index, (folder, seeds) in enumerate(edits[:: max(1, -(-total // count))]):
         try:
             found = pairs_of(root / folder, index, seeds)
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
             found, broken = [], broken + 1
         pairs += found
-        scores = read_metadata(root / folder / "candidates.jsonl") if folders else found
+        scores = read_metadata(root / folder / "candidates.jsonl") if every else found
         candidates += [[index, *(scored.get(name) for name in NUMBERS[2:])] for scored in scores]
     settings = Config.read(root / "settings.json").values if (root / "settings.json").exists() else {}
     data = {
         "title": root.resolve().name,
         "pairs": pairs,
         "candidates": candidates,
-        "every": bool(folders),  # are candidates that were not kept among them?
+        "every": bool(every),  # are candidates that were not kept among them?
         "thresholds": {name: settings.get(f"min_{name}", own) for name, own in asdict(Filter()).items()},
         "keep": settings.get("keep", 4),
         "total": total,
@@ -54,30 +52,20 @@ def write_page(root, out, count):
     filled = FORM.read_text(encoding="utf-8").replace('"DATA"', json.dumps(data).replace("<", "\\u003c"))
     with atomic_write(out) as beside:
         beside.write_text(filled, encoding="utf-8")
-    left = f"; {broken} damaged edits are skipped" if broken else ""
-    return f"{out}: {len(pairs)} of {total} pairs{left}"
-
-
-def kept_seeds(folder):
-    """The seeds of an edit's pairs."""
-    return [str(line["seed"]) for line in read_metadata(folder / "metadata.jsonl")]
+    return f"{out}: {len(pairs)} of {total} pairs" + (f"; {broken} damaged edits are skipped" if broken else "")
 
 
 def pairs_of(folder, index, seeds):
     """The pairs of one edit, as the page takes them; what is not known of a pair is None."""
     prompt = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
-    texts = {
-        "caption": str(prompt.get("caption", prompt.get("input", ""))),  # the authors' older files call it input
-        "edit": str(prompt["edit"]),
-        "output": str(prompt.get("output", "")),
-    }
+    prompt = {"caption": prompt.get("input", ""), "output": "", **prompt}  # the authors' older files say input
+    texts = {name: str(prompt[name]) for name in ("caption", "edit", "output")}
     path = folder / "metadata.jsonl"
     known = {str(line["seed"]): line for line in read_metadata(path)} if path.exists() else {}
     pairs = []
-    for seed in seeds:
-        line = known.get(seed, {})
+    for seed in map(str, seeds):
         images = [data_url(folder / f"{seed}_{side}.jpg") for side in (0, 1)]
-        numbers = {name: line.get(name) for name in NUMBERS}
+        numbers = {name: known.get(seed, {}).get(name) for name in NUMBERS}
         pairs.append({"index": index, "folder": folder.name, "seed": seed, **texts, **numbers, "images": images})
     return pairs
 
