@@ -4,7 +4,7 @@ from cli import UserError
 
 import pytest
 import torch
-from conftest import small_tokenizer
+from random_model import small_tokenizer
 
 from align import Alignment, common_subsequence, count_tokens, phrase_tokens, refine, swap, word_tokens
 

@@ -163,28 +163,6 @@ def test_the_batch_changes_nothing(models, pairs, program, tmp_path, monkeypatch
     assert len(sizes) == {2: 8, 3: 4, 100: 1}[batch]
 
 
-def test_settings_reach_the_sampler(models, program, tmp_path, monkeypatch):
-    """The model's own where none are given: its steps, its size, and one to two times its guidance."""
-    calls = []
-
-    def watched(model, before, after, noise, steps=None, **settings):
-        calls.append((steps or model.sampling.steps, tuple(noise.first.shape[1:]), noise.guidance, settings["control"]))
-        return sample_pairs(model, before, after, noise, steps, **settings)
-
-    monkeypatch.setattr(datagen, "sample_pairs", watched)
-    arguments = command(models, tmp_path / "a", *OPEN, steps=1, resolution=80, samples=2, control="both")
-    assert program(*arguments)[0] == 0
-    own = [word for word in command(models, tmp_path / "b", *OPEN) if word not in ("--guidance", "2", "4")]
-    assert program(*own)[0] == 0
-    for (steps, side, low, high, way), (made, shape, guidance, control) in zip(
-        [(1, 20, 2, 4, "both"), (2, 16, 4, 8, "self")], calls[::3], strict=True
-    ):
-        assert (made, shape, control) == (steps, (4, side, side), way)
-        assert low <= guidance.min() < guidance.max() - 0.2 < high
-        assert guidance.max() <= high
-    assert EditDataset(tmp_path / "a", "all")[0][0].shape == (3, 80, 80)
-
-
 # ---- the filter ----
 
 
@@ -315,23 +293,6 @@ def test_killed_at_fifty_moments_it_ends_in_the_same_files(models, many, data, t
     assert len(moments) > 5
 
 
-def test_a_group_with_a_missing_edit_is_sampled_again_and_only_that_one_is_written(
-    models, many, data, tmp_path, monkeypatch
-):
-    folder, batches, sample = tmp_path / "data", [], datagen.Sampler.sample
-    shutil.copytree(data, folder)
-    shutil.rmtree(folder / "0000007")
-    (folder / "seeds.json").unlink()
-    before = {path: path.stat().st_mtime_ns for path in folder.glob("0*/*")}
-    monkeypatch.setattr(datagen.Sampler, "sample", lambda self, jobs: batches.append(jobs) or sample(self, jobs))
-    datagen.main(long_run(models, many, folder))
-    assert batches == [[(6, 12), (6, 13), (7, 14), (7, 15)]]
-    assert contents(folder) == contents(data)
-    assert before.items() <= {path: path.stat().st_mtime_ns for path in folder.glob("0*/*")}.items()
-    datagen.main(long_run(models, many, folder))  # nothing is left to sample
-    assert len(batches) == 1
-
-
 @pytest.mark.parametrize("processes", [2, 20])
 def test_processes_share_the_work_and_end_in_the_same_files(models, many, data, tmp_path, monkeypatch, processes):
     """In any order; of twenty, five have nothing to do."""
@@ -390,26 +351,6 @@ def test_what_was_begun_otherwise_is_refused(models, many, data, program, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ([], "command"),
-        (["text", "--captions=x", "--out=y", "--few-shot=-1"], "--few-shot: should be at least 0, not -1"),
-        (["calibrate", "--edits=x", "--fractions", "0", "0.5", "2"], "--fractions: should be from 0 to 1, not 2"),
-        (["calibrate", "--edits=x"], "x cannot be read"),
-        (["images", "--out=x"], "--edits"),
-    ],
-)
-def test_mistakes(program, tmp_path, monkeypatch, arguments, words):
-    monkeypatch.chdir(tmp_path)
-    code, out, errors = program(*arguments)
-    assert (code, out) == (2, [])
-    assert len(errors) == 1
-    assert errors[0].startswith("datagen.py")
-    assert words in errors[0]
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
     ("changed", "words"),
     [
         ({"edits": "nowhere.jsonl"}, "nowhere.jsonl cannot be read; datagen.py text writes such files"),
@@ -437,24 +378,3 @@ def test_mistakes_with_images(models, model_folder, program, tmp_path, monkeypat
     assert errors[0].startswith("datagen.py")
     assert words in errors[0]
     assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        '{"caption": "a", "edit": " ", "output": "c"}',
-        "[]",
-        '{"caption": "a"',
-        '{"caption": "\\ud800", "edit": "b", "output": "c"}',  # half a character
-    ],
-)
-def test_mistakes_in_edits(models, program, tmp_path, line):
-    """The line is named, counted from 1, and so is what it should hold."""
-    path = tmp_path / "edits.jsonl"
-    path.write_text(f"{json.dumps(EDITS[0])}\n{line}\n{json.dumps(EDITS[1])}\n")
-    code, out, errors = program(*command(models, tmp_path / "data", edits=path))
-    assert (code, out) == (2, [])
-    assert len(errors) == 1
-    assert f"{path}, line 2: " in errors[0]
-    assert "the texts caption, edit, output" in errors[0]
-    assert not (tmp_path / "data").exists()

@@ -3,7 +3,6 @@
 import warnings
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from reference import relative_error
@@ -117,18 +116,3 @@ def test_seeded_noise_is_the_stream_of_a_lone_seed():
         latent = torch.zeros(1, 4, 8, 6)
         assert torch.equal(first[row], torch.randn_like(latent)[0])
         assert torch.equal(second[row], torch.randn_like(latent)[0])
-
-
-def test_the_authors_rule_in_numpy():
-    """The ancestral step as numerics have it, computed apart, step by step."""
-    sigmas, denoise = SCHEDULE.sigmas(4), gaussian_denoiser()
-    noise = [draw.double().numpy() for draw, _ in zip(draws(), range(5), strict=False)]
-    x, drawn = noise[0] * 14.6, 1
-    for s, following in zip(sigmas.numpy(), sigmas.numpy()[1:], strict=False):
-        up = min(following, np.sqrt(following**2 * (s**2 - following**2) / s**2))
-        down = np.sqrt(following**2 - up**2)
-        x = x + (x - denoise(x, s)) / s * (down - s)
-        if following > 0:
-            x, drawn = x + noise[drawn] * up, drawn + 1
-    ours = euler_ancestral(denoise, torch.tensor(noise[0] * 14.6), sigmas, iter(map(torch.tensor, noise[1:])))
-    assert relative_error(ours, torch.tensor(x)) <= 1e-9

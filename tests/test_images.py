@@ -5,7 +5,7 @@ import io
 import math
 from fractions import Fraction
 
-from cli import UserError, atomic_write
+from cli import UserError
 
 import numpy as np
 import pytest
@@ -337,19 +337,3 @@ def test_a_picture_is_written_whole_or_not_at_all(failure, tmp_path, monkeypatch
         assert "No space left" in str(caught.value)
     assert (tmp_path / "x.png").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["x.png"]
-
-
-def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
-    with atomic_write(tmp_path / "good") as beside:
-        (beside / "a").mkdir(parents=True)
-        assert not (tmp_path / "good").exists()
-    assert (tmp_path / "good" / "a").is_dir()
-
-    def fail():
-        with atomic_write(tmp_path / "bad") as beside:
-            (beside / "a").mkdir(parents=True)
-            (beside / "a" / "x").write_text("half")
-            raise ZeroDivisionError
-
-    pytest.raises(ZeroDivisionError, fail)
-    assert [path.name for path in tmp_path.iterdir()] == ["good"]

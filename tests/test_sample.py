@@ -436,15 +436,6 @@ def test_weights_in_every_layout_give_the_same_edit(edit, model_folder, single_f
         assert np.array_equal(pixels(out), expected), changes
 
 
-def test_low_memory_is_close(edit, tmp_path):
-    made = {}
-    for flags in ((), ("--low-memory",)):
-        assert edit(*flags).code == 0
-        made[flags] = pixels(tmp_path / "out" / "x.png").astype(int)
-    assert read_settings(tmp_path / "out" / "x.png")["low_memory"] is True
-    assert abs(made[()] - made["--low-memory",]).max() <= 2
-
-
 def test_variants(edit, tmp_path):
     result = edit("--num=4", seed=5)
     out = tmp_path / "out"

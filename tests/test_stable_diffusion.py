@@ -43,16 +43,6 @@ def test_the_ends_of_guidance(model, noisy, guidance, text):
     assert relative_error(other, plain) > 1e-2
 
 
-@torch.no_grad()
-def test_guidance_goes_on_in_a_straight_line(model, noisy):
-    """Each image of a batch with its own scale, and its own text."""
-    text = model.encode_text([TEXT, OTHER])
-    without, with_text = (model.denoiser(text, scale)(*noisy) for scale in (0, 1))
-    scales = torch.tensor([2.0, 7.5])[:, None, None, None]
-    expected = without + scales * (with_text - without)
-    assert relative_error(model.denoiser(text, scales)(*noisy), expected) <= 1e-4
-
-
 def test_a_sample_equals_that_of_diffusers(tmp_path):
     """Its own pipeline, opened from our folder, at equal noise levels and noise."""
     save_folder(random_model(seed=2, in_channels=4), tmp_path / "sd")

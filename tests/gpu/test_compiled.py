@@ -73,22 +73,6 @@ def test_one_graph_serves_every_step_scale_and_instruction():
     assert difference(others, plain) > 5
 
 
-@pytest.mark.parametrize("control", ["self", "cross", "both"])
-def test_pairs_need_two_graphs(control):
-    """One for steps that control some pairs and one for those that control none."""
-    model = StableDiffusion(random_model(in_channels=4))
-
-    def draw(seeds):
-        noise = PairNoise(seeds, (4, 16, 16), (3.0, 5.0))
-        return torch.cat(sample_pairs(model, *zip(*TEXTS, strict=True), noise, 6, control=control))
-
-    plain, graphs = draw([0, 1]), counted(model.unet)
-    assert relative_error(draw([0, 1]), plain) <= 1e-4
-    assert len(graphs) == 2
-    with only_known_code():  # the next batch has a control of its own
-        assert draw([2, 3]).isfinite().all()
-
-
 @pytest.mark.slow
 def test_pairs_need_three_graphs_where_the_kernel_serves_steps_that_control_all():
     """Not one graph a step or a batch, and no break at the kernel, which triton's interpreter runs here."""

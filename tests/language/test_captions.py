@@ -6,7 +6,7 @@ from cli import UserError
 
 import pytest
 
-from language.captions import Unique, append_record, read_captions, read_done
+from language.captions import Unique, append_record, read_captions, read_done, read_edits
 
 
 def written(path, text):
@@ -74,3 +74,10 @@ def test_records_are_known_again_and_a_torn_last_line_is_cut_off(tmp_path, torn)
 def test_a_damaged_file_is_named(tmp_path):
     with pytest.raises(UserError, match="out.jsonl cannot be read"):
         read_done(written(tmp_path / "out.jsonl", b'{"caption": "a"}\nnonsense\n'))
+
+
+@pytest.mark.parametrize("line", ['{"caption": "a", "edit": " ", "output": "c"}', "[]", '{"caption": "a"'])
+def test_damaged_edits_are_named(tmp_path, line):
+    good = json.dumps({"caption": "a", "edit": "b", "output": "c"})
+    with pytest.raises(UserError, match="edits.jsonl, line 2: the texts caption, edit, output are needed"):
+        read_edits(written(tmp_path / "edits.jsonl", f"{good}\n{line}\n"))

@@ -9,7 +9,6 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from reference import edit_reference
 
@@ -100,21 +99,6 @@ def test_the_bundled_model_draws_what_held_out_captions_say(count, steps):
     judge = Judge.load(MINI / "judge.safetensors")
     assert right(judge, x, held_out).mean() >= 0.9
     assert right(judge, x, held_out[1:] + held_out[:1]).mean() < 0.1
-
-
-def test_diffusers_opens_the_bundled_text_to_image_model():
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(MINI / "sd")
-    pipeline.set_progress_bar_config(disable=True)
-    caption = "a painting of a large red house on the left by the sea"
-    generator = torch.Generator().manual_seed(0)
-    drawn = pipeline(caption, 64, 64, num_inference_steps=20, guidance_scale=4.0, generator=generator)
-    clip, tokenizer = load_clip(MINI / "clip")
-    changes = {"red": "blue", "left": "right", "by the sea": "at night"}
-    others = [caption, *(caption.replace(*change) for change in changes.items())]
-    pixels = torch.from_numpy(np.asarray(drawn.images[0]).copy()).permute(2, 0, 1)[None] / 255
-    with torch.no_grad():
-        likeness = clip.image.features(pixels) @ clip.text.features(tokenizer(others)).T
-    assert likeness.argmax() == 0
 
 
 @pytest.mark.slow

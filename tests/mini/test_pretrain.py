@@ -21,12 +21,10 @@ from clip_text import CLIPTokenizer
 from formats.checkpoint import load, load_clip, load_vae
 from mini import pretrain
 from mini.judge import Judge
-from mini.pretrain import contrast, normalise_latents, start_at_zero, train_tokenizer, world_texts
-from mini.scenes import kept_pixels, pixels_of, scenes, to_images
+from mini.pretrain import contrast, normalise_latents, train_tokenizer, world_texts
 from mini.world import SIZE
 from stable_diffusion import StableDiffusion
 from training.runs import read_metrics
-from unet import ResBlock, Transformer, UNet
 from vae import VAE, VAEConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -41,21 +39,6 @@ def normal(*shape, seed=0):
 
 
 # ---- scenes ----
-
-
-def test_pictures_are_those_of_their_scenes(tmp_path):
-    drawn, path = scenes(5), tmp_path / "scenes.npy"
-    assert scenes(3) == drawn[:3]
-    pixels = kept_pixels(drawn, path)
-    assert pixels.shape == (5, SIZE, SIZE, 3)
-    assert np.array_equal(pixels[3:4], pixels_of(drawn[3:4]))
-    np.save(tmp_path / "other.npy", 255 - pixels)
-    (tmp_path / "other.npy").replace(path)
-    assert np.array_equal(kept_pixels(drawn, path), 255 - pixels)  # what is kept is not drawn again
-
-    x = to_images(pixels[2:4])
-    assert x.shape == (2, 3, SIZE, SIZE)
-    assert torch.equal(((x[1] + 1) * 127.5).round().byte().permute(1, 2, 0), torch.tensor(pixels[3]))
 
 
 # ---- the autoencoder ----
@@ -90,15 +73,6 @@ def tokenizer():
     return train_tokenizer(world_texts()[::16])
 
 
-def test_the_tokenizer_is_in_clips_format(tokenizer):
-    """In this order: the bytes, the bytes that end a word, the merges, the two special tokens."""
-    pieces = list(tokenizer.vocabulary)
-    assert list(tokenizer.vocabulary.values()) == list(range(len(pieces)))
-    assert all(len(letter) == 1 for letter in pieces[:256])
-    assert pieces[256:512] == [f"{letter}</w>" for letter in pieces[:256]]
-    assert pieces[512:] == [*(left + right for left, right in tokenizer.merges), "<|startoftext|>", "<|endoftext|>"]
-
-
 def test_the_tokenizer_equals_transformers(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     again = CLIPTokenizer.load(tmp_path, 24)
@@ -124,27 +98,6 @@ def test_contrast_is_least_for_logits_that_are_right():
 
 
 # ---- Stable Diffusion ----
-
-
-def test_a_unet_that_starts_at_zero():
-    """It predicts 0, every block lets its input pass, and training can move it from there."""
-    unet = randomise(UNet(pretrain.MINI_UNET), seed=1)
-    start_at_zero(unet)
-    blocks = []
-    for module in unet.modules():
-        if isinstance(module, (ResBlock, Transformer)):
-            module.register_forward_hook(lambda module, args, out: blocks.append((module, args[0], out)))
-    z, t, context = normal(2, 4, 16, 16), torch.tensor([3.0, 800.0]), normal(2, 24, 128, seed=1)
-    eps = unet(z, t, context)
-    assert torch.equal(eps, torch.zeros(2, 4, 16, 16))
-    assert {type(block) for block, _, _ in blocks} == {ResBlock, Transformer}
-    for block, x, out in blocks:
-        assert torch.equal(out, block.skip(x) if isinstance(block, ResBlock) else x)
-    optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
-    for _ in range(3):
-        (unet(z, t, context) - 1).square().mean().backward()
-        optimizer.step()
-    assert all(weight.any() for weight in unet.parameters())
 
 
 # ---- the program ----
