@@ -10,11 +10,6 @@ CAPTIONS, URLS = ("caption", "input", "TEXT"), ("url", "URL")  # ours, the autho
 PARSERS = {".txt": lambda line: {"caption": line}, ".jsonl": json.loads, ".csv": dict}
 
 
-def first_of(record, names):
-    """The value of the first of these names that a record has; None where it has none of them."""
-    return next((record[name] for name in names if name in record), None)
-
-
 def read_captions(path):
     """Yield (caption, url or None) from a .txt (a caption a line), .jsonl or .csv file. Raises UserError."""
     kinds = ".txt, .jsonl or .csv"
@@ -23,7 +18,8 @@ def read_captions(path):
         for number, line in enumerate(csv.DictReader(file, restval="") if path.suffix == ".csv" else file, 1):
             with reported_as(f"{path}, record {number}: a text named {' or '.join(CAPTIONS)} is needed"):
                 record = parse(line)
-                caption, url = first_of(record, CAPTIONS).strip(), (first_of(record, URLS) or "").strip()
+                caption = next(record[name] for name in CAPTIONS if name in record).strip()
+                url = next((record[name] for name in URLS if record.get(name)), "").strip()
             yield caption, url or None
 
 
@@ -34,7 +30,7 @@ def read_edits(path):
         for number, line in enumerate(file, 1):
             with reported_as(f"{path}, line {number}: the texts {', '.join(FIELDS)} are needed"):
                 edit = json.loads(line)
-                edit["caption"] = first_of(edit, CAPTIONS)
+                edit["caption"] = next(edit[name] for name in CAPTIONS if name in edit)
                 if not all(edit[field].strip().encode() for field in FIELDS):
                     raise ValueError("one of them is empty")
             edits.append(edit)
@@ -70,6 +66,8 @@ class Unique:
 
 def begin_file(out, settings):
     """Keep the settings of a file in OUT.settings.json beside it. Raises UserError where `out` was made otherwise."""
+    if out.is_dir():
+        raise UserError(f"cannot write {out}: it is a folder")
     beside = out.with_suffix(".settings.json")
     if out.exists() and not beside.exists():
         raise UserError(f"{out} is there already, made otherwise; use another --out")

@@ -40,6 +40,5 @@ def finetune(options):
                 status = found.status
                 print(f"{job}: {status}", flush=True)
         if status != "succeeded":
-            reason = found.error.message if found.error else "no reason given"
-            raise UserError(f"the job {job} ended as {status}: {reason}")
+            raise UserError(f"the job {job} ended as {status}: {found.error and found.error.message}")
         print(found.fine_tuned_model)

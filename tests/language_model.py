@@ -33,7 +33,6 @@ class LanguageModel:
         self.requests, self.keys, self.uploads, self.jobs = [], set(), [], []
         self.flagged, self.states, self.lock = set(), ["running", "succeeded"], threading.Lock()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"model": self}))
-        self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
 
     def __enter__(self):
@@ -65,9 +64,8 @@ class Handler(BaseHTTPRequestHandler):
         states = self.model.states
         status = states.pop(0) if len(states) > 1 else states[0]
         error = {"message": "too few tokens", "code": "x", "param": None} if status == "failed" else None
-        name = "ft:small:ours" if status == "succeeded" else None
         job = {"id": "ftjob-1", "object": "fine_tuning.job", "status": status, "error": error}
-        self.reply({**job, "fine_tuned_model": name})
+        self.reply({**job, "fine_tuned_model": "ft:small:ours" if status == "succeeded" else None})
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))

@@ -22,9 +22,8 @@ def test_the_hand_written_examples():
             assert text == " ".join(text.split()).rstrip(".,!")
             assert text.isascii()
         before, edit, after = (words(example[field]) for field in ("caption", "edit", "output"))
-        assert 3 <= len(before) <= 16, example
-        assert 2 <= len(edit) <= 12, example
-        assert 2 <= len(after) <= 16, example
+        for text, least, most in ((before, 3, 16), (edit, 2, 12), (after, 2, 16)):
+            assert least <= len(text) <= most, example
         assert before != after
         assert set(before) & set(after) - {"a", "an", "the", "of", "in", "on", "with", "and"}, example
     for field in ("caption", "edit", "output"):

@@ -12,7 +12,7 @@ from cli import UserError
 
 import psutil
 import pytest
-from language_model import LanguageModel
+from language_model import CONTENTS, LanguageModel
 
 import datagen
 from language.captions import read_edits
@@ -69,8 +69,7 @@ def test_a_triplet_and_what_is_asked(write):
     assert [message["role"] for message in first["messages"]] == ["system"] + 3 * ["user", "assistant"] + ["user"]
     known = {example["caption"]: example for example in read_edits(ROOT / "data" / "edit_examples.jsonl")}
     for shown, answer in zip(first["messages"][1:-1:2], first["messages"][2::2], strict=True):
-        example = known[shown["content"]]
-        assert json.loads(answer["content"]).items() <= example.items()
+        assert json.loads(answer["content"]).items() <= known[shown["content"]].items()
     assert first["messages"][1:-1] != second["messages"][1:-1]
     assert model.keys == {f"Bearer {KEY}"}
 
@@ -80,22 +79,17 @@ def test_what_passes_is_tried_again(write, fault):
     """By the library, which waits as long as the server says."""
     with LanguageModel(lambda caption, time: fault if time < 3 else "good") as model:
         triplets, dropped, _ = write(model, ["a cat"])
-    assert len(triplets) == 1
-    assert not dropped
+    assert (len(triplets), dropped) == (1, {})
     assert model.asked["a cat"] == 3
 
 
-MALFORMED = ["torn", "page", "wrong schema", "numbers", "list", "prose", "nothing", "deep", "blank", "surrogate"]
-
-
-@pytest.mark.parametrize("fault", [*MALFORMED, "huge", "empty choices", "no message"])
+@pytest.mark.parametrize("fault", sorted({*CONTENTS, "torn", "page", "empty choices", "no message"} - {"unicode"}))
 def test_malformed_answers_are_asked_for_again_and_then_dropped(write, fault):
     with LanguageModel(lambda caption, time: fault if caption == "bad" or time == 1 else "good") as model:
-        triplets, dropped, printed = write(model, ["bad", "a cat"])
+        triplets, dropped, _ = write(model, ["bad", "a cat"])
     assert [triplet["caption"] for triplet in triplets] == ["a cat"]
     assert dropped == {"bad": "no answer was the two short texts that were asked for"}
     assert model.asked == {"bad": 3, "a cat": 2}
-    assert "1 written, 1 dropped" in printed
 
 
 def test_what_is_dropped_at_once(write):
@@ -226,11 +220,7 @@ def test_killed_again_and_again(tmp_path):
     captions, rng = [f"caption {number}" for number in range(150)], random.Random(1)
     (tmp_path / "captions.txt").write_text("\n".join(captions))
 
-    def behave(caption, number):
-        time.sleep(0.01)
-        return "good"
-
-    with LanguageModel(behave) as model:
+    with LanguageModel(lambda caption, number: time.sleep(0.01) or "good") as model:
         command = [sys.executable, ROOT / "datagen.py", "text", "--concurrency", "4"]
         command += ["--captions", tmp_path / "captions.txt", "--out", tmp_path / "out.jsonl"]
         environment = os.environ | {"OPENAI_BASE_URL": model.url}
@@ -268,5 +258,5 @@ def test_a_job_from_the_training_file_to_the_model(tmp_path, monkeypatch, capsys
     assert [message["role"] for message in lines(out)[0]["messages"]] == ["system", "user", "assistant"]
     assert out.read_bytes() in model.uploads[0]
     (job,) = model.jobs
-    assert (job["model"], job["training_file"]) == ("small", "file-1")
-    assert job["method"]["supervised"]["hyperparameters"] == {"n_epochs": 2}
+    hyperparameters = job["method"]["supervised"]["hyperparameters"]
+    assert (job["model"], job["training_file"], hyperparameters) == ("small", "file-1", {"n_epochs": 2})

@@ -46,25 +46,19 @@ def test_the_bundled_editor_succeeds_on_held_out_edits(editor, count, steps):
     assert measure(edited, edits, before, after, judge)["success"] >= 0.8
 
 
-@pytest.mark.parametrize(
-    ("count", "steps", "image_scales", "text_scales"),
-    [
-        (14, 6, (0.8, 2.4), (0.3, 2.0)),
-        pytest.param(28, 10, (0.8, 1.2, 2.4), (0.3, 1.0, 2.0), marks=pytest.mark.slow),
-    ],
-)
-def test_the_guidance_scales_act_as_in_fig_4(editor, count, steps, image_scales, text_scales):
+@pytest.mark.slow
+def test_the_guidance_scales_act_as_in_fig_4(editor):
     """A larger s_I keeps more of the image, a larger s_T changes it more as the captions do."""
-    edits = held_out_edits(count)
+    edits = held_out_edits(28)
     before, _ = true_images(edits)
     clip = load_clip(MINI / "clip")
 
     def scores(text_guidance, image_guidance):
-        sampling = replace(editor.sampling, steps=steps, text_guidance=text_guidance, image_guidance=image_guidance)
-        return clip_scores(*clip, edit_all(editor, edits, before, sampling, count), edits, before)
+        sampling = replace(editor.sampling, steps=10, text_guidance=text_guidance, image_guidance=image_guidance)
+        return clip_scores(*clip, edit_all(editor, edits, before, sampling, 28), edits, before)
 
-    kept = [scores(2.0, scale)["image_image"] for scale in image_scales]
-    changed = [scores(scale, 1.5)["directional"] for scale in text_scales]
+    kept = [scores(2.0, scale)["image_image"] for scale in (0.8, 1.2, 2.4)]
+    changed = [scores(scale, 1.5)["directional"] for scale in (0.3, 1.0, 2.0)]
     assert kept == sorted(kept)
     assert changed == sorted(changed)
 
