@@ -131,18 +131,14 @@ def fit(network, loss_of, settings, out, evaluate=None):
             log.losses.append(value)
             finished = step == settings.max_steps
             if runs.RANK == 0 and (stopped or finished or step % settings.save_every == 0):
-                state = {"step": step, "seconds": log.seconds(), "weights": weights, "ema": ema}
-                state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                runs.save_state(out, state, settings.keep)
+                runs.save_state(out, settings.keep, step, log.seconds(), weights, ema, optimizer, scaler)
             evaluating = finished or step % settings.eval_every == 0
             if runs.RANK == 0 and (evaluating or log.is_due()):
                 line = log.line(step, total)
                 bar.set_postfix(loss=line["loss"])
                 if evaluating and evaluate:
-                    runs.swap(weights, ema)
-                    with torch.no_grad():
+                    with runs.averaged(weights, ema), torch.no_grad():
                         line |= evaluate(step) or {}
-                    runs.swap(weights, ema)
                 log.write(line)
     if step < settings.max_steps:
         if runs.RANK == 0:

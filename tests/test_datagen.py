@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from functools import partial
 
@@ -18,6 +19,7 @@ import pytest
 from conftest import contents
 from PIL import Image
 from random_model import randomise, small_tokenizer, tiny_model
+from tqdm import tqdm
 
 import datagen
 from clip_image import CLIP, CLIPImageConfig
@@ -68,6 +70,12 @@ def pairs(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs") / "data"
     datagen.main(command(models, folder, *OPEN))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_lock():
+    """tqdm's own lock is shared with forked processes: one that was killed while it held the lock would keep it."""
+    tqdm.set_lock(threading.RLock())
 
 
 @pytest.fixture

@@ -40,6 +40,14 @@ def swap(weights, ema):
         ema[name].copy_(own)
 
 
+@contextmanager
+def averaged(weights, ema):
+    """Within it, the weights are their average."""
+    swap(weights, ema)
+    yield
+    swap(weights, ema)
+
+
 # ---- several processes, and being told to stop ----
 
 
@@ -97,9 +105,11 @@ def state_paths(out):
     return sorted((out / "states").glob("[0-9]*.pt"))
 
 
-def save_state(out, state, keep):
+def save_state(out, keep, step, seconds, weights, ema, optimizer, scaler):
     """Write OUT/states/STEP.pt, whole or not at all, and remove all but the `keep` newest. Raises UserError."""
-    path = out / "states" / f"{state['step']:08d}.pt"
+    state = {"step": step, "seconds": seconds, "weights": weights, "ema": ema}
+    state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    path = out / "states" / f"{step:08d}.pt"
     full = reported_as(f"cannot write {path}; is the disk full?", RuntimeError)  # torch's own writer raises it
     with full, atomic_write(path) as beside:
         torch.save(state, beside)
