@@ -175,12 +175,12 @@ class EditDataset(Dataset):
         if not -len(self) <= index < len(self):
             raise IndexError  # which ends a loop over the data set
         generator = None if example is None else torch.Generator().manual_seed(example)
-        for folder in range(index, index + len(self)):  # the next edit stands in for one that has no whole pair
-            folder %= len(self)
-            count = len(self.edits[folder][1])
+        for edit in range(index, index + len(self)):  # the next edit stands in for one that has no whole pair
+            edit %= len(self)
+            count = len(self.edits[edit][1])
             first = 0 if generator is None else int(torch.randint(count, (), generator=generator))
             for k in range(first, first + count):
-                if pair := self.load_pair(folder, k % count, generator):
+                if pair := self.load_pair(edit, k % count, generator):
                     return pair
         raise UserError(f"{self.root} holds no whole pair")
 

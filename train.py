@@ -161,14 +161,14 @@ def train(options):
     model = load_editor(options.init, device, sampling_of(options))
     if any(side % model.side_multiple for side in dataset[0][0].shape[1:]):
         raise UserError(f"the images need sides of multiples of {model.side_multiple} pixels; see --resolution")
-    if runs.RANK == 0:
-        keep_settings(out / "settings.json", {name: getattr(options, name) for name in SAME})
     choose_weights(model.unet, options.trainable, options.rank)
     if options.gradient_checkpointing:  # blocks are computed twice instead of kept (Chen et al. 2016)
         apply_activation_checkpointing(model.unet, check_fn=lambda layer: isinstance(layer, ResBlock | Transformer))
     # on a CPU torch's fused attention has a slow backward pass, and the miniature's maps are small enough to keep
     attend = reference if device == "cpu" and options.cache_latents else fused
     predict_eps = partial(compiled(model.unet) if options.compile else model.unet, attend=attend)
+    if runs.RANK == 0:  # all that may be refused has been looked at
+        keep_settings(out / "settings.json", {name: getattr(options, name) for name in SAME})
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     editor, encode = InstructPix2Pix(model), partial(encode_pairs, model.vae, autocast)
     if options.cache_latents:

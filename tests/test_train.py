@@ -336,6 +336,7 @@ def test_nan_ends_in_one_line(data, init, tmp_path, program, monkeypatch):
     ("changed", "expected"),
     [
         ({"lr": -1}, "--lr: should be from 0 to 1, not -1"),
+        ({"beta2": 1}, "--beta2: should be from 0 to 0.99999, not 1"),
         ({"batch_size": 0}, "--batch-size: should be at least 1"),
         ({"subset": 1.5}, "--subset: should be"),
         ({"subset": 19}, "holds 18 edits"),
@@ -349,7 +350,7 @@ def test_mistakes(data, init, tmp_path, program, changed, expected):
     flags = ["--compile"] if "compile" in changed else []
     changed = {name: value for name, value in changed.items() if name != "compile"}
     assert_one_line(program(*command(data, init, tmp_path / "run", *flags, **changed)), expected)
-    assert not (tmp_path / "run" / "model").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_run_is_refused(data, init, trained, program):

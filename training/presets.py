@@ -52,7 +52,7 @@ def parse(arguments=None):
     add("--lr", type=FRACTION, metavar="X", help="learning rate")
     add("--warmup-steps", type=between(0), metavar="N", help="steps of linear warmup")
     add("--lr-decay", type=FRACTION, metavar="F", help="the last fraction of all steps, of linear decay")
-    add("--beta2", type=FRACTION, metavar="X", help="AdamW's")
+    add("--beta2", type=between(0, 0.99999, float), metavar="X", help="AdamW's")
     add("--weight-decay", type=FRACTION, metavar="X", help="AdamW's")
     add("--grad-clip", type=between(0, kind=float), metavar="X", help="largest norm of a gradient; 0 for no clipping")
     add("--ema-decay", type=FRACTION, metavar="X", help="of the weights' moving average, which becomes the editor")
