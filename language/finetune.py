@@ -40,5 +40,6 @@ def finetune(options):
                 status = found.status
                 print(f"{job}: {status}", flush=True)
         if status != "succeeded":
-            raise UserError(f"the job {job} ended as {status}: {found.error and found.error.message}")
+            reason = (found.error and found.error.message) or "no reason given"
+            raise UserError(f"the job {job} ended as {status}: {reason}")
         print(found.fine_tuned_model)
