@@ -7,12 +7,6 @@ Every attention layer of the UNet computes q, k and v and hands them to a functi
 with B batch, H heads, N queries, M keys and D head width. `reference` is that function as the textbook has it,
 `fused` is the default. To look at attention or to change it (Prompt-to-Prompt, a tracer, a benchmark), pass another
 function to `UNet.forward`; nothing is ever patched.
-
-One map for several values side by side, v [B, H, M, S*D], is attention over unequal widths. Who has it:
-
-    CPUs, flash attention on CUDA    equal widths only: q and k must be padded with zeros
-    memory-efficient, on CUDA        asks that q and k are equally wide, and takes any v
-    gpu/kernel.py, on CUDA           any v; `python -m bench --only attention` compares the three
 """
 
 from typing import NamedTuple

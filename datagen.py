@@ -27,7 +27,6 @@ from dataset import Filter, Pair, begin_data_set, folder_name, write_edit, write
 from formats import checkpoint
 from formats.configs import Config
 from formats.weights import write_json
-from gpu import shared_maps
 from gpu.compiled import NOTICE, compile_model
 from images import to_image, to_tensor
 from language.captions import FIELDS, read_edits
@@ -67,7 +66,7 @@ class Sampler:
         shape, seeds = (model.vae.config.latent_channels, side, side), [seed for _, seed in jobs]
         noise = PairNoise(seeds, shape, self.guidance, device=model.device)
         # x: twice [B, 3, H, W]
-        x = sample_pairs(model, before, after, noise, self.steps, control=self.control, wrap=shared_maps(model.device))
+        x = sample_pairs(model, before, after, noise, self.steps, control=self.control)
         if not all(half.isfinite().all() for half in x):
             raise cli.UserError("the networks gave NaN or Inf: damaged weights, or --dtype float16 is too narrow")
         images = [[to_image(image) for image in half] for half in x]

@@ -175,20 +175,19 @@ class PairNoise:
 @torch.no_grad()
 def sample_pairs(
     model, before, after, noise, steps=None, sampler=euler_ancestral,
-    *, control="self", scale=None, blend=None, wrap=None,
+    *, control="self", scale=None, blend=None,
 ):  # fmt: skip
     """B caption pairs -> (images before, images after), each [B, 3, H, W], about in [-1, 1].
 
     model: a `StableDiffusion`, before and after: lists of B captions, noise: a `PairNoise` of B seeds. control: which
     maps are borrowed for the fraction noise.p of the steps, one of CONTROLS. scale [B, L]: re-weights the tokens of the
-    captions after, at all steps. blend: a `LocalBlend`. wrap: control -> attend, such as gpu.kernel.SharedMaps.
+    captions after, at all steps. blend: a `LocalBlend`.
     """
     steps = steps or model.sampling.steps
     sigmas = model.schedule.sigmas(steps)
     alignment = None if control == "self" else Alignment.of(model.tokenizer, before, after).to(model.device)
     pair_control = PairControl(steps, noise.p, control, alignment, scale)
-    attend = wrap(pair_control) if wrap else pair_control
-    attend = blend.watch(attend) if blend else attend
+    attend = blend.watch(pair_control) if blend else pair_control
     guidance = noise.guidance.repeat(2)[:, None, None, None]
     denoise = model.denoiser(model.encode_text([*before, *after]), guidance, attend)
     denoise = blend.blend(denoise) if blend else denoise

@@ -114,7 +114,7 @@ def load_model(options):
     say(f"loading {weights}")
     model = InstructPix2Pix.load(weights, options.device, dtype, options.tokenizer, options.vae)
     if options.compile:
-        compile_model(model)
+        compile_model(model, mode="reduce-overhead")
         say(NOTICE)
     own = {"steps": model.sampling.steps, "resolution": model.sampling.resolution}
     own |= {"cfg_text": model.sampling.text_guidance, "cfg_image": model.sampling.image_guidance}

@@ -75,7 +75,8 @@ class LatentDiffusion:
         times = torch.full((len(z),), t, device=self.device)
         rows = 1 if low_memory else len(z)
         parts = zip(*(x.split(rows) for x in (z.to(self.dtype), times, context)), strict=True)
-        return torch.cat([self.unet(*part, attend) for part in parts]).float()
+        # copies, since a CUDA graph leaves all its results in one place
+        return torch.cat([self.unet(*part, attend).to(torch.float32, copy=True) for part in parts])
 
 
 class StableDiffusion(LatentDiffusion):

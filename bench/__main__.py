@@ -59,14 +59,21 @@ def main(arguments=None):
     with tempfile.TemporaryDirectory(prefix="ip2p-bench-") as options.folder, reported_as(ADVICE, FAILURES):
         if "load" in options.only:
             write_model(options)
-        rows = [row for title in PARTS if PARTS[title][0] in options.only for row in measure(title, options)]
+        print_header(options, sys.argv[1:] if arguments is None else arguments)
+        for title in PARTS:
+            if PARTS[title][0] in options.only:
+                print(*measure(title, options), sep="\n", flush=True)
+
+
+def print_header(options, arguments):
+    """What is measured where, and the head of the table."""
     cpu, threads = Path("/proc/cpuinfo"), f"threads: {torch.get_num_threads()}"
     names = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else []
     device = ["cuda", torch.cuda.get_device_name()] if options.device == "cuda" else ["cpu", *names[:1], threads]
     versions = [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "accelerate")]
-    print("- command:", *("python -m bench", *(sys.argv[1:] if arguments is None else arguments)))
+    print("- command: python -m bench", *arguments)
     print("- machine:", ", ".join([*device, *versions, time.strftime("%Y-%m-%d")]))
-    print("\n| | time | ratio | its range | peak memory | difference |", "|---" * 6 + "|", *rows, sep="\n")
+    print("\n| | time | ratio | its range | peak memory | difference |", "|---" * 6 + "|", sep="\n", flush=True)
 
 
 def measure(title, options):

@@ -8,13 +8,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from attention import fused, reference
+from attention import reference
 from clip_text import CLIP_L_TEXT, CLIPText, CLIPTokenizer
 from formats.checkpoint import Model, load, save_folder, save_single_file
-from gpu import shared_maps
 from gpu.compiled import compiled
 from p2p import PairControl
 from unet import INSTRUCT_PIX2PIX, UNet
@@ -86,9 +83,9 @@ def unet_step(variant, options, batch=3, train=False):
     z, t = noise(options, batch, 8, side, side), torch.full((batch,), 500.0, device=options.device)
     context = noise(options, batch, 77, 32 if options.small else 768, seed=1)
     if "compiled" in variant:
-        unet = compiled(unet.to(memory_format=torch.channels_last))
-    control, wrap = PairControl(100, torch.tensor([0.9])), shared_maps(options.device)
-    pair = wrap(control) if wrap else control  # as datagen.py runs it
+        settings = {"mode": "reduce-overhead"} if "graphs" in variant else {}
+        unet = compiled(unet.to(memory_format=torch.channels_last), **settings)
+    pair = PairControl(100, torch.tensor([0.9]))
     ways = {"reference attention": reference, "maps in memory": with_maps, "no maps in memory": pair}
     attend = [ways[variant]] if variant in ways else []
 
@@ -113,23 +110,6 @@ def autoencoding(variant, options):
     """An image to the mode of its latent, and that to an image."""
     vae, x = made(variant, options).vae.to(**options.to), noise(options, 1, 3, options.size, options.size)
     return lambda: vae.decode(vae.encode(x).mode()) if variant == "ours" else vae(x)
-
-
-def shared_map(variant, options):
-    """One self-attention map of the UNet's first layer for two images' values, side by side: [4, H, N, 2 * D]."""
-    heads, width = (2, 16) if options.small else (8, 40)
-    q, k, *values = (noise(options, 4, heads, (options.size // 8) ** 2, width, seed=seed) for seed in range(4))
-    v = torch.cat(values, dim=-1)
-    if variant == "Triton kernel":
-        from gpu.kernel import attend_values  # here, because it needs triton
-
-        values = torch.stack(values)[None]  # [1, 2, 4, H, N, D]
-        return lambda: torch.cat(attend_values(q[None], k[None], values)[0].unbind(), dim=-1)
-    if variant == "memory-efficient":  # which takes values wider than q and k
-        return sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION)(lambda: fused(q, k, v))
-    if variant == "q and k padded":
-        return lambda: F.scaled_dot_product_attention(F.pad(q, (0, width)), F.pad(k, (0, width)), v, scale=width**-0.5)
-    return lambda: torch.cat([fused(q, k, value) for value in values], dim=-1)
 
 
 def loading(variant, options, suffix=""):
@@ -162,15 +142,13 @@ def write_model(options):
 
 
 BOTH, PAIR = ("ours", "diffusers"), ("no maps in memory", "maps in memory")
-ATTENTION = ("Triton kernel", "memory-efficient", "q and k padded", "a map for every value")
-LADDER = ("reference attention", "fused attention", "compiled", "diffusers, compiled", "diffusers")
-ON_CUDA = (*ATTENTION[:2], *LADDER[2:4])  # where alone these are measured
+ON_CUDA = "compiled", "compiled, CUDA graphs", "diffusers, compiled"  # where alone these are measured
+LADDER = ("reference attention", "fused attention", *ON_CUDA, "diffusers")
 PARTS = {  # title: what --only calls it, the variants, of which ratios are to the last one, how they are made
     "UNet step": ("unet", BOTH, unet_step),
     "VAE, encoder and decoder": ("vae", BOTH, autoencoding),
     "forward and backward pass, batch 1, half the size": ("train", BOTH, partial(unet_step, batch=1, train=True)),
     "UNet step of a Prompt-to-Prompt pair": ("p2p", PAIR, partial(unet_step, batch=4)),
-    "one map for two values": ("attention", ATTENTION, shared_map),
     "load one file": ("load", BOTH, partial(loading, suffix=".safetensors")),
     "load a folder": ("load", BOTH, loading),
     "UNet step, trick by trick": ("ladder", LADDER, unet_step),

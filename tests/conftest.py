@@ -14,16 +14,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_CACHE"] = str(Path(tempfile.gettempdir()) / "no-hub-cache-for-tests")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir()) / "ip2p-compiled-in-tests"))
 
+from cli import run_program
+
 import numpy as np
 import pytest
 import torch
-
-# Without a GPU, triton's kernels are run by its interpreter, on the CPU. Before anything imports triton: it asks once.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
-from cli import run_program
-
 from PIL import Image
 from random_model import tiny_model
 

@@ -115,4 +115,4 @@ def test_half_precision_on_a_gpu_stays_close(dtype):
     exact = unet(z, TIMES, context)
     unet.to("cuda", dtype)
     half = unet(z.to("cuda", dtype), TIMES.cuda(), context.to("cuda", dtype))
-    assert relative_error(half.cpu(), exact) <= (2e-2 if dtype == torch.bfloat16 else 5e-3)
+    assert relative_error(half.cpu(), exact) <= (3e-2 if dtype == torch.bfloat16 else 5e-3)

@@ -74,23 +74,20 @@ def test_one_graph_serves_every_step_scale_and_instruction():
 
 
 @pytest.mark.slow
-def test_pairs_need_three_graphs_where_the_kernel_serves_steps_that_control_all():
-    """Not one graph a step or a batch, and no break at the kernel, which triton's interpreter runs here."""
-    pytest.importorskip("triton", reason="triton is not installed (requirements-triton.txt)")
-    from gpu.kernel import SharedMaps
-
+def test_pairs_need_two_graphs():
+    """With and without control; not one a step or a batch."""
     model = StableDiffusion(random_model(in_channels=4))
 
-    def draw(seeds, wrap):
+    def draw(seeds):
         noise = PairNoise(seeds, (4, 8, 8), (3.0, 5.0))
         noise.p[:] = torch.tensor([0.3, 0.7])  # at 3 steps: both, one, none
-        return torch.cat(sample_pairs(model, *zip(*TEXTS, strict=True), noise, 3, wrap=wrap))
+        return torch.cat(sample_pairs(model, *zip(*TEXTS, strict=True), noise, 3))
 
-    plain, graphs = draw([0, 1], None), counted(model.unet)
-    assert relative_error(draw([0, 1], SharedMaps), plain) <= 1e-4
-    assert len(graphs) == 3
+    plain, graphs = draw([0, 1]), counted(model.unet)
+    assert relative_error(draw([0, 1]), plain) <= 1e-4
+    assert len(graphs) == 2
     with only_known_code():
-        assert draw([2, 3], SharedMaps).isfinite().all()
+        assert draw([2, 3]).isfinite().all()
 
 
 # ---- the same images ----
