@@ -1,6 +1,6 @@
-"""Speed and memory of our networks, of loading and of Prompt-to-Prompt, beside diffusers' or another way to do it.
+"""Speed and memory of our networks and of Prompt-to-Prompt, beside diffusers' or another way to do it.
 
-    python -m bench --only unet,load --runs 3
+    python -m bench --only unet,train --runs 3
 
 The speed of machines drifts, so the variants of a part take turns (ours, theirs, ours, theirs, ...), each in a process
 of its own, and the RATIO within each round counts. All must give the same output before anything is timed.
@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-import tempfile
 import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import ExitStack
@@ -23,10 +22,10 @@ from cli import WHOLE, Parser, UserError, check_device, reported_as, run_program
 
 import torch
 
-from bench.parts import ON_CUDA, PARTS, first_output, timed, write_model
+from bench.parts import ON_CUDA, PARTS, first_output, timed
 
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # most that two outputs may differ, relatively
-GROUPS = list(dict.fromkeys(group for group, *_ in PARTS.values()))
+GROUPS = [group for group, *_ in PARTS.values()]
 QUIET = {"HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 FAILURES = (BrokenExecutor, torch.OutOfMemoryError, ImportError)  # the first: the system has ended a process
 ADVICE = "failed; a smaller --size needs less memory, pip install -r requirements-dev.txt brings diffusers"
@@ -53,27 +52,20 @@ def parse(arguments=None):
 
 
 def main(arguments=None):
-    """Measure what was asked for, then print it."""
+    """Print what is measured where, then the table."""
     options = parse(arguments)
     os.environ.update(QUIET)  # for the processes that use diffusers
-    with tempfile.TemporaryDirectory(prefix="ip2p-bench-") as options.folder, reported_as(ADVICE, FAILURES):
-        if "load" in options.only:
-            write_model(options)
-        print_header(options, sys.argv[1:] if arguments is None else arguments)
-        for title in PARTS:
-            if PARTS[title][0] in options.only:
-                print(*measure(title, options), sep="\n", flush=True)
-
-
-def print_header(options, arguments):
-    """What is measured where, and the head of the table."""
     cpu, threads = Path("/proc/cpuinfo"), f"threads: {torch.get_num_threads()}"
     names = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else []
     device = ["cuda", torch.cuda.get_device_name()] if options.device == "cuda" else ["cpu", *names[:1], threads]
-    versions = [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "accelerate")]
-    print("- command: python -m bench", *arguments)
-    print("- machine:", ", ".join([*device, *versions, time.strftime("%Y-%m-%d")]))
-    print("\n| | time | ratio | its range | peak memory | difference |", "|---" * 6 + "|", sep="\n", flush=True)
+    with reported_as(ADVICE, FAILURES):
+        versions = [f"{name} {version(name)}" for name in ("torch", "diffusers", "transformers", "accelerate")]
+        print("- command: python -m bench", *(sys.argv[1:] if arguments is None else arguments))
+        print("- machine:", ", ".join([*device, *versions, time.strftime("%Y-%m-%d")]))
+        print("\n| | time | ratio | its range | peak memory | difference |", "|---" * 6 + "|", sep="\n", flush=True)
+        for title, (group, *_) in PARTS.items():
+            if group in options.only:
+                print(*measure(title, options), sep="\n", flush=True)
 
 
 def measure(title, options):
@@ -98,19 +90,19 @@ def measure(title, options):
         for variant, error in errors.items():
             if not error <= TOLERANCE[options.dtype]:
                 raise UserError(f"{title}, {variant}: the output differs by {error:.1e}, so that times mean nothing")
-        rounds = []  # of {variant: (seconds, peak bytes or None)}
+        rounds = []  # of {variant: (seconds, peak bytes)}
         for _ in range(options.runs):
             rounds.append({one: processes[one].submit(timed, title, one, options).result() for one in processes})
     for variant, error in errors.items():
         times, peaks = zip(*(measured[variant] for measured in rounds), strict=True)
         ratios = [measured[variant][0] / measured[variants[-1]][0] for measured in rounds]
         ratio = f"**{median(ratios):.3f}** | {min(ratios):.3f} to {max(ratios):.3f}"
-        memory = "unknown" if None in peaks else f"{max(peaks) / 1e9:.2f} GB"
+        memory = f"{max(peaks) / 1e9:.2f} GB" if max(peaks) else "unknown"
         rows.append(f"| {title}: {variant} | {median(times):.3g} s | {ratio} | {memory} | {error:.1e} |")
     return rows
 
 
 if __name__ == "__main__":
     sys.argv[0] = "bench"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: processes and temporary files are removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the processes end, too
     run_program(main)

@@ -1,7 +1,6 @@
 """What `python -m bench` measures: parts in several variants, each made with equal random weights and equal inputs."""
 
 import gc
-import re
 import sys
 import time
 from functools import partial
@@ -10,10 +9,9 @@ from pathlib import Path
 import torch
 
 from attention import reference
-from clip_text import CLIP_L_TEXT, CLIPText, CLIPTokenizer
-from formats.checkpoint import Model, load, save_folder, save_single_file
 from gpu.compiled import compiled
 from p2p import PairControl
+from training.runs import peak_memory
 from unet import INSTRUCT_PIX2PIX, UNet
 from vae import STABLE_DIFFUSION_VAE, VAE
 
@@ -30,40 +28,40 @@ def first_output(title, variant, options):
 
 
 def timed(title, variant, options, least=0.2):
-    """(mean seconds of a call, peak bytes of the process or None); calls are repeated for `least` seconds."""
-    cuda, status, peak = options.device == "cuda", Path("/proc/self/status"), None
+    """(mean seconds of a call, peak bytes, 0 where unknown); calls are repeated for `least` seconds."""
+    cuda, clear = options.device == "cuda", Path("/proc/self/clear_refs")
     gc.collect()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    elif status.exists():
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is held now
+    elif clear.exists():
+        clear.write_text("5")  # the peak starts anew from what is held now
     calls, elapsed, start = 0, 0, time.perf_counter()
     while elapsed < least:
         RUNS[title, variant]()
         if cuda:
             torch.cuda.synchronize()
         calls, elapsed = calls + 1, time.perf_counter() - start
-    if cuda:
-        peak = torch.cuda.max_memory_allocated()
-    elif status.exists():
-        peak = int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
-    return elapsed / calls, peak
+    return elapsed / calls, torch.cuda.max_memory_allocated() if cuda else peak_memory()
 
 
-def made(variant, options):
-    """An editor with seeded random weights, of Stable Diffusion 1.5's size or tiny; or diffusers' UNet and VAE."""
-    with torch.device("meta"):
-        model = Model(UNet(INSTRUCT_PIX2PIX), VAE(STABLE_DIFFUSION_VAE), CLIPText(CLIP_L_TEXT), tokenizer=None)
-    model = random_model() if options.small else model
-    for network in (model.unet, model.vae, model.text_encoder):
-        randomise(network.to_empty(device="cpu"), seed=0).eval()
-    if variant.startswith("diffusers"):
-        import reference  # the tests' module; here, so that diffusers takes no memory of ours
+# ---- how a variant is made: (variant, options) -> the function () -> output ----
 
-        model.unet, model.vae = reference.unet_reference(model.unet), reference.vae_reference(model.vae)
-        for network in (model.unet, model.vae):
-            network.register_forward_hook(lambda network, inputs, output: output.sample)
-    return model
+
+def made(network, variant, options):
+    """Our UNet or VAE with seeded random weights, of Stable Diffusion 1.5's size or tiny; or diffusers'."""
+    if options.small:
+        ours = getattr(random_model(), network)
+    else:
+        with torch.device("meta"):
+            ours = UNet(INSTRUCT_PIX2PIX) if network == "unet" else VAE(STABLE_DIFFUSION_VAE)
+    ours = randomise(ours.to_empty(device="cpu"), seed=0).eval()
+    if not variant.startswith("diffusers"):
+        return ours.to(**options.to)
+    import reference  # the tests' module; here, so that diffusers takes no memory of ours
+
+    theirs = getattr(reference, f"{network}_reference")(ours)
+    theirs.register_forward_hook(lambda network, inputs, output: output.sample)
+    return theirs.to(**options.to)
 
 
 def noise(options, *shape, seed=0):
@@ -71,15 +69,12 @@ def noise(options, *shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(**options.to)
 
 
-# ---- how a variant is made: (variant, options) -> the function () -> output ----
-
-
 def unet_step(variant, options, batch=3, train=False):
     """A step of an edit, whose three branches are one batch, or of a Prompt-to-Prompt pair (batch 4).
 
     train: forward and backward pass at half the size -> the gradient of the first convolution, the last to be computed.
     """
-    unet, side = made(variant, options).unet.to(**options.to), options.size // (16 if train else 8)
+    unet, side = made("unet", variant, options), options.size // (16 if train else 8)
     z, t = noise(options, batch, 8, side, side), torch.full((batch,), 500.0, device=options.device)
     context = noise(options, batch, 77, 32 if options.small else 768, seed=1)
     if "compiled" in variant:
@@ -108,37 +103,8 @@ def with_maps(q, k, v, layer):
 
 def autoencoding(variant, options):
     """An image to the mode of its latent, and that to an image."""
-    vae, x = made(variant, options).vae.to(**options.to), noise(options, 1, 3, options.size, options.size)
+    vae, x = made("vae", variant, options), noise(options, 1, 3, options.size, options.size)
     return lambda: vae.decode(vae.encode(x).mode()) if variant == "ours" else vae(x)
-
-
-def loading(variant, options, suffix=""):
-    """Load a model from its folder or the file beside it, and read all weights -> the norms of its networks, [3]."""
-    folder = Path(options.folder, "model")
-    if variant == "ours":
-        read = partial(load, tokenizer=folder)
-    else:
-        from diffusers import StableDiffusionInstructPix2PixPipeline as Pipeline
-
-        read = partial(Pipeline.from_single_file, config=str(folder)) if suffix else Pipeline.from_pretrained
-
-    def norms():
-        model = read(folder.with_suffix(suffix), dtype=options.to["dtype"])
-        networks = [network.to(options.device) for network in (model.unet, model.vae, model.text_encoder)]
-        return torch.stack([sum(weight.norm() for weight in network.parameters()) for network in networks])
-
-    return norms
-
-
-def write_model(options):
-    """Write the model to load, as a folder and as one file beside it."""
-    from reference import real_vocabulary
-
-    model, folder = made("ours", options), Path(options.folder, "model")
-    if not options.small:
-        model.tokenizer = CLIPTokenizer(*real_vocabulary())
-    save_folder(model, folder)
-    save_single_file(model, folder.with_suffix(".safetensors"))
 
 
 BOTH, PAIR = ("ours", "diffusers"), ("no maps in memory", "maps in memory")
@@ -149,7 +115,5 @@ PARTS = {  # title: what --only calls it, the variants, of which ratios are to t
     "VAE, encoder and decoder": ("vae", BOTH, autoencoding),
     "forward and backward pass, batch 1, half the size": ("train", BOTH, partial(unet_step, batch=1, train=True)),
     "UNet step of a Prompt-to-Prompt pair": ("p2p", PAIR, partial(unet_step, batch=4)),
-    "load one file": ("load", BOTH, partial(loading, suffix=".safetensors")),
-    "load a folder": ("load", BOTH, loading),
     "UNet step, trick by trick": ("ladder", LADDER, unet_step),
 }
