@@ -1,7 +1,7 @@
 """Measure an editor, and the generated pairs that editors are trained on.
 
 python evaluate.py world --model models/mini/editor      # on edits whose true result is known
-python evaluate.py pairs --sd models/mini/sd             # what Prompt-to-Prompt keeps, what the CLIP filter is worth
+python evaluate.py pairs --sd models/mini/sd             # are they right, and what is the CLIP filter worth?
 """
 
 import shlex
@@ -31,10 +31,10 @@ def main(arguments=None):
     add("--cfg-image", type=SCALE, metavar="S", help="image guidance s_I (default: each model's own)")
     add("--validation", action="store_true", help="use other edits, to choose the guidance scales by")
 
-    pairs = commands.add_parser("pairs", help="what Prompt-to-Prompt keeps, and what the CLIP filter is worth")
+    pairs = commands.add_parser("pairs", help="success of generated pairs, and what the CLIP filter is worth")
     add = pairs.add_argument
     add("--sd", default=mini / "sd", metavar="M", help="the text-to-image model (default: %(default)s)")
-    add("--count", type=WHOLE, default=256, metavar="N", help="pairs for each measurement (default: 256)")
+    add("--count", type=WHOLE, default=256, metavar="N", help="pairs to sample (default: 256)")
     add("--batch-size", type=WHOLE, default=32, metavar="B", help="pairs at a time (default: 32)")
     add("--guidance", type=SCALE, nargs=2, default=(2.0, 4.0), metavar=("LOW", "HIGH"), help="(default: 2 4)")
 

@@ -20,7 +20,7 @@ from ip2p import InstructPix2Pix
 from mini.judge import Judge, right
 from mini.scenes import in_batches
 from mini.world import KINDS, caption, random_edit, render
-from p2p import P_RANGE, PairNoise, sample_pairs
+from p2p import PairNoise, sample_pairs
 from stable_diffusion import StableDiffusion
 
 CHANGED = 0.02  # a pixel whose true change is larger, in any channel in [0, 1], belongs to the edited region ...
@@ -33,11 +33,6 @@ A success: the judge reads every attribute of the edited image as in the true ed
 region the image differs from the true one by at most {TOUCHED} (mean L1 in [0, 1]). Edits that leave less than 1 % of
 the image outside, as those of the medium do, are judged by the attributes alone and do not count in the mean L1."""
 SIMILARITIES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")
-NOISE = {  # name: (the same noise for both images?, range of p)
-    "independent noise": (False, (0.0, 0.0)),
-    "shared noise": (True, (0.0, 0.0)),
-    "Prompt-to-Prompt, p ~ U(0.1, 0.9)": (True, P_RANGE),
-}
 
 
 # ---- editors ----
@@ -201,94 +196,59 @@ def evaluate_world(options, settings):
 # ---- generated pairs ----
 
 
-def one_sided_edits(count, seed=0):
-    """Edits of one of two things, whose other half should stay as it is."""
-    edits = []
-    for number in range(count):
-        rng = np.random.default_rng([8_003, seed, number])
-        while len((edit := random_edit(rng, ("colour", "shape", "size")[number % 3], test=True)).before.things) < 2:
-            pass
-        edits.append(edit)
-    return edits
+def generate(model, judge, edits, guidance, steps, batch_size):
+    """One Prompt-to-Prompt pair for each of N Edits; model: a `StableDiffusion`, guidance: the range to draw from.
 
-
-def generate(model, judge, edits, guidance, steps, batch_size, p=P_RANGE, shared=True, desc="pairs"):
-    """One Prompt-to-Prompt pair for each of N Edits; model: a `StableDiffusion`, guidance, p: ranges to draw from.
-
-    shared: False takes the second images from pairs of other seeds. Returns images before and after, [N, 3, H, W] each,
-    in [-1, 1], and whether the judge reads all attributes of both scenes in them, [N].
+    Returns images before and after, [N, 3, H, W] each, in [-1, 1], and whether the judge reads all attributes of both
+    scenes in them, [N].
     """
     side = model.sampling.resolution // model.vae.config.factor
     shape = (model.vae.config.latent_channels, side, side)
 
     def compute(edits, seeds):
         texts = [caption(edit.before) for edit in edits], [caption(edit.after) for edit in edits]
-        x, y = sample_pairs(model, *texts, PairNoise(seeds, shape, guidance, p, model.device), steps)
-        if not shared:
-            seeds = [seed + 1_000_000 for seed in seeds]
-            _, y = sample_pairs(model, *texts, PairNoise(seeds, shape, guidance, p, model.device), steps)
-        return torch.stack([x, y], dim=1).clamp(-1, 1).cpu()
+        x = sample_pairs(model, *texts, PairNoise(seeds, shape, guidance, device=model.device), steps)
+        return torch.stack(x, dim=1).clamp(-1, 1).cpu()
 
-    x, y = in_batches(compute, batch_size, edits, range(len(edits)), desc=desc).unbind(1)
+    x, y = in_batches(compute, batch_size, edits, range(len(edits)), desc="pairs").unbind(1)
     found = right(judge, x, [edit.before for edit in edits]) & right(judge, y, [edit.after for edit in edits])
     return x, y, found
 
 
-def measure_pairs(model, judge, edits, *how):
-    """Sample pairs for `edits` (of `one_sided_edits`) in the ways of NOISE; how: guidance, steps and batch size.
+def pair_rows(edits, found, kept):
+    """Of all pairs and of those of each kind: their number, and the fractions that are right, kept, right if kept.
 
-    Returns ({way: measures}, {way: the first 8 pairs, [16, 3, H, W]}). "change": the mean L1, in [0, 1], between the
-    two images in the half that the edit does not name; "both_right": the fraction of pairs that show their captions.
+    found, kept [N]: are both images right, does the filter keep the pair? A fraction of no pairs is None.
     """
-    measured, shown = {}, {}
-    other_half = [int(edit.before.left != edit.after.left) for edit in edits]  # 0: left, 1: right
-    for way, (shared, p) in NOISE.items():
-        before, after, found = generate(model, judge, edits, *how, p, shared, desc=way)
-        error = ((after - before).abs() / 2).unflatten(3, (2, -1)).mean((1, 2, 4))  # [N, halves]
-        change = error[range(len(edits)), other_half].mean().item()
-        measured[way] = {"change": change, "both_right": float(found.mean())}
-        shown[way] = torch.stack([before[:8], after[:8]], dim=1).flatten(0, 1)
-    return measured, shown
-
-
-def measure_right(model, judge, clip, tokenizer, edits, wanted, *how):
-    """Are filtered pairs better? Sample one pair for each Edit; wanted: a `dataset.Filter`, how: see `measure_pairs`.
-
-    Returns the fraction that the filter keeps, and the fraction of pairs that show their captions, of all and of those
-    kept (None if there are none): {"yield", "right_all", "right_kept"}.
-    """
-    before, after, found = generate(model, judge, edits, *how)
-    scores = clip_similarities(clip, tokenizer, edits, before, after, how[-1]).T.tolist()
-    kept = np.array([wanted.keeps(dict(zip(SIMILARITIES, row, strict=True))) for row in scores])
-    right_kept = float(found[kept].mean()) if kept.any() else None
-    return {"yield": float(kept.mean()), "right_all": float(found.mean()), "right_kept": right_kept}
+    rows = {}
+    for name in ("all", *KINDS):
+        chosen = np.array([name in ("all", edit.kind) for edit in edits])
+        counted = {"right": found[chosen], "kept": kept[chosen], "right_kept": found[chosen & kept]}
+        fractions = {key: float(values.mean()) if len(values) else None for key, values in counted.items()}
+        rows[name] = {"pairs": int(chosen.sum()), **fractions}
+    return rows
 
 
 def evaluate_pairs(options, settings):
-    """Measure pairs of one text-to-image model: with and without Prompt-to-Prompt, with and without the filter."""
+    """Measure pairs of a text-to-image model on held-out edits, and what the CLIP's filter does with them."""
     model, judge = StableDiffusion.load(options.sd, options.device), Judge.load(options.judge, options.device)
-    clip, tokenizer = load_clip(options.clip, options.device)
-    wanted = Filter.read(options.clip)
+    clip, wanted = load_clip(options.clip, options.device), Filter.read(options.clip)
     options.out.mkdir(parents=True, exist_ok=True)
-    how = options.guidance, options.steps, options.batch_size
-    ways, shown = measure_pairs(model, judge, one_sided_edits(options.count, options.seed), *how)
     rng = np.random.default_rng([8_004, options.seed])
     edits = [random_edit(rng, KINDS[number % len(KINDS)], test=True) for number in range(options.count)]
-    found = measure_right(model, judge, clip, tokenizer, edits, wanted, *how)
+    before, after, found = generate(model, judge, edits, options.guidance, options.steps, options.batch_size)
+    scores = clip_similarities(*clip, edits, before, after, options.batch_size).T.tolist()
+    kept = np.array([wanted.keeps(dict(zip(SIMILARITIES, row, strict=True))) for row in scores])
+    rows = pair_rows(edits, found, kept)
 
-    columns = "change in the half not named, L1", "relative to independent noise", "both images right"
-    rows, independent = {}, ways["independent noise"]["change"]
-    for way, row in ways.items():
-        rows[way] = [f"{row['change']:.4f}", f"{row['change'] / independent:.2f}", percent(row["both_right"])]
+    columns = "pairs", "both images right", "kept by the filter", "both right, of those kept"
+    cells = {name: [str(row["pairs"]), *map(percent, [*row.values()][1:])] for name, row in rows.items()}
     thresholds = ", ".join(f"{name} {value}" for name, value in asdict(wanted).items())
-    cells = ["none" if fraction is None else percent(fraction) for fraction in found.values()]
-    filtered = table(["kept", "both images right, of all", "of those kept"], {thresholds: cells})
-    texts = ["# Generated pairs", f"`{settings['command']}`", table(columns, rows), filtered]
-    print("\n\n".join(texts[2:]))
-    columns = 2 * min(8, options.count)
-    layout = columns, None, ["before", "after"] * (columns // 2), list(shown)
-    results = {"settings": settings, "ways": ways, "filter": found}
-    write_results(options.out, "pairs", results, texts, torch.cat(list(shown.values())), layout)
+    texts = ["# Generated pairs", f"`{settings['command']}`; the filter: {thresholds}", table(columns, cells)]
+    print(texts[-1])
+    images = torch.stack([before[:8], after[:8]], dim=1).flatten(0, 1)
+    layout = len(images), None, ["before", "after"] * (len(images) // 2)
+    write_results(options.out, "pairs", {"settings": settings, "rows": rows}, texts, images, layout)
 
 
 # ---- both ----
@@ -308,8 +268,8 @@ def clip_similarities(clip, tokenizer, edits, before, after, batch_size):
 
 
 def percent(fraction):
-    """A fraction in [0, 1] in percent."""
-    return f"{100 * fraction:.1f} %"
+    """A fraction in [0, 1] in percent; None that of nothing."""
+    return "none" if fraction is None else f"{100 * fraction:.1f} %"
 
 
 def table(columns, rows):

@@ -14,13 +14,12 @@ from torch import nn
 import evaluate
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIPTextConfig
-from dataset import Filter
 from formats.checkpoint import save_clip, save_folder
 from mini import evaluation
-from mini.evaluation import NOISE, clip_scores, edited_region, held_out_edits, l1_outside, measure, true_images, wilson
+from mini.evaluation import clip_scores, edited_region, held_out_edits, l1_outside, measure, true_images, wilson
 from mini.judge import Judge, labels
-from mini.world import caption
-from p2p import P_RANGE
+from mini.world import KINDS, caption
+from p2p import PairNoise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -172,7 +171,6 @@ def test_clip_scores_by_their_definition(edits, images, clip):
 # ---- generated pairs ----
 
 
-INDEPENDENT, SHARED, CONTROLLED = NOISE
 MODEL = SimpleNamespace(
     sampling=SimpleNamespace(resolution=64),
     vae=SimpleNamespace(config=SimpleNamespace(factor=4, latent_channels=4)),
@@ -180,66 +178,32 @@ MODEL = SimpleNamespace(
 )
 
 
-@pytest.fixture(scope="module")
-def one_sided():
-    return evaluation.one_sided_edits(24)
+def test_the_noise_of_pairs(edits, oracle, monkeypatch):
+    """Every edit's number is its seed, p and the guidance are drawn from their ranges, whatever the batch size."""
+    drawn = []
 
-
-def test_change_is_that_of_the_half_not_named(one_sided, monkeypatch):
-    """Of a pair that differs by 1 in the half named and by 0.4 in the other one, from -1 to 1: 0.2 of the range."""
-    sides = {caption(edit.before): edit.before.left != edit.after.left for edit in one_sided}
-    assert set(sides.values()) == {False, True}
-
-    def sample_pairs(model, before, after, noise, steps=None):
-        x = torch.zeros(len(before), 3, 64, 64)
-        y = x + 0.4
-        for row, text in enumerate(before):
-            half = slice(0, 32) if sides[text] else slice(32, 64)
-            y[row, :, :, half] = -1
-        return x, y
+    def sample_pairs(model, before, after, noise, steps):
+        drawn.append(noise)
+        return oracle.sample_pairs(model, before, after, noise, steps)
 
     monkeypatch.setattr(evaluation, "sample_pairs", sample_pairs)
-    measured, shown = evaluation.measure_pairs(MODEL, Judge().eval(), one_sided, (3.0, 6.0), None, 10)
-    assert list(measured) == list(shown) == list(NOISE)
-    for way in NOISE:
-        assert measured[way]["change"] == pytest.approx(0.2, abs=1e-6)
-        assert shown[way].shape == (16, 3, 64, 64)
-        assert torch.equal(shown[way][::2], torch.zeros(8, 3, 64, 64))
-
-
-def test_the_three_ways(one_sided, monkeypatch):
-    """Images that are nothing but their noise, with the fraction of control and the guidance of every call."""
-    calls = []
-
-    def sample_pairs(model, before, after, noise, steps=None):
-        calls.append((noise.p, noise.guidance, steps))
-        return tuple(half[:, :3].repeat_interleave(4, 2).repeat_interleave(4, 3) / 4 for half in noise.first.chunk(2))
-
-    monkeypatch.setattr(evaluation, "sample_pairs", sample_pairs)
-    measured, shown = evaluation.measure_pairs(MODEL, Judge().eval(), one_sided, (3.0, 6.0), 7, 16)
-    assert measured[SHARED]["change"] == measured[CONTROLLED]["change"] == 0
-    assert measured[INDEPENDENT]["change"] == pytest.approx(0.141, abs=0.01)  # E|x - y| / 2 of two N(0, 1/4)
-    for way in NOISE:  # the same noise for the first images
-        assert torch.equal(shown[way][::2], shown[SHARED][::2])
-    assert len({tuple(x.flatten().tolist()) for x in shown[INDEPENDENT]}) == 16
-    assert [len(p) for p, _, _ in calls] == [16, 16, 8, 8, 16, 8, 16, 8]  # independent pairs are sampled twice
-    assert all(steps == 7 for _, _, steps in calls)
-    assert all(not p.any() for p, _, _ in calls[:6])
-    p, guidance = (torch.cat(values) for values in list(zip(*calls[6:], strict=True))[:2])
-    assert P_RANGE[0] <= p.min() < 0.3
-    assert 0.7 < p.max() <= P_RANGE[1]
-    assert 3 <= guidance.min() < guidance.max() <= 6
+    evaluation.generate(MODEL, oracle, edits, (3.0, 6.0), 7, 10)
+    expected = PairNoise(range(28), (4, 16, 16), (3.0, 6.0))
+    for name in ("p", "guidance"):
+        assert torch.equal(torch.cat([getattr(noise, name) for noise in drawn]), getattr(expected, name))
+    first = torch.cat([noise.first.chunk(2)[0] for noise in drawn])
+    assert torch.equal(first, expected.first.chunk(2)[0])
 
 
 @pytest.mark.parametrize(
     ("wrong", "fraction"),  # of six pairs' images before and after
     [([], 1.0), ([0], 5 / 6), ([3], 5 / 6), ([4, 5], 5 / 6), (range(12), 0.0)],
 )
-def test_both_images_of_a_pair_must_be_right(one_sided, monkeypatch, wrong, fraction):
-    oracle = Oracle(one_sided[:6], wrong)
+def test_both_images_of_a_pair_must_be_right(edits, monkeypatch, wrong, fraction):
+    oracle = Oracle(edits[:6], wrong)
     monkeypatch.setattr(evaluation, "sample_pairs", oracle.sample_pairs)
-    measured, _ = evaluation.measure_pairs(MODEL, oracle, one_sided[:6], (3.0, 6.0), None, 4)
-    assert [row["both_right"] for row in measured.values()] == [pytest.approx(fraction)] * 3
+    _, _, found = evaluation.generate(MODEL, oracle, edits[:6], (3.0, 6.0), None, 4)
+    assert found.mean() == pytest.approx(fraction)
 
 
 class Scorer:
@@ -261,15 +225,27 @@ def letters(texts):
     return torch.tensor([[ord(letter) for letter in text.ljust(120)] for text in texts])
 
 
-def test_filtered_pairs_are_compared_with_all(one_sided, monkeypatch):
-    """Six pairs, of which the 1st, 2nd, 4th and 6th pass, and the 2nd, 3rd and 5th are wrong."""
-    edits, good = one_sided[:6], [0.5, 0.6, 0.5, 0.9]
-    rows = [good, good, [0.1, *good[1:]], good, [*good[:3], 0.6], good]
-    oracle = Oracle(edits, wrong=[3, 4, 8, 9])
-    monkeypatch.setattr(evaluation, "sample_pairs", oracle.sample_pairs)
-    clip = Scorer(rows, oracle)
-    found = evaluation.measure_right(MODEL, oracle, clip, letters, edits, Filter(), (3.0, 6.0), None, 4)
-    assert found == {"yield": pytest.approx(4 / 6), "right_all": 0.5, "right_kept": 0.75}
+def test_similarities_of_pairs(edits, oracle, images):
+    """In their order, batch by batch, of the images in [0, 1] with their own captions."""
+    rows = torch.rand(28, 4, generator=torch.Generator().manual_seed(0))
+    found = evaluation.clip_similarities(Scorer(rows.tolist(), oracle), letters, edits, *images, 10)
+    assert torch.equal(found, rows.T)
+
+
+def test_pairs_are_counted_by_kind(edits):
+    """Of 28 pairs, four of a kind: a colour is wrong, the filter keeps a wrong shape among others, and no size."""
+    kinds = [edit.kind for edit in edits]
+    colour, shape, size = ([i for i, own in enumerate(kinds) if own == kind] for kind in ("colour", "shape", "size"))
+    found, kept = np.ones(28, bool), np.ones(28, bool)
+    found[[colour[0], shape[1]]] = False
+    kept[[colour[0], shape[2], shape[3], *size]] = False
+    rows = evaluation.pair_rows(edits, found, kept)
+    assert list(rows) == ["all", *KINDS]
+    assert rows["all"] == {"pairs": 28, "right": 26 / 28, "kept": 21 / 28, "right_kept": 20 / 21}
+    assert rows["colour"] == {"pairs": 4, "right": 0.75, "kept": 0.75, "right_kept": 1}
+    assert rows["shape"] == {"pairs": 4, "right": 0.75, "kept": 0.5, "right_kept": 0.5}
+    assert rows["size"] == {"pairs": 4, "right": 1, "kept": 0, "right_kept": None}
+    assert rows["add"] == {"pairs": 4, "right": 1, "kept": 1, "right_kept": 1}
 
 
 # ---- the program ----
@@ -325,11 +301,11 @@ def test_the_pairs_program(folder, tmp_path, capsys):
     own = [f"--{name}={path}" for name, path in paths.items()]
     evaluate.main(["pairs", *own, "--count=3", "--batch-size=2", "--steps=1", "--guidance", "2", "3"])
     results = json.loads((tmp_path / "pairs.json").read_text())
-    assert list(results["ways"]) == list(NOISE)
-    assert results["filter"]["yield"] == 1
-    assert results["filter"]["right_all"] == results["filter"]["right_kept"]
+    assert [row["pairs"] for row in results["rows"].values()] == [3, 1, 1, 1, 0, 0, 0, 0]
+    assert results["rows"]["all"]["kept"] == 1
+    assert results["rows"]["all"]["right"] == results["rows"]["all"]["right_kept"]
     report = (tmp_path / "pairs.md").read_text()
-    assert all(words in report for words in (*NOISE, "100.0 %", "image_image 0.5"))
+    assert all(words in report for words in (*KINDS, "| 100.0 % |", "| 0 | none | none | none |", "image_image 0.5"))
     assert Image.open(tmp_path / "pairs.png").width > 6 * 128
     assert report.strip().splitlines()[-1] in capsys.readouterr().out
 
