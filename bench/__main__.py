@@ -6,7 +6,6 @@ The speed of machines drifts, so the variants of a part take turns (ours, theirs
 of its own, and the RATIO within each round counts. All must give the same output before anything is timed.
 """
 
-import os
 import re
 import signal
 import sys
@@ -26,7 +25,6 @@ from bench.parts import ON_CUDA, PARTS, first_output, timed
 
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # most that two outputs may differ, relatively
 GROUPS = [group for group, *_ in PARTS.values()]
-QUIET = {"HF_HUB_OFFLINE": "1", "DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
 FAILURES = (BrokenExecutor, torch.OutOfMemoryError, ImportError)  # the first: the system has ended a process
 ADVICE = "failed; a smaller --size needs less memory, pip install -r requirements-dev.txt brings diffusers"
 
@@ -37,8 +35,7 @@ def parse(arguments=None):
     add = parser.add_argument
     add("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
     add("--dtype", choices=list(TOLERANCE), default="float32", help="number format of the networks (default: float32)")
-    sides = range(64, 2049, 64)
-    add("--size", type=int, choices=sides, default=512, metavar="PIXELS", help="a multiple of 64 (default: 512)")
+    add("--size", type=int, choices=range(64, 2049, 64), default=512, metavar="N", help="multiple of 64 (default: 512)")
     add("--runs", type=WHOLE, default=5, metavar="N", help="rounds (default: 5)")
     add("--only", default=",".join(GROUPS[:-1]), help=f"some of {','.join(GROUPS)} (default: all but the last)")
     add("--small", action="store_true", help="tiny networks, to try this program; their times mean nothing")
@@ -54,7 +51,6 @@ def parse(arguments=None):
 def main(arguments=None):
     """Print what is measured where, then the table."""
     options = parse(arguments)
-    os.environ.update(QUIET)  # for the processes that use diffusers
     cpu, threads = Path("/proc/cpuinfo"), f"threads: {torch.get_num_threads()}"
     names = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else []
     device = ["cuda", torch.cuda.get_device_name()] if options.device == "cuda" else ["cpu", *names[:1], threads]
@@ -69,22 +65,15 @@ def main(arguments=None):
 
 
 def measure(title, options):
-    """Measure one part: rows of the table. Raises UserError if the outputs differ.
-
-    A variant for CUDA alone that fails (it may want another GPU or number format) is left out, with a line on stderr.
-    """
+    """Measure one part: rows of the table. Raises UserError if the outputs differ."""
     variants = [one for one in PARTS[title][1] if options.device == "cuda" or one not in ON_CUDA]
     processes, outputs, rows = {}, {}, []
     with ExitStack() as stack:
         for variant in variants:
             print(f"bench: {title}, {variant}", file=sys.stderr, flush=True)
             ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_DFL)  # ends a process without a word
-            process = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), *ctrl_c))
-            first = process.submit(first_output, title, variant, options)
-            if variant in ON_CUDA and first.exception():
-                print(f"bench: left out, since {first.exception()}", file=sys.stderr)
-            else:
-                processes[variant], outputs[variant] = process, first.result()
+            processes[variant] = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), *ctrl_c))
+            outputs[variant] = processes[variant].submit(first_output, title, variant, options).result()
         base = outputs[variants[-1]]
         errors = {variant: ((output - base).norm() / base.norm()).item() for variant, output in outputs.items()}
         for variant, error in errors.items():

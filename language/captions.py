@@ -44,30 +44,20 @@ def normal(text):
     return text.strip().rstrip(".!?").strip().lower()
 
 
-class Unique:
-    """Iterate over the (caption, url) whose caption and whose url have not come before; `skipped` counts the others."""
-
-    def __init__(self, captions):
-        self.captions, self.skipped = captions, 0
-
-    def __iter__(self):
-        """Empty captions are skipped, too. Hashes stand for the texts, since there may be millions of them."""
-        seen = {hash("")}
-        for caption, url in self.captions:
-            keys = {hash(normal(caption))}
-            if url:
-                keys.add(hash(("url", url)))
-            if seen.isdisjoint(keys):
-                yield caption, url
-            else:
-                self.skipped += 1
-            seen |= keys
+def unique(captions, counts):
+    """Yield the (caption, url) whose caption and url have not come before; counts["duplicates"] are the others."""
+    seen = {hash("")}  # empty captions are skipped, too; hashes stand for the texts, since there may be millions
+    for caption, url in captions:
+        keys = {hash(normal(caption))} | ({hash(("url", url))} if url else set())
+        if seen.isdisjoint(keys):
+            yield caption, url
+        else:
+            counts["duplicates"] += 1
+        seen |= keys
 
 
 def begin_file(out, settings):
     """Keep the settings of a file in OUT.settings.json beside it. Raises UserError where `out` was made otherwise."""
-    if out.is_dir():
-        raise UserError(f"cannot write {out}: it is a folder")
     beside = out.with_suffix(".settings.json")
     if out.exists() and not beside.exists():
         raise UserError(f"{out} is there already, made otherwise; use another --out")

@@ -5,6 +5,7 @@ retries are the client's. An answer is written before the next caption is taken,
 """
 
 import asyncio
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from cli import UserError
 from openai import APIConnectionError, AsyncOpenAI, BadRequestError, InternalServerError, OpenAIError, RateLimitError
 from tqdm import tqdm
 
-from language.captions import Unique, append_record, begin_file, normal, read_captions, read_done, read_edits
+from language.captions import append_record, begin_file, normal, read_captions, read_done, read_edits, unique
 
 SYSTEM = """\
 You write training data for a program that edits images by instruction. You are given the caption of an image. Think
@@ -108,14 +109,14 @@ def chat(triplets):
     return messages
 
 
-async def write_all(writer, captions, out, bar):
+async def write_all(writer, captions, out, counts, bar):
     """Triplets of (caption, url) go to the file `out`, what was dropped and why to the same name with `_dropped`.
 
-    What failed is in neither, so the next run asks again. Returns how many went where, and the last failure.
+    What failed is in neither, so the next run asks again. `counts` says how many went where; returns the last failure.
     """
     files = {"written": out, "dropped": out.with_stem(f"{out.stem}_dropped")}
     done, source = read_done(files["written"]) | read_done(files["dropped"]), iter(captions)
-    counts, failed_in_row, failure = Counter(), 0, None
+    failed_in_row, failure = 0, None
 
     async def work():
         nonlocal failed_in_row, failure
@@ -144,7 +145,7 @@ async def write_all(writer, captions, out, bar):
     async with writer.client, asyncio.TaskGroup() as group:
         for _ in range(writer.options.concurrency):
             group.create_task(work())
-    return counts, failure
+    return failure
 
 
 @contextmanager
@@ -170,12 +171,13 @@ def write_edits(options):
         writer = Writer(options)
         next(read_captions(options.captions), None)  # a mistake in the file ends here, before anything is written
         begin_file(out, {"program": "datagen.py text", **{name: getattr(options, name) for name in names}})
-        unique = Unique(read_captions(options.captions))
-        captions = (pair for number, pair in enumerate(unique) if number % parts == part)
+        counts = Counter()
+        captions = itertools.islice(unique(read_captions(options.captions), counts), part, None, parts)
         with tqdm(desc="captions", unit="caption", mininterval=5) as bar:
-            counts, failure = asyncio.run(write_all(writer, captions, out, bar))
-        numbers = ", ".join(f"{counts[name]} {name}" for name in ("written", "dropped", "failed", "done before"))
-        print(f"{out}: {numbers}, {unique.skipped} duplicates; tokens: {writer.read} read, {writer.written} written")
+            failure = asyncio.run(write_all(writer, captions, out, counts, bar))
+        kinds = "written", "dropped", "failed", "done before", "duplicates"
+        numbers = ", ".join(f"{counts[name]} {name}" for name in kinds)
+        print(f"{out}: {numbers}; tokens: {writer.read} read, {writer.written} written")
         if counts["over budget"]:
             print(f"stopped before --max-tokens-total {options.max_tokens_total} was passed; the same command resumes")
         if failure:

@@ -24,10 +24,9 @@ def pixels_of(scenes):
 def kept_pixels(scenes, path):
     """The pixels of many scenes, drawn by all cores the first time and kept in a file."""
     if not path.exists():
-        parts = [scenes[start : start + 256] for start in range(0, len(scenes), 256)]
         with ProcessPoolExecutor() as pool, atomic_write(path) as beside, open(beside, "wb") as file:
-            drawn = tqdm(pool.map(pixels_of, parts), total=len(parts), desc="drawing", leave=False)
-            np.save(file, np.concatenate(list(drawn)))
+            drawn = tqdm(pool.map(render, scenes, chunksize=256), total=len(scenes), desc="drawing", leave=False)
+            np.save(file, np.stack([np.asarray(image) for image in drawn]))
     return np.load(path, mmap_mode="r")
 
 

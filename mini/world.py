@@ -115,17 +115,12 @@ def random_edit(rng, kind=None, test=False, new_phrasing=False):
     kind = kind or pick(rng, KINDS)
     while True:
         before = random_scene(rng, test)
-        if kind in possible_kinds(before):
+        if kind != ("remove" if len(before.things) == 1 else "add"):  # there are one or two, always
             after, key, words = change(before, kind, rng)
             if held_out(after) == test:
                 break
     template = pick(rng, (HELD_OUT if new_phrasing else PHRASINGS)[key])
     return Edit(kind, template.format(**words), before, after, new_phrasing)
-
-
-def possible_kinds(scene):
-    """The kinds of edits that a scene allows: a third thing cannot be added, the last one cannot be removed."""
-    return [kind for kind in KINDS if kind != ("add" if len(scene.things) == 2 else "remove")]
 
 
 def change(scene, kind, rng):
@@ -209,8 +204,8 @@ def draw_background(name, rng):
 
     sky_top, sky_bottom, top, bottom = GRADIENTS[name]
     pixels = blend(sky_top, sky_bottom, Y / horizon)
-    if name == "meadow":  # a cloud
-        for shift, size in ((-5, 4.5), (0, 6), (6, 4)):
+    if name == "meadow":
+        for shift, size in ((-5, 4.5), (0, 6), (6, 4)):  # a cloud
             pixels = blend(pixels, (252, 252, 252), disc(far + shift, 11, size, 1.5))
     elif name == "sea":
         pixels = ground(pixels, (40, 130, 190), (70, 185, 215), horizon)

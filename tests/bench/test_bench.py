@@ -22,8 +22,6 @@ SMALL = ["--small", "--size", "64", "--runs", "2"]
 def in_process(monkeypatch):
     """No process is started."""
     monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
-    for name in bench.QUIET:
-        monkeypatch.setenv(name, "")  # so that it is put back
 
 
 def check(text, groups, largest_error):

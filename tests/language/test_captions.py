@@ -1,12 +1,13 @@
 """Captions from files of three kinds, what counts as equal, and files of records that survive anything."""
 
 import json
+from collections import Counter
 
 from cli import UserError
 
 import pytest
 
-from language.captions import Unique, append_record, read_captions, read_done, read_edits
+from language.captions import append_record, read_captions, read_done, read_edits, unique
 
 
 def written(path, text):
@@ -51,9 +52,9 @@ def test_files_that_hold_no_captions(tmp_path, name, text, message):
 def test_duplicates_by_caption_or_url():
     given = [*zip(["a", "A.", "b", "", "!", "c"], ["1", "2", "1", "3", None, "2"], strict=True)]
     given += [("d", None), ("e", None), ("d", "9")]
-    unique = Unique(given)
-    assert list(unique) == [("a", "1"), ("d", None), ("e", None)]
-    assert unique.skipped == 6
+    counts = Counter()
+    assert list(unique(given, counts)) == [("a", "1"), ("d", None), ("e", None)]
+    assert counts == {"duplicates": 6}
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"caption": "b', b'{"caption": "b"}', b"\xe5"])

@@ -59,7 +59,7 @@ def test_what_was_made_otherwise_is_never_replaced(program, tmp_path):
     [
         (["text"], "--out"),
         (["true", "--out=x", "--count=0"], "--count: should be at least 1, not 0"),
-        (["text", "--out=data"], "cannot write data: it is a folder"),
+        (["text", "--out=data"], "data is there already"),
         (["text", "--out=cat.txt"], "cat.txt is there already"),
         (["true", "--out=data"], "data holds other files, such as mine"),
     ],
