@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from cli import UserError, run_program  # noqa: E402
+from cli import run_program  # noqa: E402
 
 from images import enlarge, grid, open_image, save_png  # noqa: E402
 from ip2p import InstructPix2Pix  # noqa: E402
@@ -22,13 +22,12 @@ INSTRUCTIONS = (
 
 def main():
     """Write the sheet to the file named on the command line."""
-    if len(sys.argv) != 2:
-        raise UserError("an output file is needed: python examples/demo.py FILE.png")
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo.png")
     model = InstructPix2Pix.load(ROOT / "models" / "mini" / "editor")
     scene = open_image(ROOT / "examples" / "scene.png")
     images = [scene, *(model.edit(scene, instruction, seed=3) for instruction in INSTRUCTIONS)]
-    save_png(grid([enlarge(image, 192) for image in images], 4, ["before", *INSTRUCTIONS]), sys.argv[1])
-    print(sys.argv[1])
+    save_png(grid([enlarge(image, 192) for image in images], 4, ["before", *INSTRUCTIONS]), out)
+    print(out)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import csv
 import json
 
-from cli import UserError, append_whole, keep_settings, reported_as
+from cli import UserError, keep_settings, reported_as
 
 FIELDS = ("caption", "edit", "output")
 CAPTIONS, URLS = ("caption", "input", "TEXT"), ("url", "URL")  # ours, the authors' and LAION's names
@@ -75,8 +75,3 @@ def read_done(path):
                 whole += len(line)
         file.truncate(whole)
     return done
-
-
-def append_record(path, record):
-    """Write one record to a file of JSON lines, whole or not at all."""
-    append_whole(path, json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")

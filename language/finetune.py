@@ -24,8 +24,7 @@ def finetune(options):
         if options.dry_run:
             return
     with endpoint():
-        client = OpenAI(max_retries=RETRIES)
-        job = options.job
+        client, job = OpenAI(max_retries=RETRIES), options.job
         if job is None:
             uploaded = client.files.create(file=options.out, purpose="fine-tune")
             method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": options.epochs}}}

@@ -13,12 +13,12 @@ import random
 from collections import Counter
 from contextlib import contextmanager
 
-from cli import UserError
+from cli import UserError, append_whole
 
 from openai import APIConnectionError, AsyncOpenAI, BadRequestError, InternalServerError, OpenAIError, RateLimitError
 from tqdm import tqdm
 
-from language.captions import append_record, begin_file, normal, read_captions, read_done, read_edits, unique
+from language.captions import begin_file, normal, read_captions, read_done, read_edits, unique
 
 SYSTEM = """\
 You write training data for a program that edits images by instruction. You are given the caption of an image. Think
@@ -115,12 +115,12 @@ async def write_all(writer, captions, out, counts, bar):
     What failed is in neither, so the next run asks again. `counts` says how many went where; returns the last failure.
     """
     files = {"written": out, "dropped": out.with_stem(f"{out.stem}_dropped")}
-    done, source = read_done(files["written"]) | read_done(files["dropped"]), iter(captions)
+    done = read_done(files["written"]) | read_done(files["dropped"])
     failed_in_row, failure = 0, None
 
     async def work():
         nonlocal failed_in_row, failure
-        for caption, url in source:
+        for caption, url in captions:  # an iterator, whose captions the tasks share
             bar.update()
             bar.set_postfix(tokens=writer.read + writer.written, **counts, refresh=False)
             if hash(normal(caption)) in done:
@@ -139,7 +139,8 @@ async def write_all(writer, captions, out, counts, bar):
                 continue
             failed_in_row = 0
             kind = "dropped" if "reason" in record else "written"
-            append_record(files[kind], {"caption": caption, **record, "url": url})
+            line = json.dumps({"caption": caption, **record, "url": url}, ensure_ascii=False) + "\n"
+            append_whole(files[kind], line.encode("utf-8", "backslashreplace"))
             counts[kind] += 1
 
     async with writer.client, asyncio.TaskGroup() as group:

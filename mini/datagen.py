@@ -23,10 +23,7 @@ def triplet(edit):
 
 
 def main(arguments=None):
-    """Draw the edits, and write them as a file of triplets or as a data set of TRUE pairs.
-
-    True pairs are never for an editor of ours, only for its upper bound.
-    """
+    """Draw the edits, and write them as a file of triplets or as a data set of TRUE pairs."""
     parser = Parser(prog="mini.datagen", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("command", choices=["text", "true"], help="text: captions, instructions, captions after; true: true pairs")

@@ -17,8 +17,7 @@ from dataset import Filter
 from formats.checkpoint import load_clip
 from images import enlarge, grid, save_png, to_image, to_tensor
 from ip2p import InstructPix2Pix
-from mini.judge import Judge, right
-from mini.scenes import in_batches
+from mini.judge import Judge, in_batches, right
 from mini.world import KINDS, caption, random_edit, render
 from p2p import PairNoise, sample_pairs
 from stable_diffusion import StableDiffusion
@@ -33,9 +32,6 @@ A success: the judge reads every attribute of the edited image as in the true ed
 region the image differs from the true one by at most {TOUCHED} (mean L1 in [0, 1]). Edits that leave less than 1 % of
 the image outside, as those of the medium do, are judged by the attributes alone and do not count in the mean L1."""
 SIMILARITIES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")
-
-
-# ---- editors ----
 
 
 def held_out_edits(count, seed=0, validation=False):
@@ -61,8 +57,7 @@ def true_images(edits):
 def edit_all(model, edits, before, sampling, batch_size):
     """Edit the images `before` [count, 3, H, W] by an InstructPix2Pix -> images of the same shape, in [-1, 1].
 
-    An edit's noise has its scene's layout as seed, whatever the batch size and the model, so that editors can be
-    compared edit by edit.
+    An edit's seed is its scene's layout, whatever the batch size and the model, so that editors can be compared.
     """
 
     def compute(edits, before):
@@ -76,8 +71,7 @@ def edit_all(model, edits, before, sampling, batch_size):
 def measure(images, edits, before, after, judge):
     """How well do `images` show `edits`? All images [count, 3, 64, 64] in [-1, 1]; before, after: the true ones.
 
-    Returns fractions in [0, 1], the 95 % interval of the success, the mean L1 of the edits that leave anything outside,
-    and the positions of the edits that failed.
+    Returns fractions in [0, 1]; l1_outside is the mean of the edits that leave anything outside.
     """
     attributes = right(judge, images, [edit.after for edit in edits])
     l1, counts = (values.numpy() for values in l1_outside(images, before, after))
@@ -97,10 +91,7 @@ def measure(images, edits, before, after, judge):
 
 
 def edited_region(before, after):
-    """Where an edit may change the image: wherever the true pair differs, and MARGIN pixels around.
-
-    before, after [B, 3, H, W] in [-1, 1] -> bool [B, 1, H, W].
-    """
+    """Where an edit may change the image: the true images [B, 3, H, W] in [-1, 1] -> bool [B, 1, H, W]."""
     changed = ((after - before).abs() / 2).amax(dim=1, keepdim=True) > CHANGED
     return F.max_pool2d(changed.float(), 2 * MARGIN + 1, stride=1, padding=MARGIN).bool()
 
@@ -135,15 +126,14 @@ def clip_scores(clip, tokenizer, images, edits, before, batch_size=63):
 
 def tables(results):
     """The results in Markdown: {title: table}, the overall one first."""
-    overall, kinds, scores = {}, {}, {}
+    overall, kinds = {}, {}
     for name, row in results["rows"].items():
         low, high = row["interval"]
         success = f"**{percent(row['success'])}** [{100 * low:.1f} to {percent(high)}]"
         phrasings = percent(row["known_phrasings"]), percent(row["new_phrasings"])
         overall[name] = [success, percent(row["attributes"]), f"{row['l1_outside']:.4f}", *phrasings]
         kinds[name] = map(percent, row["kinds"].values())
-    for name, row in results["clip"].items():
-        scores[name] = [f"{score:.3f}" for score in row.values()]
+    scores = {name: [f"{score:.3f}" for score in row.values()] for name, row in results["clip"].items()}
     columns = "success [95 % interval]", "all attributes right", "L1 outside", "known phrasings", "new phrasings"
     of_scores = "before to edited image", "directional", "edited image to its caption"
     return {

@@ -1,7 +1,6 @@
 """The judge: a small convolutional classifier that reads a scene's attributes from an image, for evaluation only.
 
-It shares neither weights nor architecture with the CLIP that filters the training data. `python -m mini.pretrain judge`
-reports its own error.
+It shares neither weights nor architecture with the CLIP that filters the training data.
 """
 
 from cli import reported_as
@@ -9,9 +8,9 @@ from cli import reported_as
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from formats.weights import read_tensors, write_tensors
-from mini.scenes import in_batches
 from mini.world import BACKGROUNDS, COLOURS, MEDIA, SHAPES, SIZES
 
 THING = {"shape": ("nothing", *SHAPES), "colour": tuple(COLOURS), "size": tuple(SIZES)}
@@ -83,3 +82,10 @@ def right(judge, x, scenes):
     device, answers = next(judge.parameters()).device, labels(scenes)
     classes = in_batches(lambda x: judge.read(x.to(device)).cpu(), 256, x)
     return ((classes == answers) | (answers == -1)).all(dim=1).numpy()
+
+
+@torch.no_grad()
+def in_batches(compute, size, *inputs, desc=None):
+    """Call compute(*batch) for batches of the inputs, which are of one length, and join what it returns, tensors."""
+    starts = tqdm(range(0, len(inputs[0]), size), desc=desc, unit="batch", leave=False, disable=desc is None)
+    return torch.cat([compute(*(values[start : start + size] for values in inputs)) for start in starts])

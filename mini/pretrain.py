@@ -8,6 +8,7 @@ Stages: `vae`, `clip` (with its tokenizer), `judge` (measures images, teaches no
 
 import json
 import shutil
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
+from tqdm import tqdm
 
 from attention import fused, reference
 from clip_image import CLIP, CLIPImageConfig
@@ -26,9 +28,8 @@ from diffusion import NoiseSchedule, Sampling
 from formats.checkpoint import Model, load_clip, load_vae, save_clip, save_folder, save_vae
 from formats.weights import write_json
 from images import enlarge, grid, save_png, to_image
-from mini.judge import Judge, labels, right
-from mini.scenes import in_batches, kept_pixels, pixels_of, scenes, to_images
-from mini.world import KINDS, SIZE, caption, random_edit
+from mini.judge import Judge, in_batches, labels, right
+from mini.world import KINDS, SIZE, caption, random_edit, random_scene, render
 from stable_diffusion import StableDiffusion
 from train import Settings, autocasting, fit
 from training.presets import fast_precision
@@ -48,12 +49,25 @@ MINI_UNET = UNetConfig(
 )  # fmt: skip
 MINI_SAMPLING = Sampling(steps=20, text_guidance=4.0, image_guidance=1.5, resolution=SIZE)
 
-SETTINGS = {  # batch_size: examples a step, of all processes together
-    "vae": Settings(3600, lr=2e-3, batch_size=16, lr_decay=0.7, seed=2),
-    "clip": Settings(1000, lr=1e-3, batch_size=128, lr_decay=0.7, beta2=0.98, weight_decay=0.05, seed=3),
-    "judge": Settings(700, lr=2e-3, batch_size=64, seed=1),
-    "sd": Settings(4200, lr=1e-3, batch_size=32, seed=4),
-}
+
+def scenes(count, test=False):
+    """The first `count` scenes of training, always the same ones; with `test` held-out ones."""
+    return [random_scene(np.random.default_rng([int(test), index]), test) for index in range(count)]
+
+
+def kept_pixels(scenes, path):
+    """The pixels of many scenes, uint8 [count, 64, 64, 3], drawn by all cores the first time and kept in a file."""
+    if not path.exists():
+        with ProcessPoolExecutor() as pool, atomic_write(path) as beside, open(beside, "wb") as file:
+            drawn = tqdm(pool.map(render, scenes, chunksize=256), total=len(scenes), desc="drawing", leave=False)
+            np.save(file, [np.asarray(image) for image in drawn])
+    return np.load(path, mmap_mode="r")
+
+
+def to_images(pixels, device="cpu"):
+    """Pixels uint8 [B, 64, 64, 3] -> images [B, 3, 64, 64] in [-1, 1]."""
+    x = torch.from_numpy(np.array(pixels)).to(device)
+    return (x.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
 
 # A stage is a function of the options, its settings, the training scenes with their pixels [count, 64, 64, 3], and the
@@ -105,10 +119,9 @@ def encode_all(vae, pixels, options):
 
 @torch.no_grad()
 def normalise_latents(vae, latents):
-    """Give every latent channel mean 0 and deviation 1 over `latents` [B, C, H, W], by the 1x1 convolutions there are.
+    """Give every latent channel mean 0 and deviation 1 over `latents` [B, C, H, W]; the images stay the same.
 
-    Stable Diffusion's VAE does it by one scaling factor; folded into quant_conv and post_quant_conv it is exact for
-    every channel, and the factor becomes 1. The images stay the same.
+    Stable Diffusion has one scaling factor; folded into quant_conv and post_quant_conv it is exact for every channel.
     """
     mean, deviation = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     channels = len(mean)
@@ -123,9 +136,8 @@ def normalise_latents(vae, latents):
 def clip_stage(options, settings, drawn, pixels, held_out, images):
     """Both towers by the contrastive loss (Radford et al. 2021), on captions and images.
 
-    Captions hold no instructions, so the text tower would never learn their words. A second loss, on texts alone,
-    pulls an instruction towards the difference of the captions after and before it. No edited image is shown.
-    Each process contrasts its own rows of the total batch.
+    Captions hold no instructions, so a second loss, on texts alone, pulls an instruction towards the difference of the
+    captions after and before it. No edited image is shown. Each process contrasts its own rows of the total batch.
     """
     device, tokenizer = options.device, train_tokenizer(world_texts())
     size = {"width": 128, "layers": 4, "heads": 4, "projection": 128}  # of either tower
@@ -192,10 +204,7 @@ def train_tokenizer(texts):
 
 
 def judge_stage(options, settings, drawn, pixels, held_out, images):
-    """The judge, on scenes as they are and as the autoencoder gives them back, and its own error.
-
-    Generated images are softer than drawn ones and lack the finest strokes; a judge must not live on those.
-    """
+    """The judge, on scenes as they are and as the autoencoder gives them back: softer, as generated images are."""
     device, judge, answers = options.device, Judge().to(options.device), labels(drawn).to(options.device)
     vae = load_vae(options.out / "vae_model").float().to(device)
 
@@ -272,15 +281,20 @@ def start_at_zero(unet):
     for module in unet.modules():
         if type(module) in last:
             for weight in getattr(module, last[type(module)]).parameters():
-                weight.data.zero_()
+                nn.init.zeros_(weight)
 
 
-STAGES = {"vae": vae_stage, "clip": clip_stage, "judge": judge_stage, "sd": sd_stage}
+STAGES = {  # batch_size: examples a step, of all processes together
+    "vae": (vae_stage, Settings(3600, lr=2e-3, batch_size=16, lr_decay=0.7, seed=2)),
+    "clip": (clip_stage, Settings(1000, lr=1e-3, batch_size=128, lr_decay=0.7, beta2=0.98, weight_decay=0.05, seed=3)),
+    "judge": (judge_stage, Settings(700, lr=2e-3, batch_size=64, seed=1)),
+    "sd": (sd_stage, Settings(4200, lr=1e-3, batch_size=32, seed=4)),
+}
 
 
 def run_stage(stage, options):
     """Train a stage that is not done yet, and note what it reached in `results.json`."""
-    folder, own = options.out / stage, SETTINGS[stage]
+    folder, (make, own) = options.out / stage, STAGES[stage]
     if (folder / "results.json").exists():
         print(f"{stage}: done already; remove {folder} to train it anew")
         return
@@ -294,9 +308,9 @@ def run_stage(stage, options):
         keep_settings(folder / "settings.json", {"total_batch_size": total, "seed": seed})
     drawn, held_out = scenes(options.scenes), scenes(options.test_scenes, test=True)
     pixels = kept_pixels(drawn, options.out / f"scenes_{options.scenes}.npy")
-    images = to_images(pixels_of(held_out), options.device)
+    images = to_images([np.asarray(render(scene)) for scene in held_out], options.device)
     torch.manual_seed(seed)  # of the weights to begin with; all else that is random is drawn from `Draws`
-    network, loss_of, evaluate, finish = STAGES[stage](options, settings, drawn, pixels, held_out, images)
+    network, loss_of, evaluate, finish = make(options, settings, drawn, pixels, held_out, images)
     network = fit(network, loss_of, settings, folder, evaluate)
     if RANK == 0:
         shutil.rmtree(options.out / f"{stage}_model", ignore_errors=True)  # of a run that was stopped in `finish`
@@ -316,7 +330,7 @@ def main(arguments=None):
     add("--out", type=Path, default=Path("runs/mini"), metavar="DIR", help="for results, logs and what resuming needs")
     add("--scenes", type=WHOLE, default=40_000, metavar="N", help="images to draw and train on (default: 40000)")
     add("--test-scenes", type=WHOLE, default=256, metavar="N", help="held-out images to measure on (default: 256)")
-    add("--max-steps", type=WHOLE, metavar="N", help="training steps of a stage (default: its own, see SETTINGS)")
+    add("--max-steps", type=WHOLE, metavar="N", help="training steps of a stage (default: its own, see STAGES)")
     add("--total-batch-size", type=WHOLE, metavar="B", help="images a step (default: the stage's own)")
     add("--seed", type=between(0, 10**8), default=0, metavar="S", help="of all randomness (default: 0)")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
@@ -328,7 +342,6 @@ def main(arguments=None):
     options.device = join(options.device)
     options.autocast = autocasting(options.device, "bf16" if fast_precision(options.device) == "bf16" else "no")
     options.attend = reference if options.device == "cpu" else fused  # whose backward pass is slow on CPUs
-    options.out.mkdir(parents=True, exist_ok=True)
     for stage in STAGES if options.stage == "all" else [options.stage]:
         run_stage(stage, options)
         barrier()  # what the stage leaves is whole

@@ -72,14 +72,10 @@ class Edit:
     new_phrasing: bool = False  # worded as training never words it
 
 
-# ---- words ----
-
-
 def caption(scene, side=True):
     """A scene in words: "a painting of a large red house and a small blue tree by the sea".
 
-    A single thing has its side, "on the left", unless side=False: so a caption states every attribute, and
-    Prompt-to-Prompt has no reason to move anything.
+    A single thing has its side, unless side=False, so that Prompt-to-Prompt has no reason to move anything.
     """
     things = " and ".join(f"a {thing.size} {thing.colour} {thing.shape}" for thing in scene.things)
     side = f" on the {'left' if scene.left else 'right'}" if side and len(scene.things) == 1 else ""

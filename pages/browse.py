@@ -20,10 +20,10 @@ NUMBERS = ("p2p_threshold", "cfg_scale", "clip_sim_0", "clip_sim_1", "clip_sim_i
 
 
 def write_page(root, out, count):
-    """Write a page of about `count` pairs of the data set `root` at most, whole edits spread over all of it.
+    """Write a page of at most about `count` pairs of the data set `root`, whole edits spread over all of it.
 
-    Where the similarities of every candidate are kept (datagen.py does so), they are on it, also for edits of which
-    nothing was kept. Returns a line that says what is there. Raises UserError where `root` is no data set.
+    Where candidates.jsonl holds the similarities of every candidate, kept or not, they are on the page as well.
+    Returns a line that says what is there. Raises UserError where `root` is no data set.
     """
     every = sorted(path.parent for path in root.glob("[0-9]*/candidates.jsonl"))
     noted = [(folder.name, [line["seed"] for line in read_metadata(folder / "metadata.jsonl")]) for folder in every]

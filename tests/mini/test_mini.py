@@ -21,7 +21,7 @@ from ip2p import InstructPix2Pix
 from mini import pretrain
 from mini.evaluation import clip_scores, edit_all, held_out_edits, measure, true_images
 from mini.judge import Judge, right
-from mini.scenes import scenes
+from mini.pretrain import scenes
 from mini.world import caption
 from stable_diffusion import StableDiffusion
 

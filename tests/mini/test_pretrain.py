@@ -38,9 +38,6 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- scenes ----
-
-
 # ---- the autoencoder ----
 
 
@@ -95,9 +92,6 @@ def test_contrast_is_least_for_logits_that_are_right():
     assert least == pytest.approx(0.5 * np.log(2), abs=1e-6)
     assert contrast(50 * torch.eye(4), pair) > least + 1
     assert all(contrast(50 * same + normal(4, 4, seed=seed), pair) > least for seed in range(20))
-
-
-# ---- Stable Diffusion ----
 
 
 # ---- the program ----
