@@ -1,7 +1,6 @@
 """What evaluate.py measures in the miniature world: editors on edits whose true result is known, and generated pairs.
 
-All scenes are held-out compositions, and half of the edits have phrasings that training never uses. MEANING says which
-edits succeed.
+All scenes are held-out compositions; half of the editors' edits have phrasings that training never uses.
 """
 
 import json
