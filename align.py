@@ -105,20 +105,11 @@ def join_ends(mapper, ours, theirs):
 
 def common_subsequence(source, target):
     """The longest common subsequence of two lists: the positions (i, j) of its members, rising."""
-    lengths = [[0] * (len(target) + 1) for _ in range(len(source) + 1)]  # of what is left from (i, j) on
+    best = [[()] * (len(target) + 1) for _ in range(len(source) + 1)]  # of what is left from (i, j) on
     for i in reversed(range(len(source))):
         for j in reversed(range(len(target))):
             if source[i] == target[j]:
-                lengths[i][j] = 1 + lengths[i + 1][j + 1]
+                best[i][j] = ((i, j), *best[i + 1][j + 1])
             else:
-                lengths[i][j] = max(lengths[i + 1][j], lengths[i][j + 1])
-    pairs, i, j = [], 0, 0
-    while i < len(source) and j < len(target):
-        if source[i] == target[j]:
-            pairs.append((i, j))
-            i, j = i + 1, j + 1
-        elif lengths[i + 1][j] >= lengths[i][j + 1]:
-            i += 1
-        else:
-            j += 1
-    return pairs
+                best[i][j] = max(best[i + 1][j], best[i][j + 1], key=len)
+    return best[0][0]
