@@ -55,7 +55,7 @@ def make_parser():
 
 
 def parse(arguments=None):
-    """The settings of an edit, with --again those of another one as defaults. Raises UserError for what is missing."""
+    """The settings of an edit, with --again those of another one as defaults. Raises UserError before any loading."""
     parser = make_parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
@@ -63,23 +63,13 @@ def parse(arguments=None):
         from images import read_settings
 
         again, settings = options.again, read_settings(options.again)
-        if not isinstance(settings, dict):
-            raise UserError(f"{again} carries settings of another program; it cannot be repeated")
         flags = {f"--{name.replace('_', '-')}": value for name, value in settings.items() if value is not None}
         then = [flag if value is True else f"{flag}={value}" for flag, value in flags.items() if value is not False]
         options = parser.parse_args([*then, *arguments])  # what is said now comes last and wins
         options.out = options.out or again.with_name(f"{again.stem}_again.png")
     options.out = options.out or Path("out.png")
-    check(options)
-    return options
-
-
-def check(options):
-    """Raise UserError for what can be told before anything is loaded."""
-    if not options.image:
-        raise UserError("name the image to edit with --image")
-    if options.instr is None:
-        raise UserError('say what to change with --instr, such as --instr "make it night"')
+    if not options.image or options.instr is None:
+        raise UserError('name the image to edit with --image, and what to change with --instr "make it night"')
     check_instruction(options.instr)
     if options.sweep and options.num > 1:
         raise UserError("--num and --sweep cannot be used together")
@@ -88,6 +78,7 @@ def check(options):
     written = [path for path in (options.out, *variants(options).values()) if path.exists()]
     if os.path.exists(options.image) and any(path.samefile(options.image) for path in written):
         raise UserError(f"the output would overwrite the input {options.image}; choose another --out")
+    return options
 
 
 def variants(options):
@@ -176,10 +167,7 @@ def main(arguments=None):
 
     image = open_image(options.image)
     if not options.weights and image.size != (WORLD, WORLD):
-        say(
-            f"the bundled model knows only its own world, scenes of {WORLD}x{WORLD} pixels as in examples/; yours "
-            "is resized, and the edit may make no sense. For photographs: --weights timbrooks/instruct-pix2pix"
-        )
+        say("the bundled model knows only its own world; photographs need --weights timbrooks/instruct-pix2pix")
     model = load_model(options)
     if cut_off := model.tokenizer.cut_off(options.instr):
         say(f'the instruction is too long; the model does not see its end: "{cut_off}"')

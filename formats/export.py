@@ -23,8 +23,6 @@ def load_editor(path, device="cpu", sampling=None):
     channels = model.vae.config.latent_channels
     if model.unet.config.in_channels == channels:
         model.unet = extend_input(model.unet, 2 * channels)
-    if model.unet.config.in_channels != 2 * channels:
-        raise UserError(f"{path} is neither a Stable Diffusion nor an InstructPix2Pix: its UNet takes other channels")
     model.sampling = replace(model.sampling, **{k: v for k, v in (sampling or {}).items() if v is not None})
     return model
 

@@ -100,7 +100,7 @@ def test_seeds_while_another_process_writes(root, monkeypatch):
 def test_what_was_written_is_read(root):
     data = EditDataset(root, "all")
     assert len(data) == 2
-    assert data.edits == [("0000003", ["40"]), ("0000012", ["171", "5"])]
+    assert data.edits == [["0000003", ["40"]], ["0000012", ["171", "5"]]]
     assert torch.equal(data[1][0], data.load_pair(1, 0)[0])  # an edit's first pair
     for (index, k), (seed, edit) in {
         (0, 0): (40, "add a moon"),

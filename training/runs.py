@@ -7,7 +7,6 @@ import signal
 import time
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 from cli import UserError, atomic_write, own_device, reported_as
 
@@ -21,12 +20,9 @@ LOG_EVERY = 5.0  # seconds between two lines of metrics.jsonl
 PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # as torchrun sets them
 
 
-# Weights and their moving average are {name: tensor}, with the same names; the two may lie on different devices.
-
-
 @torch.no_grad()
 def update_ema(ema, weights, decay):
-    """ema = decay * ema + (1 - decay) * weights."""
+    """ema = decay * ema + (1 - decay) * weights: each {name: tensor}, with the same names, maybe on two devices."""
     now = [weights[name].to(value.device) for name, value in ema.items()]
     torch._foreach_lerp_(list(ema.values()), now, 1 - decay)
 
@@ -46,9 +42,6 @@ def averaged(weights, ema):
     swap(weights, ema)
     yield
     swap(weights, ema)
-
-
-# ---- several processes, and being told to stop ----
 
 
 def join(device):
@@ -94,9 +87,6 @@ def stop_signals():
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
-
-
-# ---- states ----
 
 
 def state_paths(out):
@@ -151,9 +141,6 @@ def resume(out, weights, ema, optimizer, scaler):
     return step, seconds
 
 
-# ---- metrics ----
-
-
 class Log:
     """metrics.jsonl, a line every few seconds, and loss.png, its plot."""
 
@@ -179,7 +166,7 @@ class Log:
             "minutes": round(self.seconds() / 60, 3),
             "loss": round(sum(self.losses) / len(self.losses), 6),
             "examples_per_s": round(len(self.losses) * total / (time.monotonic() - self.written), 2),
-            "memory_gb": round((torch.cuda.max_memory_allocated() or peak_memory()) / 1e9, 2),
+            "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # of a GPU
         }
 
     def write(self, line):
@@ -196,12 +183,6 @@ def read_metrics(path):
     with reported_as(f"{path} cannot be read; remove it, and the run resumes without it"):
         lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         return [{"step": line["step"], **line} for line in lines]
-
-
-def peak_memory():
-    """The most bytes that this process held so far; 0 where Linux does not tell."""
-    status = Path("/proc/self/status")
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 if status.exists() else 0
 
 
 def draw_losses(lines, path):
