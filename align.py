@@ -21,15 +21,11 @@ class Alignment:
     shared: torch.Tensor  # a [B, L]: 1 where a target token has a counterpart, 0 where it is new and keeps its own map
 
     @classmethod
-    def of(cls, tokenizer, sources, targets):
+    def of(cls, tokenizer, sources, targets, device="cpu"):
         """For lists of B captions: a word swap where both have as many words, else a refinement."""
         pairs = zip(sources, targets, strict=True)
         rows = [(swap if len(s.split()) == len(t.split()) else refine)(tokenizer, s, t) for s, t in pairs]
-        return cls(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
-
-    def to(self, device):
-        """The same on another device."""
-        return Alignment(self.mapper.to(device), self.shared.to(device))
+        return cls(*(torch.stack(parts).to(device) for parts in zip(*rows, strict=True)))
 
 
 def swap(tokenizer, source, target):

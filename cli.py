@@ -121,11 +121,10 @@ def keep_settings(path, settings):
         return
     with reported_as(f"{path} cannot be read"):
         begun = json.loads(path.read_text(encoding="utf-8"))
-        different = [name for name in {**begun, **settings} if begun.get(name) != settings.get(name)]
-    if different:
-        name = different[0]
-        change = f"{name} {begun.get(name)}, not {settings.get(name)}"
-        raise UserError(f"{path}: the output was begun with {change}; use the same settings, or another output")
+        for name in {**begun, **settings}:
+            if begun.get(name) != settings.get(name):
+                change = f"{name} {begun.get(name)}, not {settings.get(name)}"
+                raise UserError(f"{path}: the output was begun with {change}; use the same settings, or another output")
 
 
 def check_sampling(steps, text_guidance, image_guidance, resolution):

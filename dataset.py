@@ -124,9 +124,8 @@ class EditDataset(Dataset):
     """The edits of one split: (before [3, H, W], after [3, H, W], instruction), images in [-1, 1].
 
     One item an edit, as in the released code: however many of an edit's pairs passed the filter, it counts once, and
-    one of them is drawn. A large data set that came over a network has gaps: a pair that is missing or damaged is
-    named and skipped, and the edit's next whole one takes its place. `broken` marks them, for all processes of a
-    DataLoader.
+    one of them is drawn. Large data sets have gaps: a pair that is missing or damaged is named and skipped, and the
+    edit's next whole one takes its place. `broken` marks them, for all processes of a DataLoader.
     """
 
     def __init__(self, root, split="train", resolution=None, max_resize=None, flip=0.0, subset=None):

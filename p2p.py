@@ -185,7 +185,7 @@ def sample_pairs(
     """
     steps = steps or model.sampling.steps
     sigmas = model.schedule.sigmas(steps)
-    alignment = None if control == "self" else Alignment.of(model.tokenizer, before, after).to(model.device)
+    alignment = None if control == "self" else Alignment.of(model.tokenizer, before, after, model.device)
     pair_control = PairControl(steps, noise.p, control, alignment, scale)
     attend = blend.watch(pair_control) if blend else pair_control
     guidance = noise.guidance.repeat(2)[:, None, None, None]

@@ -123,18 +123,14 @@ def edit(model, image, options, seed, cfg_text, cfg_image):
         raise
 
 
-def write(image, path, options, **changed):
-    """Write an image with the settings that repeat it."""
-    from images import save_png
-
-    settings = {**vars(options), **changed}
-    save_png(image, path, {name: value for name, value in settings.items() if name not in ("out", "again")})
-    print(path)
-
-
 def write_edits(model, image, before, options):
     """One edit; or one for each of --num seeds, and a sheet of them; or a grid over both guidance scales (Fig. 4)."""
-    from images import enlarge, grid
+    from images import enlarge, grid, save_png
+
+    def write(image, path, **changed):
+        settings = {**vars(options), **changed}  # which repeat it
+        save_png(image, path, {name: value for name, value in settings.items() if name not in ("out", "again")})
+        print(path)
 
     rows, columns, seeds = [options.cfg_image], [options.cfg_text], variants(options) or {options.seed: options.out}
     if options.sweep:
@@ -148,10 +144,10 @@ def write_edits(model, image, before, options):
         result = grid(shown[1:], len(columns), None, *titles, title, beside=("input", shown[0]))
     elif options.num > 1:
         for (seed, path), one in zip(seeds.items(), edited, strict=True):
-            write(one, path, options, seed=seed, num=1)
+            write(one, path, seed=seed, num=1)
         labels = ["input", *(f"seed {seed}" for seed in seeds)]
         result = grid(shown, min(4, len(shown)), labels, title=options.instr)
-    write(result, options.out, options)
+    write(result, options.out)
 
 
 def say(message):

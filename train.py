@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from attention import fused, reference
 from dataset import EditDataset
-from formats.export import choose_weights, export, load_editor, replace_model, sampling_of
+from formats.export import choose_weights, export, load_editor, replace_model
 from gpu.compiled import compiled
 from images import enlarge, grid, save_png, to_image
 from ip2p import InstructPix2Pix, loss
@@ -158,7 +158,7 @@ def train(options):
         raise UserError(f"{out} holds a run; continue it by --resume, or use another --out")
     flip, subset = (0.0, options.overfit) if options.overfit else (0.5, options.subset)
     dataset = EditDataset(options.data, "train", options.resolution, options.max_resize, flip, subset)
-    model = load_editor(options.init, device, sampling_of(options))
+    model = load_editor(options, device)
     if any(side % model.side_multiple for side in dataset[0][0].shape[1:]):
         raise UserError(f"the images need sides of multiples of {model.side_multiple} pixels; see --resolution")
     editor, encode = InstructPix2Pix(model), partial(encode_pairs, model.vae, autocast)

@@ -250,20 +250,11 @@ def test_the_input_is_never_overwritten(refused, edit, photo, tmp_path):
 # ---- numbers and choices ----
 
 
-@pytest.mark.parametrize(
-    ("word", "changes"),
-    [
-        ("steps", {"steps": "1.5"}),
-        ("text", {"cfg_text": "nan"}),
-        ("resolution", {"resolution": "63"}),
-        ("dtype", {"dtype": "int8"}),
-    ],
-)
-def test_values_out_of_range(word, changes, refused):
-    refused(word, **changes)
-
-
-def test_options_that_exclude_each_other(refused):
+def test_values_out_of_range_and_options_that_exclude_each_other(refused):
+    refused("steps", steps="1.5")
+    refused("text", cfg_text="nan")
+    refused("resolution", resolution="63")
+    refused("dtype", dtype="int8")
     refused(["--num", "--sweep"], "--sweep", "--num=2")
     refused("--compile does not pay on a CPU", "--compile")
 
