@@ -21,15 +21,11 @@ class Alignment:
     shared: torch.Tensor  # a [B, L]: 1 where a target token has a counterpart, 0 where it is new and keeps its own map
 
     @classmethod
-    def of(cls, tokenizer, sources, targets):
+    def of(cls, tokenizer, sources, targets, device="cpu"):
         """For lists of B captions: a word swap where both have as many words, else a refinement."""
         pairs = zip(sources, targets, strict=True)
         rows = [(swap if len(s.split()) == len(t.split()) else refine)(tokenizer, s, t) for s, t in pairs]
-        return cls(*(torch.stack(parts) for parts in zip(*rows, strict=True)))
-
-    def to(self, device):
-        """The same on another device."""
-        return Alignment(self.mapper.to(device), self.shared.to(device))
+        return cls(*(torch.stack(parts).to(device) for parts in zip(*rows, strict=True)))
 
 
 def swap(tokenizer, source, target):
@@ -105,20 +101,11 @@ def join_ends(mapper, ours, theirs):
 
 def common_subsequence(source, target):
     """The longest common subsequence of two lists: the positions (i, j) of its members, rising."""
-    lengths = [[0] * (len(target) + 1) for _ in range(len(source) + 1)]  # of what is left from (i, j) on
+    best = [[()] * (len(target) + 1) for _ in range(len(source) + 1)]  # of what is left from (i, j) on
     for i in reversed(range(len(source))):
         for j in reversed(range(len(target))):
             if source[i] == target[j]:
-                lengths[i][j] = 1 + lengths[i + 1][j + 1]
+                best[i][j] = ((i, j), *best[i + 1][j + 1])
             else:
-                lengths[i][j] = max(lengths[i + 1][j], lengths[i][j + 1])
-    pairs, i, j = [], 0, 0
-    while i < len(source) and j < len(target):
-        if source[i] == target[j]:
-            pairs.append((i, j))
-            i, j = i + 1, j + 1
-        elif lengths[i + 1][j] >= lengths[i][j + 1]:
-            i += 1
-        else:
-            j += 1
-    return pairs
+                best[i][j] = max(best[i + 1][j], best[i][j + 1], key=len)
+    return best[0][0]

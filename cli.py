@@ -20,9 +20,6 @@ if importlib.util.find_spec("torch") is None:  # every program imports this modu
 class UserError(Exception):
     """Something the user can put right. The text is one line: what was wrong, and what to do."""
 
-    def __init__(self, message):
-        super().__init__(" ".join(str(message).splitlines()))  # a file's name may hold line breaks, too
-
 
 class Parser(argparse.ArgumentParser):
     """argparse, answering a mistake in one line."""
@@ -60,7 +57,8 @@ def run_program(main):
         sys.exit(1)
     except (UserError, OSError) as error:
         known = isinstance(error, OSError) and error.filename
-        print(f"{name}: {UserError(f'{error.filename}: {error.strerror}' if known else error)}", file=sys.stderr)
+        message = f"{error.filename}: {error.strerror}" if known else str(error)
+        print(f"{name}: {' '.join(message.splitlines())}", file=sys.stderr)  # a file's name may hold line breaks
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{name}: stopped; nothing half-written is left behind", file=sys.stderr)
@@ -123,22 +121,19 @@ def keep_settings(path, settings):
         return
     with reported_as(f"{path} cannot be read"):
         begun = json.loads(path.read_text(encoding="utf-8"))
-        different = [name for name in {**begun, **settings} if begun.get(name) != settings.get(name)]
-    if different:
-        name = different[0]
-        change = f"{name} {begun.get(name)}, not {settings.get(name)}"
-        raise UserError(f"{path}: the output was begun with {change}; use the same settings, or another output")
+        for name in {**begun, **settings}:
+            if begun.get(name) != settings.get(name):
+                change = f"{name} {begun.get(name)}, not {settings.get(name)}"
+                raise UserError(f"{path}: the output was begun with {change}; use the same settings, or another output")
 
 
 def check_sampling(steps, text_guidance, image_guidance, resolution):
-    """Raise UserError for a value out of range; None stands for the model's default and passes."""
+    """Raise UserError for a value out of range."""
     for name, value, least, most in [
-        ("steps", steps, 1, 1000),
-        ("text guidance", text_guidance, 0, 100),
-        ("image guidance", image_guidance, 0, 100),
-        ("resolution", resolution, 64, 4096),
-    ]:
-        if value is not None and not least <= value <= most:
+        ("steps", steps, 1, 1000), ("resolution", resolution, 64, 4096),
+        ("text guidance", text_guidance, 0, 100), ("image guidance", image_guidance, 0, 100),
+    ]:  # fmt: skip
+        if not least <= value <= most:
             raise UserError(f"the {name} should be between {least} and {most}, not {value}")
 
 

@@ -14,7 +14,7 @@ import hashlib
 import os
 import shutil
 from argparse import BooleanOptionalAction
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import cli
@@ -41,7 +41,7 @@ class Sampler:
     """Samples candidates, a pair of images each, and their CLIP similarities (Sec. 3.1.2)."""
 
     def __init__(self, edits, options):
-        """With the models and settings that the command line names."""
+        """With the models and settings that the command line names, or else the models' own, put into `options`."""
         if options.threads:
             torch.set_num_threads(options.threads)
         parts = checkpoint.load(options.weights, options.device, getattr(torch, options.dtype), vae=options.vae)
@@ -51,22 +51,22 @@ class Sampler:
             compile_model(model)
         model.vae.float()  # a small part of the work, and bfloat16 has fewer levels than an image
         self.clip, self.tokenizer = checkpoint.load_clip(options.clip, options.device)
-        self.edits, self.control = edits, options.control
-        self.steps = options.steps or model.sampling.steps
-        self.resolution = options.resolution or model.sampling.resolution
-        if self.resolution % parts.side_multiple:
+        self.edits, self.options, own = edits, options, model.sampling
+        options.steps = options.steps or own.steps
+        options.resolution = options.resolution or own.resolution
+        options.guidance = options.guidance or [own.text_guidance, 2 * own.text_guidance]  # the range to draw from
+        if options.resolution % parts.side_multiple:
             raise cli.UserError(f"--resolution should be a multiple of {parts.side_multiple} for this model")
-        own = model.sampling.text_guidance
-        self.guidance = list(options.guidance or (own, 2 * own))  # the range to draw from
 
     def sample(self, jobs):
         """The candidates of `jobs`, (an edit's number, a seed) each, sampled in one batch: a list of Pair."""
-        model, side = self.model, self.resolution // self.model.vae.config.factor
+        model, options = self.model, self.options
+        side = options.resolution // model.vae.config.factor
         before, after = ([self.edits[number][field] for number, _ in jobs] for field in ("caption", "output"))
         shape, seeds = (model.vae.config.latent_channels, side, side), [seed for _, seed in jobs]
-        noise = PairNoise(seeds, shape, self.guidance, device=model.device)
+        noise = PairNoise(seeds, shape, options.guidance, device=model.device)
         # x: twice [B, 3, H, W]
-        x = sample_pairs(model, before, after, noise, self.steps, control=self.control)
+        x = sample_pairs(model, before, after, noise, options.steps, control=options.control)
         if not all(half.isfinite().all() for half in x):
             raise cli.UserError("the networks gave NaN or Inf: damaged weights, or --dtype float16 is too narrow")
         images = [[to_image(image) for image in half] for half in x]
@@ -80,12 +80,10 @@ class Sampler:
             pairs.append(Pair(images[0][index], images[1][index], metadata))
         return pairs
 
-    def sample_all(self, jobs, batch_size):
+    def sample_all(self, jobs):
         """The same in batches."""
-        return [pair for i in range(0, len(jobs), batch_size) for pair in self.sample(jobs[i : i + batch_size])]
-
-
-# ---- the data set ----
+        size = self.options.batch_size
+        return [pair for i in range(0, len(jobs), size) for pair in self.sample(jobs[i : i + size])]
 
 
 def make_images(options):
@@ -96,14 +94,17 @@ def make_images(options):
     stopped and restarted, or with another number of processes, a run ends in the same files.
     """
     sampler = Sampler(read_edits(options.edits), options)
-    wanted = thresholds(options)
+    given = {field.name: getattr(options, f"min_{field.name}") for field in fields(Filter)}
+    wanted = replace(Filter.read(options.clip), **{name: value for name, value in given.items() if value is not None})
     names = {f"min_{name}": float(value) for name, value in asdict(wanted).items()}
-    settings = settings_of(options, sampler, ("samples", "keep", "batch_size"))
+    settings = settings_of(options, "samples", "keep", "batch_size")
     begin_data_set(options.out, {"program": "datagen.py images", **settings, **names})
     (rank, world), count = options.shard, len(sampler.edits)
     size = max(1, options.batch_size // options.samples)
     groups = [range(first, min(first + size, count)) for first in range(0, count, size)][rank::world]
-    remove_unfinished(options.out, {number for group in groups for number in group})
+    for path in options.out.glob(".[0-9]*.tmp"):  # what a killed process left of these edits
+        if any(int(path.name.split(".")[1]) in group for group in groups):
+            shutil.rmtree(path, ignore_errors=True)
     with tqdm(total=sum(map(len, groups)), desc="pairs", unit="edit", mininterval=5) as bar:
         for group in groups:
             missing = [number for number in group if not (options.out / folder_name(number)).exists()]
@@ -117,7 +118,7 @@ def make_group(sampler, group, missing, wanted, options):
     """Sample the candidates of a group of edits; write the folders that are missing."""
     per_edit = range(options.samples)  # no two candidates of a data set have the same seed
     jobs = [(number, options.seed + number * options.samples + i) for number in group for i in per_edit]
-    made = sampler.sample_all(jobs, options.batch_size)
+    made = sampler.sample_all(jobs)
     for number in missing:
         candidates = [pair for pair, (of, _) in zip(made, jobs, strict=True) if of == number]
         passed = [pair for pair in candidates if wanted.keeps(pair.metadata)]
@@ -127,36 +128,20 @@ def make_group(sampler, group, missing, wanted, options):
         write_edit(options.out, number, prompt, best, [pair.metadata for pair in candidates])
 
 
-def thresholds(options):
-    """The CLIP's own filter, or what the command line says instead."""
-    given = {field.name: getattr(options, f"min_{field.name}") for field in fields(Filter)}
-    return Filter(**{**asdict(Filter.read(options.clip)), **{k: v for k, v in given.items() if v is not None}})
-
-
-def settings_of(options, sampler, more):
+def settings_of(options, *more):
     """What sampling depends on: the texts of the edits, the models by their paths, and numbers, `more` of them."""
+    names = ("steps", "resolution", "control", "guidance", "weights", "vae", "clip", "seed", "dtype", *more)
     return {
         "edits": hashlib.sha256(options.edits.read_bytes()).hexdigest(),
         "device": torch.device(options.device).type,  # random numbers are drawn there
-        **{name: getattr(sampler, name) for name in ("steps", "resolution", "control", "guidance")},
-        **{name: getattr(options, name) for name in ("weights", "vae", "clip", "seed", "dtype", *more)},
+        **{name: getattr(options, name) for name in names},
     }
 
 
-def remove_unfinished(root, numbers):
-    """Remove what a killed process left of edits with these numbers."""
-    for path in root.glob(".[0-9]*.tmp"):
-        if int(path.name.split(".")[1]) in numbers:
-            shutil.rmtree(path, ignore_errors=True)
-
-
 def calibrate(options):
-    """Write a CLIP's filter.json: each threshold is what a fraction of a sample of candidates does not reach.
-
-    Raises UserError where there is one that another command line made.
-    """
+    """Write a CLIP's filter.json: each threshold is what a fraction of a sample of candidates does not reach."""
     sampler = Sampler(read_edits(options.edits)[: options.count], options)
-    settings = settings_of(options, sampler, ("count", "fractions", "batch_size"))
+    settings = settings_of(options, "count", "fractions", "batch_size")
     path = Path(options.clip) / "filter.json"
     if path.exists():
         if Config.read(path).values.get("calibrated") != settings:
@@ -164,7 +149,7 @@ def calibrate(options):
         print(f"{path} is there already")
         return
     jobs = [(number, options.seed + number) for number in range(len(sampler.edits))]
-    scores = [pair.metadata for pair in sampler.sample_all(jobs, options.batch_size)]
+    scores = [pair.metadata for pair in sampler.sample_all(jobs)]
     names = [("clip_sim_0", "clip_sim_1"), ("clip_sim_image",), ("clip_sim_dir",)]  # in the order of Filter's fields
     worst = [[min(score[name] for name in group) for score in scores] for group in names]
     chosen = Filter(*(round(float(np.quantile(*pair)), 3) for pair in zip(worst, options.fractions, strict=True)))
@@ -174,15 +159,11 @@ def calibrate(options):
     print(f"{path}: {asdict(chosen)} keep {100 * kept:.0f} % of {len(scores)} candidates")
 
 
-# ---- the command line ----
-
-
 def write_text(options):
     """The commands `text` and `finetune`."""
     from language import finetune, writer  # here, since openai takes a second to import
 
-    run = finetune.finetune if options.command == "finetune" else writer.write_edits
-    run(options)
+    (finetune.finetune if options.command == "finetune" else writer.write_edits)(options)
 
 
 def parse(arguments=None):
@@ -191,7 +172,6 @@ def parse(arguments=None):
     commands = parser.add_subparsers(dest="command", required=True)
 
     text = commands.add_parser("text", help="captions -> instructions and captions after the edit")
-    text.set_defaults(run=write_text)
     add = text.add_argument
     add("--captions", type=Path, required=True, metavar="FILE", help="captions, in a .txt, .jsonl or .csv file")
     add("--out", type=Path, required=True, metavar="FILE.jsonl")
@@ -202,7 +182,6 @@ def parse(arguments=None):
     add("--max-tokens-total", type=cli.WHOLE, metavar="N", help="stop before more tokens are used in this run")
 
     tune = commands.add_parser("finetune", help="fine-tune a language model on hand-written triplets")
-    tune.set_defaults(run=write_text)
     add = tune.add_argument
     add("--out", type=Path, default=Path("runs/chats.jsonl"), metavar="FILE.jsonl", help="(default: %(default)s)")
     add("--model", default="gpt-4o-mini-2024-07-18", metavar="NAME", help="to start from (default: %(default)s)")
@@ -210,6 +189,7 @@ def parse(arguments=None):
     add("--dry-run", action="store_true", help="check and convert, and send nothing")
     add("--job", metavar="ID", help="only follow a job that was started before")
     for command in (text, tune):
+        command.set_defaults(run=write_text)
         triplets = ROOT / "data/edit_examples.jsonl"
         command.add_argument("--examples", type=Path, default=triplets, metavar="FILE", help="triplets to show")
 
@@ -227,9 +207,8 @@ def parse(arguments=None):
     thresholds.set_defaults(run=calibrate)
     add = thresholds.add_argument
     add("--count", type=cli.WHOLE, default=256, metavar="N", help="candidates to sample, one an edit (default: 256)")
-    failing = "fractions of the candidates that fail each threshold (default: 0.2 0.05 0.2)"
-    names = {"nargs": 3, "metavar": ("TEXT", "IMAGE", "DIR")}
-    add("--fractions", type=cli.FRACTION, default=[0.2, 0.05, 0.2], help=failing, **names)
+    failing, names = "fractions that fail each threshold (default: 0.2 0.05 0.2)", ("TEXT", "IMAGE", "DIR")
+    add("--fractions", type=cli.FRACTION, nargs=3, default=[0.2, 0.05, 0.2], metavar=names, help=failing)
 
     browse = commands.add_parser("browse", help="one page that shows a data set, to be opened in any browser")
     browse.set_defaults(run=lambda o: print(write_page(o.data, o.out or o.data / "index.html", o.count)))

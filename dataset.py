@@ -11,6 +11,7 @@ Splits go by position in seeds.json: the first 90 % are for training, 5 % for va
 
 import json
 import sys
+from collections import namedtuple
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
@@ -26,15 +27,8 @@ from images import open_image, to_jpeg, to_tensor
 
 SPLITS = {"train": (0.0, 0.9), "val": (0.9, 0.9 + 0.05), "test": (0.9 + 0.05, 1.0), "all": (0.0, 1.0)}
 TOLERATED = 3, 0.01  # so many pairs, or this fraction of all, may be missing or damaged
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One pair: PIL images, and its line of metadata.jsonl (seed, p2p_threshold, cfg_scale, clip_sim_*)."""
-
-    before: object
-    after: object
-    metadata: dict
+# two PIL images, and their line of metadata.jsonl, a dict: seed, p2p_threshold, cfg_scale, clip_sim_*
+Pair = namedtuple("Pair", ["before", "after", "metadata"])
 
 
 @dataclass(frozen=True)
@@ -60,9 +54,7 @@ class Filter:
     def read(cls, folder):
         """The thresholds of the CLIP in a folder. Raises UserError."""
         path = Path(folder) / "filter.json"
-        if not path.exists():
-            return cls()
-        config = Config.read(path)
+        config = Config.read(path) if path.exists() else Config({}, path)
         values = {field.name: config.values.get(field.name, field.default) for field in fields(cls)}
         config.must(all(type(value) in (int, float) for value in values.values()), "numbers are needed")
         return cls(**values)
@@ -101,10 +93,7 @@ def write_edit(root, number, prompt, pairs, candidates=None):
 
 
 def write_seeds(root):
-    """Write seeds.json from the folders there are; returns the number of pairs.
-
-    If another process adds folders meanwhile, it is written again: the last process to end leaves it whole.
-    """
+    """Write seeds.json from the folders there are, anew if others add some meanwhile; returns the number of pairs."""
     entries, found = [], None
     while found != (paths := sorted(Path(root).glob("[0-9]*/metadata.jsonl"))):
         seeds = {path.parent.name: [str(line["seed"]) for line in read_metadata(path)] for path in paths}
@@ -135,9 +124,8 @@ class EditDataset(Dataset):
     """The edits of one split: (before [3, H, W], after [3, H, W], instruction), images in [-1, 1].
 
     One item an edit, as in the released code: however many of an edit's pairs passed the filter, it counts once, and
-    one of them is drawn. A large data set that came over a network has gaps: a pair that is missing or damaged is
-    named and skipped, and the edit's next whole one takes its place. `broken` marks them, for all processes of a
-    DataLoader.
+    one of them is drawn. Large data sets have gaps: a pair that is missing or damaged is named and skipped, and the
+    edit's next whole one takes its place. `broken` marks them, for all processes of a DataLoader.
     """
 
     def __init__(self, root, split="train", resolution=None, max_resize=None, flip=0.0, subset=None):
@@ -149,8 +137,7 @@ class EditDataset(Dataset):
         the mirroring; the same for both images. subset: so many edits, or (a float) such a fraction of them, spread
         evenly over the split; None for all. Raises UserError where `root` is no data set, or smaller than `subset`.
         """
-        self.root, self.resolution, self.flip = Path(root), resolution, flip
-        self.max_resize = max_resize or resolution
+        self.root, self.flip, self.resolution, self.max_resize = Path(root), flip, resolution, max_resize or resolution
         entries = read_seeds(root)
         first, last = (int(fraction * len(entries)) for fraction in SPLITS[split])  # floors, as the released code
         edits = entries[first:last]
@@ -161,8 +148,8 @@ class EditDataset(Dataset):
             if count > len(edits):
                 raise UserError(f"{root} holds {len(edits)} edits for this split, not {count}")
             edits = [edits[i * len(edits) // count] for i in range(count)]
-        self.edits = [(folder, seeds) for folder, seeds in edits]
-        self.starts = [0, *accumulate(len(seeds) for _, seeds in self.edits)]  # of each edit's pairs in `broken`
+        self.edits = edits
+        self.starts = [0, *accumulate(len(seeds) for _, seeds in edits)]  # of each edit's pairs in `broken`
         self.broken = torch.zeros(self.starts[-1], dtype=torch.bool).share_memory_()
 
     def __len__(self):

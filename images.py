@@ -113,7 +113,7 @@ def read_settings(path):
         file.load()  # text may also stand behind the pixels
         if "ip2p" not in file.text:
             raise UserError(f"{path} carries no settings; only a PNG written by sample.py can be repeated")
-        return json.loads(file.text["ip2p"])
+        return {**json.loads(file.text["ip2p"])}
 
 
 def enlarge(image, least=128):

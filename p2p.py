@@ -185,7 +185,7 @@ def sample_pairs(
     """
     steps = steps or model.sampling.steps
     sigmas = model.schedule.sigmas(steps)
-    alignment = None if control == "self" else Alignment.of(model.tokenizer, before, after).to(model.device)
+    alignment = None if control == "self" else Alignment.of(model.tokenizer, before, after, model.device)
     pair_control = PairControl(steps, noise.p, control, alignment, scale)
     attend = blend.watch(pair_control) if blend else pair_control
     guidance = noise.guidance.repeat(2)[:, None, None, None]
@@ -247,10 +247,8 @@ def parse(arguments=None):
     add("--control", choices=CONTROLS, default="self", help="which attention maps are borrowed (default: self)")
     fractions = "fractions of the steps (default: 0 0.3 0.6 0.9)"
     add("--p", type=FRACTION, nargs="+", default=[0.0, 0.3, 0.6, 0.9], metavar="P", help=fractions)
-    multiply = "multiply the attention to words of the target"
-    add("--reweight", type=reweighting, nargs="+", metavar="WORDS=X", help=multiply)
-    blend = "change the image only where these are: words of the source, words of the target"
-    add("--blend", nargs=2, metavar="WORDS", help=blend)
+    add("--reweight", type=reweighting, nargs="+", metavar="WORDS=X", help="multiply attention to words of the target")
+    add("--blend", nargs=2, metavar="WORDS", help="change the image only where these words of source and target are")
     add("--steps", type=STEPS, metavar="N", help="denoising steps (default: the model's)")
     add("--guidance", type=SCALE, metavar="S", help="text guidance (default: the model's)")
     add("--seed", type=SEED, default=0, metavar="S", help="of the first row (default: 0)")

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -54,7 +55,7 @@ def make_parser():
 
 
 def parse(arguments=None):
-    """The settings of an edit, with --again those of another one as defaults. Raises UserError for what is missing."""
+    """The settings of an edit, with --again those of another one as defaults. Raises UserError before any loading."""
     parser = make_parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
@@ -62,39 +63,28 @@ def parse(arguments=None):
         from images import read_settings
 
         again, settings = options.again, read_settings(options.again)
-        if not isinstance(settings, dict):
-            raise UserError(f"{again} carries settings of another program; it cannot be repeated")
         flags = {f"--{name.replace('_', '-')}": value for name, value in settings.items() if value is not None}
         then = [flag if value is True else f"{flag}={value}" for flag, value in flags.items() if value is not False]
         options = parser.parse_args([*then, *arguments])  # what is said now comes last and wins
         options.out = options.out or again.with_name(f"{again.stem}_again.png")
     options.out = options.out or Path("out.png")
-    check(options)
-    return options
-
-
-def check(options):
-    """Raise UserError for what can be told before anything is loaded."""
-    if not options.image:
-        raise UserError("name the image to edit with --image")
-    if options.instr is None:
-        raise UserError('say what to change with --instr, such as --instr "make it night"')
+    if not options.image or options.instr is None:
+        raise UserError('name the image to edit with --image, and what to change with --instr "make it night"')
     check_instruction(options.instr)
     if options.sweep and options.num > 1:
         raise UserError("--num and --sweep cannot be used together")
     if options.out.suffix.lower() != ".png":
         raise UserError(f"the output {options.out} should end in .png, which keeps the settings along with the image")
-    variants = range(options.seed, options.seed + options.num) if options.num > 1 else ()
-    if options.out.is_dir():
-        raise UserError(f"the output {options.out} is a folder; name a file")
-    written = [path for path in (options.out, *(variant(options.out, seed) for seed in variants)) if path.exists()]
+    written = [path for path in (options.out, *variants(options).values()) if path.exists()]
     if os.path.exists(options.image) and any(path.samefile(options.image) for path in written):
         raise UserError(f"the output would overwrite the input {options.image}; choose another --out")
+    return options
 
 
-def variant(out, seed):
-    """Where the variant with a seed is written: out.png -> out_seed7.png."""
-    return out.with_name(f"{out.stem}_seed{seed}.png")
+def variants(options):
+    """Where the variants of --num are written, by their seeds: out.png -> out_seed7.png."""
+    seeds = range(options.seed, options.seed + options.num) if options.num > 1 else ()
+    return {seed: options.out.with_name(f"{options.out.stem}_seed{seed}.png") for seed in seeds}
 
 
 def load_model(options):
@@ -118,61 +108,46 @@ def load_model(options):
         say(NOTICE)
     own = {"steps": model.sampling.steps, "resolution": model.sampling.resolution}
     own |= {"cfg_text": model.sampling.text_guidance, "cfg_image": model.sampling.image_guidance}
-    for name, value in own.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    vars(options).update((name, value) for name, value in own.items() if getattr(options, name) is None)
     return model
 
 
 def edit(model, image, options, seed, cfg_text, cfg_image):
     """One edit. Raises UserError if memory runs out."""
-    import torch
-
     settings = cfg_text, cfg_image, options.steps, seed, options.resolution
     try:
         return model.edit(image, options.instr, *settings, low_memory=options.low_memory, progress=True)
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
             raise UserError("there is not enough memory; try --low-memory, or a smaller --resolution") from error
         raise
 
 
-def write(image, path, options, **changed):
-    """Write an image with the settings that repeat it."""
-    from images import save_png
+def write_edits(model, image, before, options):
+    """One edit; or one for each of --num seeds, and a sheet of them; or a grid over both guidance scales (Fig. 4)."""
+    from images import enlarge, grid, save_png
 
-    settings = {**vars(options), **changed}
-    save_png(image, path, {name: value for name, value in settings.items() if name not in ("out", "again")})
-    print(path)
+    def write(image, path, **changed):
+        settings = {**vars(options), **changed}  # which repeat it
+        save_png(image, path, {name: value for name, value in settings.items() if name not in ("out", "again")})
+        print(path)
 
-
-def write_variants(model, image, before, options):
-    """One image for each of --num seeds, and where there are several, a sheet of them."""
-    from images import enlarge, grid
-
-    seeds = range(options.seed, options.seed + options.num)
-    edited = [edit(model, image, options, seed, options.cfg_text, options.cfg_image) for seed in seeds]
-    if options.num == 1:
-        write(edited[0], options.out, options)
-        return
-    for seed, one in zip(seeds, edited, strict=True):
-        write(one, variant(options.out, seed), options, seed=seed, num=1)
-    labels = ["input", *(f"seed {seed}" for seed in seeds)]
-    sheet = [enlarge(x) for x in (before, *edited)]
-    write(grid(sheet, min(4, len(sheet)), labels, title=options.instr), options.out, options)
-
-
-def write_sweep(model, image, before, options):
-    """A grid over both guidance scales (Fig. 4)."""
-    from images import enlarge, grid
-
-    columns = [min(100, options.cfg_text * factor) for factor in SWEEP_TEXT]
-    rows = [min(100, options.cfg_image * factor) for factor in SWEEP_IMAGE]
-    edited = [enlarge(edit(model, image, options, options.seed, s_t, s_i)) for s_i in rows for s_t in columns]
-    titles = [f"s_T = {s_t:g}" for s_t in columns], [f"s_I = {s_i:g}" for s_i in rows]
-    title = f"{options.instr} (seed {options.seed}, {options.steps} steps)"
-    sheet = grid(edited, len(columns), None, *titles, title, beside=("input", enlarge(before)))
-    write(sheet, options.out, options)
+    rows, columns, seeds = [options.cfg_image], [options.cfg_text], variants(options) or {options.seed: options.out}
+    if options.sweep:
+        rows = [min(100, options.cfg_image * factor) for factor in SWEEP_IMAGE]
+        columns = [min(100, options.cfg_text * factor) for factor in SWEEP_TEXT]
+    edited = [edit(model, image, options, seed, s_t, s_i) for s_i in rows for s_t in columns for seed in seeds]
+    result, shown = edited[0], [enlarge(x) for x in (before, *edited)]
+    if options.sweep:
+        titles = [f"s_T = {s_t:g}" for s_t in columns], [f"s_I = {s_i:g}" for s_i in rows]
+        title = f"{options.instr} (seed {options.seed}, {options.steps} steps)"
+        result = grid(shown[1:], len(columns), None, *titles, title, beside=("input", shown[0]))
+    elif options.num > 1:
+        for (seed, path), one in zip(seeds.items(), edited, strict=True):
+            write(one, path, seed=seed, num=1)
+        labels = ["input", *(f"seed {seed}" for seed in seeds)]
+        result = grid(shown, min(4, len(shown)), labels, title=options.instr)
+    write(result, options.out)
 
 
 def say(message):
@@ -188,17 +163,14 @@ def main(arguments=None):
 
     image = open_image(options.image)
     if not options.weights and image.size != (WORLD, WORLD):
-        say(
-            f"the bundled model knows only its own world, scenes of {WORLD}x{WORLD} pixels as in examples/; yours "
-            "is resized, and the edit may make no sense. For photographs: --weights timbrooks/instruct-pix2pix"
-        )
+        say("the bundled model knows only its own world; photographs need --weights timbrooks/instruct-pix2pix")
     model = load_model(options)
     if cut_off := model.tokenizer.cut_off(options.instr):
         say(f'the instruction is too long; the model does not see its end: "{cut_off}"')
     before = resize_and_crop(image, options.resolution)
     say(f"editing at {before.width}x{before.height}, {options.steps} steps, on {options.device}")
     start = time.monotonic()
-    (write_sweep if options.sweep else write_variants)(model, image, before, options)
+    write_edits(model, image, before, options)
     say(f"done in {time.monotonic() - start:.1f} s")
 
 

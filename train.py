@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from attention import fused, reference
 from dataset import EditDataset
-from formats.export import choose_weights, export, load_editor, replace_model, sampling_of
+from formats.export import choose_weights, export, load_editor, replace_model
 from gpu.compiled import compiled
 from images import enlarge, grid, save_png, to_image
 from ip2p import InstructPix2Pix, loss
@@ -158,9 +158,10 @@ def train(options):
         raise UserError(f"{out} holds a run; continue it by --resume, or use another --out")
     flip, subset = (0.0, options.overfit) if options.overfit else (0.5, options.subset)
     dataset = EditDataset(options.data, "train", options.resolution, options.max_resize, flip, subset)
-    model = load_editor(options.init, device, sampling_of(options))
+    model = load_editor(options, device)
     if any(side % model.side_multiple for side in dataset[0][0].shape[1:]):
         raise UserError(f"the images need sides of multiples of {model.side_multiple} pixels; see --resolution")
+    editor, encode = InstructPix2Pix(model), partial(encode_pairs, model.vae, autocast)
     choose_weights(model.unet, options.trainable, options.rank)
     if options.gradient_checkpointing:  # blocks are computed twice instead of kept (Chen et al. 2016)
         apply_activation_checkpointing(model.unet, check_fn=lambda layer: isinstance(layer, ResBlock | Transformer))
@@ -170,7 +171,6 @@ def train(options):
     if runs.RANK == 0:  # all that may be refused has been looked at
         keep_settings(out / "settings.json", {name: getattr(options, name) for name in SAME})
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
-    editor, encode = InstructPix2Pix(model), partial(encode_pairs, model.vae, autocast)
     if options.cache_latents:
         data = LatentBatches(dataset, encode, flip=not options.overfit, first_only=bool(options.overfit))
     else:
@@ -207,12 +207,9 @@ def autocasting(device, precision):
 
 
 def evaluation(options, dataset, editor, encode, autocast, losses):
-    """The `evaluate` of `fit`: writes samples.png, and measures the loss on fixed pairs, times and noise.
-
-    The pairs are of the validation split; those of `dataset`, for training, where there is none.
-    """
+    """The `evaluate` of `fit`: writes samples.png, and measures the loss on fixed validation pairs, times and noise."""
     if not options.overfit:
-        with suppress(UserError):  # of very few edits there are none for validation
+        with suppress(UserError):  # of very few edits there are none for validation: those of the training stand in
             count = len(EditDataset(options.data, "val", options.resolution))
             dataset = EditDataset(options.data, "val", options.resolution, subset=min(MEASURED, count))
     batches = LatentBatches(dataset, encode, first_only=True)

@@ -105,20 +105,16 @@ def load_clip(path, device="cpu"):
 
 
 def find(path, files=MODEL_FILES):
-    """A path that exists, or the local folder of a hub id. Raises UserError."""
+    """A path that exists, or the local folder of a hub id, from the hub's cache or the hub. Raises UserError."""
     if Path(path).exists():
         return Path(path)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) and not Path(path).parent.is_dir():
-        return from_hub(str(path), files)
-    raise UserError(f"there are no weights at {path}; give a folder, a .safetensors file or a hub id such as {PUBLIC}")
-
-
-def from_hub(repository, files):
-    """The local folder of a hub repository, from the hub's cache or the hub. Raises UserError."""
+    if Path(path).parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        wanted = f"a folder, a .safetensors file or a hub id such as {PUBLIC}"
+        raise UserError(f"there are no weights at {path}; give {wanted}")
     from huggingface_hub import snapshot_download  # here, since it takes a second
 
-    with reported_as(f"{repository} is not in this machine's hub cache and cannot be fetched"):
-        return Path(snapshot_download(repository, allow_patterns=files))
+    with reported_as(f"{path} is not in this machine's hub cache and cannot be fetched"):
+        return Path(snapshot_download(str(path), allow_patterns=files))
 
 
 def load_folder(folder, parts):
@@ -189,7 +185,7 @@ def tokenizer_beside(path):
         return path.parent
     for repository in (CLIP_L, PUBLIC):
         with suppress(UserError):
-            return from_hub(repository, TOKENIZER_FILES)
+            return find(repository, TOKENIZER_FILES)
     raise UserError(f"{path} has no tokenizer/ beside it, and the hub cannot be reached; name one by --tokenizer")
 
 

@@ -14,24 +14,18 @@ from formats.lora import adapted_layers, add_lora, merge_lora, write_lora
 from formats.weights import extend_input
 
 
-def load_editor(path, device="cpu", sampling=None):
-    """A `checkpoint.Model` with an 8-channel UNet: an editor's, or Stable Diffusion's with new input channels of zeros.
+def load_editor(options, device="cpu"):
+    """The `checkpoint.Model` of a training's settings: an editor, or Stable Diffusion with new input channels of zeros.
 
-    sampling: {name: value} to replace the model's own defaults for sampling; None values change nothing.
+    The defaults for sampling that the settings name take the place of the model's own.
     """
-    model = checkpoint.load(path, device)
+    model = checkpoint.load(options.init, device)
     channels = model.vae.config.latent_channels
     if model.unet.config.in_channels == channels:
         model.unet = extend_input(model.unet, 2 * channels)
-    if model.unet.config.in_channels != 2 * channels:
-        raise UserError(f"{path} is neither a Stable Diffusion nor an InstructPix2Pix: its UNet takes other channels")
-    model.sampling = replace(model.sampling, **{k: v for k, v in (sampling or {}).items() if v is not None})
+    named = {"steps": options.sampling_steps, "text_guidance": options.cfg_text, "image_guidance": options.cfg_image}
+    model.sampling = replace(model.sampling, **{name: value for name, value in named.items() if value is not None})
     return model
-
-
-def sampling_of(options):
-    """The defaults for sampling that a training's command line names."""
-    return {"steps": options.sampling_steps, "text_guidance": options.cfg_text, "image_guidance": options.cfg_image}
 
 
 def choose_weights(unet, trainable, rank):
@@ -64,13 +58,12 @@ def export(folder, state, out, lora=False, raw=False):
     """Write the editor of a run's folder from a state, with the averaged weights or (raw) the last ones."""
     with reported_as(f"{folder / 'settings.json'} cannot be read"):
         run = SimpleNamespace(**json.loads((folder / "settings.json").read_text(encoding="utf-8")))
-        init, trainable, rank, sampling = run.init, run.trainable, run.rank, sampling_of(run)
-    if lora and trainable != "lora":
-        raise UserError(f"{folder} was trained with --trainable {trainable}; it has no LoRA")
-    model = load_editor(init, sampling=sampling)
-    choose_weights(model.unet, trainable, rank)
+    if lora and run.trainable != "lora":
+        raise UserError(f"{folder} was trained with --trainable {run.trainable}; it has no LoRA")
+    model = load_editor(run)
+    choose_weights(model.unet, run.trainable, run.rank)
     model.unet.load_state_dict(state["weights" if raw else "ema"], strict=False)  # only the trained ones are there
     if lora:
-        write_lora(model.unet, out, base=init)
+        write_lora(model.unet, out, base=run.init)
     else:
         write_model(model, out)

@@ -33,15 +33,9 @@ def difference(a, b):
 
 # What the EXIF standard says about the tag: where row 0 and column 0 of the stored pixels are in the upright picture.
 ORIENTATIONS = {
-    1: ("top", "left"),
-    2: ("top", "right"),
-    3: ("bottom", "right"),
-    4: ("bottom", "left"),
-    5: ("left", "top"),
-    6: ("right", "top"),
-    7: ("right", "bottom"),
-    8: ("left", "bottom"),
-}
+    1: ("top", "left"), 2: ("top", "right"), 3: ("bottom", "right"), 4: ("bottom", "left"),
+    5: ("left", "top"), 6: ("right", "top"), 7: ("right", "bottom"), 8: ("left", "bottom"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)

@@ -263,7 +263,6 @@ def test_the_program_draws_fig_3(tmp_path, capsys):
         (["--reweight", "day=2"], 'does not hold the words "day"'),
         (["--blend", "sea", "sea"], 'does not hold the words "sea"'),
         (["--p", "1.5"], "--p: should be from 0 to 1"),
-        (["--steps", "0"], "from 1 to 1000"),
         (["--device", "abacus"], "no device abacus"),
     ],
 )

@@ -182,10 +182,7 @@ def test_a_closed_stdout_does_not_matter(edit, monkeypatch, tmp_path):
 def test_images_that_cannot_be_edited(refused, photo, tmp_path):
     (tmp_path / "truncated.png").write_bytes(photo.read_bytes()[:200])
     refused(["truncated.png", "cannot be read"], image=tmp_path / "truncated.png")
-    Image.new("RGB", (4000, 20)).save(tmp_path / "long.png")
-    refused(["long.png", "4000x20"], image=tmp_path / "long.png")
     refused(["cannot be read", "missing.png"], image=tmp_path / "missing.png")
-    refused("cannot be read", image=tmp_path)
     refused("--image", image=None)
 
 
@@ -230,8 +227,6 @@ def test_instructions_in_any_script(edit, text, tmp_path):
 def test_outputs_that_cannot_be_written(refused, photo, tmp_path, monkeypatch):
     refused(["cannot write", "photo.png"], out=photo / "x.png")  # below a regular file
     refused(".png", out=tmp_path / "out" / "x.jpg")
-    (tmp_path / "folder.png").mkdir()
-    refused("is a folder", out=tmp_path / "folder.png")
 
     def full(image, target, **options):
         target.write_bytes(b"half")
@@ -255,24 +250,11 @@ def test_the_input_is_never_overwritten(refused, edit, photo, tmp_path):
 # ---- numbers and choices ----
 
 
-@pytest.mark.parametrize(
-    ("word", "changes"),
-    [
-        ("steps", {"steps": "0"}),
-        ("steps", {"steps": "1.5"}),
-        ("text", {"cfg_text": "nan"}),
-        ("image", {"cfg_image": "100.1"}),
-        ("resolution", {"resolution": "63"}),
-        ("seed", {"seed": "-1"}),
-        ("num", {"num": "1001"}),
-        ("dtype", {"dtype": "int8"}),
-    ],
-)
-def test_values_out_of_range(word, changes, refused):
-    refused(word, **changes)
-
-
-def test_options_that_exclude_each_other(refused):
+def test_values_out_of_range_and_options_that_exclude_each_other(refused):
+    refused("steps", steps="1.5")
+    refused("text", cfg_text="nan")
+    refused("resolution", resolution="63")
+    refused("dtype", dtype="int8")
     refused(["--num", "--sweep"], "--sweep", "--num=2")
     refused("--compile does not pay on a CPU", "--compile")
 
@@ -484,15 +466,8 @@ def test_again_with_changes(edit, run_sample, tmp_path):
 
 
 def test_again_of_what_carries_no_settings(run_sample, photo, tmp_path):
-    for path, word in [
-        (photo, "no settings"),
-        (tmp_path / "missing.png", "cannot be read"),
-        (tmp_path, "cannot be read"),
-    ]:
-        result = run_sample("--again", path)
-        check_refusal(result, [path, word])
-    photo.write_bytes(photo.read_bytes()[:200])
-    check_refusal(run_sample("--again", photo), str(photo))
+    check_refusal(run_sample("--again", photo), [photo, "no settings"])
+    check_refusal(run_sample("--again", tmp_path / "missing.png"), "cannot be read")
 
 
 def test_again_with_damaged_settings(edit, run_sample, tmp_path):

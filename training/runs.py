@@ -7,7 +7,6 @@ import signal
 import time
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 
 from cli import UserError, atomic_write, own_device, reported_as
 
@@ -21,12 +20,9 @@ LOG_EVERY = 5.0  # seconds between two lines of metrics.jsonl
 PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # as torchrun sets them
 
 
-# Weights and their moving average are {name: tensor}, with the same names; the two may lie on different devices.
-
-
 @torch.no_grad()
 def update_ema(ema, weights, decay):
-    """ema = decay * ema + (1 - decay) * weights."""
+    """ema = decay * ema + (1 - decay) * weights: each {name: tensor}, with the same names, maybe on two devices."""
     now = [weights[name].to(value.device) for name, value in ema.items()]
     torch._foreach_lerp_(list(ema.values()), now, 1 - decay)
 
@@ -46,9 +42,6 @@ def averaged(weights, ema):
     swap(weights, ema)
     yield
     swap(weights, ema)
-
-
-# ---- several processes, and being told to stop ----
 
 
 def join(device):
@@ -82,22 +75,18 @@ def mean_of_processes(*numbers):
 @contextmanager
 def stop_signals():
     """Within it, the first Ctrl-C and SIGTERM only add their number to the list that it gives, to be looked at."""
-    received, usual = [], {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    received = []
 
     def receive(number, frame):
         received.append(number)
         signal.signal(number, usual[number])
 
-    for number in usual:
-        signal.signal(number, receive)
+    usual = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
-
-
-# ---- states ----
 
 
 def state_paths(out):
@@ -152,9 +141,6 @@ def resume(out, weights, ema, optimizer, scaler):
     return step, seconds
 
 
-# ---- metrics ----
-
-
 class Log:
     """metrics.jsonl, a line every few seconds, and loss.png, its plot."""
 
@@ -164,9 +150,6 @@ class Log:
         self.began, self.written = time.monotonic() - seconds, time.monotonic()
         lines = read_metrics(self.path) if self.path.exists() else []
         self.lines = [line for line in lines if line["step"] <= step]
-        if RANK == 0:
-            with atomic_write(self.path) as beside:
-                beside.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
 
     def seconds(self):
         """What the run took so far."""
@@ -178,36 +161,28 @@ class Log:
 
     def line(self, step, total):
         """The values of a line: the mean loss since the last one, examples a second (`total` a step), memory."""
-        loss = sum(self.losses) / len(self.losses)
-        speed = len(self.losses) * total / (time.monotonic() - self.written)
-        memory = (torch.cuda.max_memory_allocated() or peak_memory()) / 1e9
-        minutes = self.seconds() / 60
         return {
-            "step": step, "minutes": round(minutes, 3), "loss": round(loss, 6),
-            "examples_per_s": round(speed, 2), "memory_gb": round(memory, 2),
-        }  # fmt: skip
+            "step": step,
+            "minutes": round(self.seconds() / 60, 3),
+            "loss": round(sum(self.losses) / len(self.losses), 6),
+            "examples_per_s": round(len(self.losses) * total / (time.monotonic() - self.written), 2),
+            "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # of a GPU
+        }
 
     def write(self, line):
         """Add a line to the file, and draw the plot anew."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
         self.lines.append(line)
+        with atomic_write(self.path) as beside:
+            beside.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
         draw_losses(self.lines, self.path.with_name("loss.png"))
         self.losses, self.written = [], time.monotonic()
 
 
 def read_metrics(path):
-    """The whole lines of a metrics.jsonl. Raises UserError."""
+    """The lines of a metrics.jsonl, a dict each. Raises UserError."""
     with reported_as(f"{path} cannot be read; remove it, and the run resumes without it"):
-        text = path.read_text(encoding="utf-8")
-        lines = map(json.loads, text[: text.rfind("\n") + 1].splitlines())  # the last may be torn
+        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         return [{"step": line["step"], **line} for line in lines]
-
-
-def peak_memory():
-    """The most bytes that this process held so far; 0 where Linux does not tell."""
-    status = Path("/proc/self/status")
-    return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 if status.exists() else 0
 
 
 def draw_losses(lines, path):

@@ -1,6 +1,7 @@
 """LoRA: nothing at first, W + B A after, merged or not, and the same picture in diffusers."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,12 +66,12 @@ def test_diffusers_loads_an_exported_lora(tmp_path, channels):
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
     save_folder(tiny_model(in_channels=channels), tmp_path / "base")
-    model = load_editor(tmp_path / "base")
+    settings = {"init": str(tmp_path / "base"), "trainable": "lora", "rank": 3}
+    settings |= {"sampling_steps": None, "cfg_text": None, "cfg_image": None}
+    model = load_editor(SimpleNamespace(**settings))
     save_folder(model, tmp_path / "editor")  # the base as it is, or with zero channels added
     learned(model.unet)
     weights = {name: weight for name, weight in model.unet.named_parameters() if weight.requires_grad}
-    settings = {"init": str(tmp_path / "base"), "trainable": "lora", "rank": 3}
-    settings |= {"sampling_steps": None, "cfg_text": None, "cfg_image": None}
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     export(tmp_path, {"ema": weights}, tmp_path / "lora.safetensors", lora=True)
     with safe_open(tmp_path / "lora.safetensors", "pt") as file:
