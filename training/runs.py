@@ -7,6 +7,7 @@ import signal
 import time
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 from cli import UserError, atomic_write, own_device, reported_as
 
@@ -166,7 +167,7 @@ class Log:
             "minutes": round(self.seconds() / 60, 3),
             "loss": round(sum(self.losses) / len(self.losses), 6),
             "examples_per_s": round(len(self.losses) * total / (time.monotonic() - self.written), 2),
-            "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),  # of a GPU
+            "memory_gb": round((torch.cuda.max_memory_allocated() or peak_memory()) / 1e9, 2),
         }
 
     def write(self, line):
@@ -183,6 +184,12 @@ def read_metrics(path):
     with reported_as(f"{path} cannot be read; remove it, and the run resumes without it"):
         lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         return [{"step": line["step"], **line} for line in lines]
+
+
+def peak_memory():
+    """The most bytes that this process held so far; 0 where Linux does not tell."""
+    status = Path("/proc/self/status")
+    return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 if status.exists() else 0
 
 
 def draw_losses(lines, path):
