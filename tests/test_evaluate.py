@@ -195,17 +195,6 @@ def test_the_noise_of_pairs(edits, oracle, monkeypatch):
     assert torch.equal(first, expected.first.chunk(2)[0])
 
 
-@pytest.mark.parametrize(
-    ("wrong", "fraction"),  # of six pairs' images before and after
-    [([], 1.0), ([0], 5 / 6), ([3], 5 / 6), ([4, 5], 5 / 6), (range(12), 0.0)],
-)
-def test_both_images_of_a_pair_must_be_right(edits, monkeypatch, wrong, fraction):
-    oracle = Oracle(edits[:6], wrong)
-    monkeypatch.setattr(evaluation, "sample_pairs", oracle.sample_pairs)
-    _, _, found = evaluation.generate(MODEL, oracle, edits[:6], (3.0, 6.0), None, 4)
-    assert found.mean() == pytest.approx(fraction)
-
-
 class Scorer:
     """A CLIP whose similarities are given; it checks that it is shown images in [0, 1] with their own captions."""
 
@@ -218,18 +207,6 @@ class Scorer:
             torch.testing.assert_close(images, (torch.stack([self.oracle.drawn[text] for text in captions]) + 1) / 2)
         rows, self.rows = self.rows[: len(before)], self.rows[len(before) :]
         return dict(zip(evaluation.SIMILARITIES, torch.tensor(rows).T, strict=True))
-
-
-def letters(texts):
-    """A tokenizer."""
-    return torch.tensor([[ord(letter) for letter in text.ljust(120)] for text in texts])
-
-
-def test_similarities_of_pairs(edits, oracle, images):
-    """In their order, batch by batch, of the images in [0, 1] with their own captions."""
-    rows = torch.rand(28, 4, generator=torch.Generator().manual_seed(0))
-    found = evaluation.clip_similarities(Scorer(rows.tolist(), oracle), letters, edits, *images, 10)
-    assert torch.equal(found, rows.T)
 
 
 def test_pairs_are_counted_by_kind(edits):

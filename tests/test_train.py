@@ -82,9 +82,6 @@ def assert_equal_runs(one, two):
         assert all(torch.equal(value, theirs[part][name]) for name, value in ours[part].items())
 
 
-# ---- the gradient ----
-
-
 def diffusers_gradients(unet, latent, image_latent, text, null_text, t, noise, u):
     """One step as Sec. 3.2 says it, with diffusers' UNet: its gradients by the names of diffusers."""
     network = unet_reference(unet).requires_grad_(True)
@@ -155,9 +152,6 @@ def test_noise_levels_may_count_alike(data, model_folder, tmp_path, prepared):
     assert found.item() == pytest.approx((each * ((snr.clamp(max=5) + 1) / snr).clamp(max=20)).mean().item(), rel=1e-4)
 
 
-# ---- a run ----
-
-
 @pytest.fixture(scope="module")
 def trained(data, init, tmp_path_factory):
     """What a tiny run leaves."""
@@ -223,9 +217,6 @@ def test_overfitting_one_pair(data, init, tmp_path, program):
     assert losses[-1] < losses[0]
 
 
-# ---- several processes ----
-
-
 @pytest.mark.parametrize("from_disk", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_processes_equal_one(data, init, tmp_path, from_disk):
     """Of twice the batch, or twice the micro-batches: the same examples and the same weights, but for rounding."""
@@ -246,9 +237,6 @@ def test_two_processes_equal_one(data, init, tmp_path, from_disk):
     losses = [[json.loads(line)["loss"] for line in run] for run in lines]
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-# ---- runs that break off ----
 
 
 def test_resumed_from_images_on_disk(data, init, tmp_path):

@@ -45,9 +45,6 @@ def difference(ours, theirs):
     return max(np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() for a, b in zip(ours, theirs, strict=True))
 
 
-# ---- sampling; a backend that only counts graphs stands for a GPU's compiler ----
-
-
 def counted(module):
     """Compile a module's forward in place by such a backend; returns the list of its graphs."""
     graphs = []
@@ -88,9 +85,6 @@ def test_pairs_need_two_graphs():
     assert len(graphs) == 2
     with only_known_code():
         assert draw([2, 3]).isfinite().all()
-
-
-# ---- the same images ----
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +144,6 @@ def test_compiled_code_gives_the_same_pairs_on_a_gpu(control):
     plain = draw()
     compile_model(model)
     assert relative_error(draw(), plain) <= 1e-2
-
-
-# ---- the graph ----
 
 
 def test_the_fused_kernels_are_in_the_graph():

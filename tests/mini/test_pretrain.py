@@ -38,9 +38,6 @@ def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- the autoencoder ----
-
-
 @torch.no_grad()
 def test_latents_are_normalised_and_pictures_stay():
     """Every channel apart; the mode's picture is the same as before, and so is a sample's with the same noise."""
@@ -60,9 +57,6 @@ def test_latents_are_normalised_and_pictures_stay():
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(4), atol=1e-4, rtol=0)
     assert relative_error(vae.decode(latents), mode) <= 1e-4
     assert relative_error(vae.decode(after.sample(noise)), sample) <= 1e-4
-
-
-# ---- CLIP and its tokenizer ----
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +86,6 @@ def test_contrast_is_least_for_logits_that_are_right():
     assert least == pytest.approx(0.5 * np.log(2), abs=1e-6)
     assert contrast(50 * torch.eye(4), pair) > least + 1
     assert all(contrast(50 * same + normal(4, 4, seed=seed), pair) > least for seed in range(20))
-
-
-# ---- the program ----
 
 
 TOY = ["--scenes=64", "--test-scenes=8", "--max-steps=2", "--total-batch-size=4", "--device=cpu"]

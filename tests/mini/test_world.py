@@ -63,9 +63,6 @@ def test_equal_scenes_give_equal_pixels():
         assert not np.array_equal(first, pixels(replace(scene, layout=scene.layout + 1)))
 
 
-# ---- edits ----
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_edit_changes_only_what_it_says(kind):
     """One attribute of the scene; and of the image, if it is a thing's, only the pixels around the thing."""
@@ -111,9 +108,6 @@ def test_the_instruction_says_what_changes(kind, new_phrasing):
     assert used == {template for key in keys for template in phrasings[key]}
 
 
-# ---- words ----
-
-
 def test_a_caption_says_all_but_the_layout():
     rng = np.random.default_rng(0)
     scenes = [replace(random_scene(rng, test), layout=0) for test in (False, True) for _ in range(2000)]
@@ -132,9 +126,6 @@ def test_every_text_fits_the_text_tower():
     for text in texts | every_text(HELD_OUT):
         assert tokenizer.cut_off(text) == ""
         assert tokenizer([text]).shape == (1, 24)
-
-
-# ---- what is held out ----
 
 
 def test_a_tenth_of_all_compositions_is_held_out():

@@ -112,9 +112,6 @@ def test_mistakes(root, change, words):
     assert not (root / "index.html").exists()
 
 
-# ---- in a browser ----
-
-
 @pytest.fixture
 def browser(root, tmp_path):
     """A browser that shows the page."""
