@@ -1,6 +1,6 @@
 # make demo   edit a bundled scene with the bundled model
 # make test   lint and the tests on small networks (minutes)
-# make test-slow   the same proofs on full-size networks (minutes, 16 GB of memory)
+# make test-slow   the same proofs on full-size networks (minutes, 16 GB of memory, two processes)
 # make bench  times and memory against diffusers
 # make mini   train the bundled models again, from nothing, into runs/mini (hours on a CPU)
 
@@ -21,7 +21,7 @@ test: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile
 
 test-slow: .venv/installed-dev
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -m slow --numprocesses 2 --dist loadfile
 
 bench: .venv/installed-dev
 	$(RUN) -m bench
