@@ -10,7 +10,7 @@ RUN = .venv/bin/python
 .PHONY: demo test test-slow bench mini
 
 demo: .venv/installed
-	$(RUN) examples/demo.py runs/demo.png
+	$(RUN) examples/demo.py
 	@echo "runs/demo.png is there: a scene and seven edits of it. An edit of your own:"
 	@echo '  $(RUN) sample.py --image examples/scene.png --instr "make it night"'
 	@echo "For edits of photographs, with the public weights (about 4 GB, fetched once):"

@@ -111,9 +111,10 @@ def read_settings(path):
     """The settings that `save_png` left in a file. Raises UserError where there are none."""
     with reported_as(f"{path} cannot be read as a PNG"), Image.open(path, formats=("PNG",)) as file:
         file.load()  # text may also stand behind the pixels
-        if "ip2p" not in file.text:
-            raise UserError(f"{path} carries no settings; only a PNG written by sample.py can be repeated")
-        return {**json.loads(file.text["ip2p"])}
+        settings = json.loads(file.text.get("ip2p", "null"))
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} carries no settings; only a PNG written by sample.py can be repeated")
+    return settings
 
 
 def enlarge(image, least=128):

@@ -73,8 +73,8 @@ def parse(arguments=None):
     check_instruction(options.instr)
     if options.sweep and options.num > 1:
         raise UserError("--num and --sweep cannot be used together")
-    if options.out.suffix.lower() != ".png":
-        raise UserError(f"the output {options.out} should end in .png, which keeps the settings along with the image")
+    if options.out.suffix.lower() != ".png" or options.out.is_dir():
+        raise UserError(f"the output {options.out} should be a file that ends in .png, where settings can be kept, too")
     written = [path for path in (options.out, *variants(options).values()) if path.exists()]
     if os.path.exists(options.image) and any(path.samefile(options.image) for path in written):
         raise UserError(f"the output would overwrite the input {options.image}; choose another --out")
@@ -104,7 +104,8 @@ def load_model(options):
     say(f"loading {weights}")
     model = InstructPix2Pix.load(weights, options.device, dtype, options.tokenizer, options.vae)
     if options.compile:
-        compile_model(model, mode="reduce-overhead")
+        # a CUDA graph leaves every result in the same place, and --low-memory collects several
+        compile_model(model, mode=None if options.low_memory else "reduce-overhead")
         say(NOTICE)
     own = {"steps": model.sampling.steps, "resolution": model.sampling.resolution}
     own |= {"cfg_text": model.sampling.text_guidance, "cfg_image": model.sampling.image_guidance}

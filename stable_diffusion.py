@@ -75,8 +75,7 @@ class LatentDiffusion:
         times = torch.full((len(z),), t, device=self.device)
         rows = 1 if low_memory else len(z)
         parts = zip(*(x.split(rows) for x in (z.to(self.dtype), times, context)), strict=True)
-        # copies, since a CUDA graph leaves all its results in one place
-        return torch.cat([self.unet(*part, attend).to(torch.float32, copy=True) for part in parts])
+        return torch.cat([self.unet(*part, attend) for part in parts]).float()
 
 
 class StableDiffusion(LatentDiffusion):

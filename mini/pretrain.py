@@ -337,8 +337,7 @@ def main(arguments=None):
     add("--threads", type=WHOLE, metavar="N", help="CPU threads (default: all cores)")
     options = parser.parse_args(arguments)
     check_device(options.device)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    torch.set_num_threads(options.threads or torch.get_num_threads())
     options.device = join(options.device)
     options.autocast = autocasting(options.device, "bf16" if fast_precision(options.device) == "bf16" else "no")
     options.attend = reference if options.device == "cpu" else fused  # whose backward pass is slow on CPUs

@@ -56,7 +56,7 @@ def one_thread():
 
 
 def colourful(width, height, seed=0):
-    """A smooth RGB picture without symmetry."""
+    """A smooth RGB image without symmetry."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 

@@ -41,7 +41,7 @@ def random_model(seed=0, in_channels=8):
 
 
 def tiny_model(seed=0, in_channels=8):
-    """The smallest model that has every kind of layer; about 10 ms a step at 64 pixels."""
+    """The smallest model with all kinds of layers; a step on 64x64 pixels takes about 10 ms."""
     levels = Level(8, True, 2), Level(16, False, 2)
     unet = UNetConfig(levels, resblocks=1, in_channels=in_channels, context_width=16, groups=4)
     sampling = Sampling(steps=2, text_guidance=4.0, image_guidance=1.5, resolution=64)

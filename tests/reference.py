@@ -100,7 +100,7 @@ def edit_reference(pipeline, model, image, instruction, seed):
     sampling = model.sampling
     sigmas = model.schedule.sigmas(sampling.steps)
     equal_schedule(pipeline, sigmas, model.schedule.t(sigmas[:-1]))
-    pictures = pipeline(
+    images = pipeline(
         instruction,
         image=image,
         num_inference_steps=sampling.steps,
@@ -109,4 +109,4 @@ def edit_reference(pipeline, model, image, instruction, seed):
         generator=torch.Generator().manual_seed(seed),
         output_type="np",
     ).images
-    return (pictures[0] * 255).astype("uint8")  # truncated, as the released code does
+    return (images[0] * 255).astype("uint8")  # truncated, as the released code does

@@ -121,8 +121,8 @@ def test_pairs_in_the_authors_layout(models, pairs):
     assert [name for name, _ in seeds] == ["0000000", "0000001", "0000002", "0000003"]
     for number, (name, kept) in enumerate(seeds):
         assert len(kept) == len(set(kept)) == KEEP
-        pictures = {f"{seed}_{side}.jpg" for seed in kept for side in (0, 1)}
-        files = {"candidates.jsonl", "metadata.jsonl", "prompt.json", *pictures}
+        images = {f"{seed}_{side}.jpg" for seed in kept for side in (0, 1)}
+        files = {"candidates.jsonl", "metadata.jsonl", "prompt.json", *images}
         assert {path.name for path in (pairs / name).iterdir()} == files
         edit = EDITS[number]
         expected = {**{field: edit[field] for field in ("caption", "edit", "output")}, "url": edit.get("url")}
@@ -145,11 +145,11 @@ def test_a_seed_stands_for_one_pair(models, pairs):
         assert noise.p.item() == pytest.approx(noted["p2p_threshold"], abs=1e-6)
         assert noise.guidance.item() == pytest.approx(noted["cfg_scale"], abs=1e-6)
         texts = [[EDITS[number][name]] for name in ("caption", "output")]
-        pictures = [to_tensor(to_image(x[0]))[None] for x in sample_pairs(model, *texts, noise)]
-        scores = clip.edit_similarities(*((x + 1) / 2 for x in pictures), *map(tokenizer, texts))
+        images = [to_tensor(to_image(x[0]))[None] for x in sample_pairs(model, *texts, noise)]
+        scores = clip.edit_similarities(*((x + 1) / 2 for x in images), *map(tokenizer, texts))
         for name, value in scores.items():
             assert value.item() == pytest.approx(noted[name], abs=2e-3), name
-        for side, x in enumerate(pictures):
+        for side, x in enumerate(images):
             seen = to_tensor(Image.open(pairs / f"{number:07d}" / f"{noted['seed']}_{side}.jpg"))
             assert (x[0] - seen).abs().max() <= 2 * 5 / 255
 

@@ -23,20 +23,20 @@ from p2p import PairNoise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+
 @pytest.fixture
 def program(run_main):
     return partial(run_main, evaluate)
 
 
 class Oracle(nn.Module):
-    """A judge that knows the true images, and takes an image for the nearest; those in `wrong` for the one before."""
+    """A judge that knows the true images, and takes an image for the nearest."""
 
-    def __init__(self, edits, wrong=()):
+    def __init__(self, edits):
         super().__init__()
         self.where = nn.Parameter(torch.zeros(1))
         scenes = [scene for edit in edits for scene in (edit.before, edit.after)]
         self.classes, self.known = labels(scenes), torch.stack(true_images(edits), dim=1).flatten(0, 1)
-        self.classes[list(wrong)] = self.classes.roll(1, 0)[list(wrong)]
         self.drawn = {caption(scene): x for scene, x in zip(scenes, self.known, strict=True)}
 
     def read(self, x):
@@ -193,20 +193,6 @@ def test_the_noise_of_pairs(edits, oracle, monkeypatch):
         assert torch.equal(torch.cat([getattr(noise, name) for noise in drawn]), getattr(expected, name))
     first = torch.cat([noise.first.chunk(2)[0] for noise in drawn])
     assert torch.equal(first, expected.first.chunk(2)[0])
-
-
-class Scorer:
-    """A CLIP whose similarities are given; it checks that it is shown images in [0, 1] with their own captions."""
-
-    def __init__(self, rows, oracle):
-        self.rows, self.oracle, self.logit_scale = rows, oracle, torch.zeros(())
-
-    def edit_similarities(self, before, after, ids_before, ids_after):
-        for images, ids in ((before, ids_before), (after, ids_after)):
-            captions = ["".join(map(chr, row)).strip() for row in ids.tolist()]
-            torch.testing.assert_close(images, (torch.stack([self.oracle.drawn[text] for text in captions]) + 1) / 2)
-        rows, self.rows = self.rows[: len(before)], self.rows[len(before) :]
-        return dict(zip(evaluation.SIMILARITIES, torch.tensor(rows).T, strict=True))
 
 
 def test_pairs_are_counted_by_kind(edits):

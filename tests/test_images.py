@@ -19,19 +19,19 @@ from images import edit_size, grid, open_image, read_settings, resize_and_crop, 
 
 
 def opened(image, path, **options):
-    """Save a picture and open it as the programs do: uint8 [H, W, 3]."""
+    """Save an image and open it as the programs do: uint8 [H, W, 3]."""
     image.save(path, **options)
     return np.array(open_image(path))
 
 
 def difference(a, b):
-    """The largest difference between two pictures, in levels."""
+    """The largest difference between two images, in levels."""
     a, b = np.asarray(a, dtype=int), np.asarray(b, dtype=int)
     assert a.shape == b.shape
     return abs(a - b).max()
 
 
-# What the EXIF standard says about the tag: where row 0 and column 0 of the stored pixels are in the upright picture.
+# What the EXIF standard says about the tag: where row 0 and column 0 of the stored pixels are in the upright image.
 ORIENTATIONS = {
     1: ("top", "left"), 2: ("top", "right"), 3: ("bottom", "right"), 4: ("bottom", "left"),
     5: ("left", "top"), 6: ("right", "top"), 7: ("right", "bottom"), 8: ("left", "bottom"),
@@ -251,7 +251,7 @@ def ink(sheet, left, top, right, bottom):
 @pytest.mark.parametrize("size", [(64, 64), (512, 320)])
 @pytest.mark.parametrize(("count", "columns"), [(1, 1), (5, 4)])
 @pytest.mark.parametrize("labelled", [False, True])
-def test_pictures_lie_row_by_row(size, count, columns, labelled):
+def test_images_lie_row_by_row(size, count, columns, labelled):
     images = [Image.new("RGB", size, colour) for colour in COLOURS[:count]]
     labels = [f"seed {number}" for number in range(count)] if labelled else None
     sheet = grid(images, columns, labels)
@@ -314,7 +314,7 @@ def test_files_without_settings_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
-def test_a_picture_is_written_whole_or_not_at_all(failure, tmp_path, monkeypatch):
+def test_an_image_is_written_whole_or_not_at_all(failure, tmp_path, monkeypatch):
     save_png(colourful(20, 10), tmp_path / "x.png", {"first": True})
     before = (tmp_path / "x.png").read_bytes()
 

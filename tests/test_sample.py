@@ -34,7 +34,7 @@ BEGINNING = "sample.py: "
 
 @pytest.fixture
 def photo(tmp_path):
-    """A picture to edit, in a folder of its own."""
+    """An image to edit, in a folder of its own."""
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / "photo.png"
     colourful(60, 50).save(path)
@@ -49,7 +49,7 @@ def run_sample(run_main):
 
 @pytest.fixture
 def edit(run_sample, photo, model_folder, tmp_path):
-    """sample.py with a picture, an instruction, a tiny model and an output that fit; arguments given change them."""
+    """sample.py with an image, an instruction, a tiny model and an output that fit; arguments given change them."""
     (tmp_path / "out").mkdir()
 
     def run(*arguments, **changes):
@@ -88,9 +88,6 @@ def check_refusal(result, words):
 def pixels(path):
     with Image.open(path) as file:
         return np.array(file)
-
-
-# ---- a true process ----
 
 
 def test_an_edit_in_a_true_process(tmp_path, model_folder):
@@ -176,9 +173,6 @@ def test_a_closed_stdout_does_not_matter(edit, monkeypatch, tmp_path):
     assert (tmp_path / "out" / "x.png").exists()
 
 
-# ---- the picture ----
-
-
 def test_images_that_cannot_be_edited(refused, photo, tmp_path):
     (tmp_path / "truncated.png").write_bytes(photo.read_bytes()[:200])
     refused(["truncated.png", "cannot be read"], image=tmp_path / "truncated.png")
@@ -190,9 +184,6 @@ def test_a_message_is_one_line_whatever_the_names(refused, tmp_path):
     refused("missing", weights=tmp_path / "two\nlines missing.safetensors")
     for key in ("image", "weights", "out"):
         refused("xxx.png", **{key: tmp_path / ("x" * 300 + ".png")})
-
-
-# ---- the instruction ----
 
 
 def test_an_empty_instruction(refused):
@@ -227,6 +218,8 @@ def test_instructions_in_any_script(edit, text, tmp_path):
 def test_outputs_that_cannot_be_written(refused, photo, tmp_path, monkeypatch):
     refused(["cannot write", "photo.png"], out=photo / "x.png")  # below a regular file
     refused(".png", out=tmp_path / "out" / "x.jpg")
+    (tmp_path / "folder.png").mkdir()
+    refused("a file that ends in .png", out=tmp_path / "folder.png")
 
     def full(image, target, **options):
         target.write_bytes(b"half")

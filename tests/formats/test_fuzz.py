@@ -1,4 +1,4 @@
-"""Damaged files, seeded: 500 checkpoints and 500 pictures either end in UserError, in one line, or still serve."""
+"""Damaged files, seeded: 500 checkpoints and 500 images either end in UserError, in one line, or still serve."""
 
 import copy
 import functools
@@ -185,8 +185,8 @@ def test_damaged_checkpoints(file, ways, count, model_folder, single_file, tmp_p
     assert succeeded < count  # some damage does damage
 
 
-def seeds_of_pictures():
-    """(ending, whole file) of pictures of every format, and of several kinds."""
+def seeds_of_images():
+    """(ending, whole file) of images of every format, and of several kinds."""
     image, files = colourful(40, 30), []
     turned = Image.Exif()
     turned[274] = 6
@@ -206,8 +206,8 @@ def seeds_of_pictures():
     return files
 
 
-def test_damaged_pictures(tmp_path):
-    files, succeeded = seeds_of_pictures(), 0
+def test_damaged_images(tmp_path):
+    files, succeeded = seeds_of_images(), 0
 
     def use(path):
         image = open_image(path)

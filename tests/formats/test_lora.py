@@ -1,4 +1,4 @@
-"""LoRA: nothing at first, W + B A after, merged or not, and the same picture in diffusers."""
+"""LoRA: nothing at first, W + B A after, merged or not, and the same image in diffusers."""
 
 import json
 from types import SimpleNamespace

@@ -39,8 +39,8 @@ def normal(*shape, seed=0):
 
 
 @torch.no_grad()
-def test_latents_are_normalised_and_pictures_stay():
-    """Every channel apart; the mode's picture is the same as before, and so is a sample's with the same noise."""
+def test_latents_are_normalised_and_images_stay():
+    """Every channel apart; the mode's image is the same as before, and so is a sample's with the same noise."""
     vae = randomise(VAE(VAEConfig(channels=(8, 16), resblocks=1, groups=4, scaling=1.0)), seed=1).eval()
     vae.quant_conv.weight[:4] *= torch.tensor([0.1, 1.0, 5.0, 2.0])[:, None, None, None]
     vae.quant_conv.bias[:4] += torch.tensor([3.0, -1.0, 0.0, 10.0])
@@ -128,7 +128,7 @@ def test_a_second_call_finds_all_done(trained, program):
 
 @torch.no_grad()
 def test_what_it_leaves_can_be_opened(trained):
-    """By our own loaders, as float32 throughout, and by diffusers, which draws the same picture."""
+    """By our own loaders, as float32 throughout, and by diffusers, which draws the same image."""
     clip, tokenizer = load_clip(trained / "clip_model")
     model = load(trained / "sd_model")
     vae, alone = load_vae(trained / "sd_model"), load_vae(trained / "vae_model")
@@ -142,11 +142,11 @@ def test_what_it_leaves_can_be_opened(trained):
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(trained / "sd_model")
     pipeline.set_progress_bar_config(disable=True)
     settings = {"num_inference_steps": 2, "height": SIZE, "width": SIZE, "output_type": "np"}
-    picture = pipeline("a red ball", generator=torch.Generator().manual_seed(0), **settings).images[0]
+    image = pipeline("a red ball", generator=torch.Generator().manual_seed(0), **settings).images[0]
     ours = StableDiffusion(model).sample(["a red ball"], [0], steps=2)[0]
     ours = ((ours + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy()
-    assert ours.shape == picture.shape == (SIZE, SIZE, 3)
-    assert np.abs(ours - picture).max() < 0.02  # its own noise levels are rounded
+    assert ours.shape == image.shape == (SIZE, SIZE, 3)
+    assert np.abs(ours - image).max() < 0.02  # its own noise levels are rounded
 
 
 @pytest.mark.parametrize("stage", ["judge", "vae", "clip", "sd"])

@@ -170,7 +170,7 @@ def test_in_a_browser(browser):
     assert "Of the 4 pairs on this page 2 would stay" in summary()
     choose("direction", 0.0)
     choose("image_image", 0.0)
-    choose("image_text", 0.1)  # now a candidate without pictures is among the best two of its edit
+    choose("image_text", 0.1)  # now a candidate without images is among the best two of its edit
     assert summary().startswith("7 of 7 candidates of these edits would pass (100 %), and 7 of them be kept")
     browser.find_element("id", "reset").click()
     assert len(listed()) == 4
