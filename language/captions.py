@@ -1,41 +1,41 @@
 """The files of captions and of triplets: read as needed, since they may be large, and only grown, a line a record."""
 
-import csv
 import json
 
 from cli import UserError, keep_settings, reported_as
 
+from formats.tables import read_rows, text_of
+
 FIELDS = ("caption", "edit", "output")
-CAPTIONS, URLS = ("caption", "input", "TEXT"), ("url", "URL")  # ours, the authors' and LAION's names
-PARSERS = {".txt": lambda line: {"caption": line}, ".jsonl": json.loads, ".csv": dict}
+NAMES = {  # our name first, then the authors' (their prompts, their data set on the hub) and LAION's; "" is a line
+    "caption": ("caption", "input", "original_prompt", "text", ""),
+    "edit": ("edit", "edit_prompt", "instruction"),
+    "output": ("output", "edited_prompt"),
+    "url": ("url",),
+}
 
 
 def read_captions(path):
-    """Yield (caption, url or None) from a .txt (a caption a line), .jsonl or .csv file. Raises UserError."""
-    kinds = ".txt, .jsonl or .csv"
-    with reported_as(f"{path} cannot be read as {kinds}"), open(path, encoding="utf-8-sig", newline="") as file:
-        parse = PARSERS[path.suffix]
-        for number, line in enumerate(csv.DictReader(file, restval="") if path.suffix == ".csv" else file, 1):
-            with reported_as(f"{path}, record {number}: a text named {' or '.join(CAPTIONS)} is needed"):
-                record = parse(line)
-                caption = next(record[name] for name in CAPTIONS if name in record).strip()
-                url = next((record[name] for name in URLS if record.get(name)), "").strip()
+    """Yield (caption, url or None) of a file with a caption a line, or of CSV, JSON lines. Raises UserError."""
+    for place, row in read_rows(path, NAMES["caption"][:-1]):
+        with reported_as(place):
+            caption, url = text_of(row, NAMES["caption"]), text_of(row, NAMES["url"], needed=False)
+        if caption:
             yield caption, url or None
 
 
-def read_edits(path):
-    """The triplets of a .jsonl file: a list of dicts with the texts of FIELDS. Raises UserError."""
+def read_edits(*paths):
+    """The triplets of all these files: a list of dicts with the texts of FIELDS, and url. Raises UserError."""
     edits = []
-    with reported_as(f"{path} cannot be read; datagen.py text writes such files"), open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            with reported_as(f"{path}, line {number}: the texts {', '.join(FIELDS)} are needed"):
-                edit = json.loads(line)
-                edit["caption"] = next(edit[name] for name in CAPTIONS if name in edit)
-                if not all(edit[field].strip().encode() for field in FIELDS):
-                    raise ValueError("one of them is empty")
-            edits.append(edit)
+    for path in paths:
+        for place, row in read_rows(path, NAMES["edit"]):
+            with reported_as(place):
+                edit = {field: text_of(row, names, field != "url") for field, names in NAMES.items()}
+                if empty := [field for field in FIELDS if not edit[field]]:
+                    raise ValueError(f"{empty[0]} is empty")
+            edits.append(edit | {"url": edit["url"] or None})
     if not edits:
-        raise UserError(f"{path} holds no edits")
+        raise UserError(f"{paths[0]} holds no edits; datagen.py text writes such files")
     return edits
 
 
@@ -46,7 +46,7 @@ def normal(text):
 
 def unique(captions, counts):
     """Yield the (caption, url) whose caption and url have not come before; counts["duplicates"] are the others."""
-    seen = {hash("")}  # empty captions are skipped, too; hashes stand for the texts, since there may be millions
+    seen = {hash("")}  # of no letter but marks; hashes stand for the texts, since there may be millions
     for caption, url in captions:
         keys = {hash(normal(caption))} | ({hash(("url", url))} if url else set())
         if seen.isdisjoint(keys):

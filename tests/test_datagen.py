@@ -361,7 +361,7 @@ def test_what_was_begun_otherwise_is_refused(models, many, data, program, tmp_pa
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"edits": "nowhere.jsonl"}, "nowhere.jsonl cannot be read; datagen.py text writes such files"),
+        ({"edits": "nowhere.jsonl"}, "nowhere.jsonl cannot be read as text in UTF-8: No such file"),
         ({"weights": "nowhere"}, "there are no weights at nowhere"),
         ({"weights": "EDITOR"}, "an InstructPix2Pix checkpoint: its UNet takes 8 channels, not 4"),
         ({"clip": "SD"}, "config.json cannot be read"),

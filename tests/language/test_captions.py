@@ -1,4 +1,4 @@
-"""Captions from files of three kinds, what counts as equal, and files of records that survive anything."""
+"""Captions and triplets from files of any kind, what counts as equal, and files of records that survive anything."""
 
 import json
 from collections import Counter
@@ -22,8 +22,8 @@ JSON += [{"TEXT": "a cow", "URL": "http://x/2"}, {"input": "a hen"}]  # LAION's 
 @pytest.mark.parametrize(
     ("name", "text", "captions"),
     [
-        ("c.txt", "\ufeffa cat \r\n\n  a\u2028b\nb", [("a cat", None), ("", None), ("a\u2028b", None), ("b", None)]),
-        ("c.jsonl", "".join(json.dumps(record) + "\n" for record in JSON),
+        ("C.TXT", "\ufeffa cat \r\n\n  a\u2028b\nb", [("a cat", None), ("a\u2028b", None), ("b", None)]),
+        ("c.jsonl", "".join(json.dumps(record) + "\n\n" for record in JSON),
          [("a cat", "http://x/1"), ("a dog", None), ("a cow", "http://x/2"), ("a hen", None)]),
         ("c.csv", 'url,size,caption\nhttp://x/1,3,"a cat, ""asleep""\non a mat"\n,4,a dog\n',
          [('a cat, "asleep"\non a mat', "http://x/1"), ("a dog", None)]),
@@ -37,10 +37,9 @@ def test_captions_of_a_file(tmp_path, name, text, captions):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("c.parquet", "", "cannot be read as .txt, .jsonl or .csv"),
-        ("c.csv", "text,url\na,b\n", "record 1: a text named caption or input or TEXT is needed"),
-        ("c.jsonl", '{"caption": "a"}\n{"text": "b"}\n', "record 2: a text named"),
-        ("c.jsonl", '{"caption": "a", "url": 3}\n', "record 1"),
+        ("c.csv", "name,url\na,b\n", "c.csv, line 2: a text named caption or .* is needed, but there is name, url"),
+        ("c.jsonl", '{"caption": "a"}\n\n{"name": "b"}\n', "line 3: a text named"),
+        ("c.jsonl", '{"caption": "a", "url": 3}\n', "line 1: 3 is not a text"),
         ("c.csv", b"caption\n\xff\n", "cannot be read"),
     ],
 )
@@ -73,8 +72,17 @@ def test_a_damaged_file_is_named(tmp_path):
         read_done(written(tmp_path / "out.jsonl", b'{"caption": "a"}\nnonsense\n'))
 
 
-@pytest.mark.parametrize("line", ['{"caption": "a", "edit": " ", "output": "c"}', "[]", '{"caption": "a"'])
+@pytest.mark.parametrize("names", ["caption edit output url", "input edit output url"])
+@pytest.mark.parametrize("change", [lambda s: "\ufeff" + s, lambda s: s + "\n\n", lambda s: s.replace("\n", "\r\n")])
+def test_edits_of_several_files(tmp_path, names, change):
+    edits = [{"caption": text, "edit": "b", "output": "c", "url": None} for text in "aé"]
+    lines = (json.dumps(dict(zip(names.split(), edit.values(), strict=True))) for edit in edits)
+    files = [written(tmp_path / f"{number}.jsonl", change(line + "\n")) for number, line in enumerate(lines)]
+    assert read_edits(*files) == edits
+
+
+@pytest.mark.parametrize("line", ['{"caption": "a", "edit": " ", "output": "c"}', "[]", '{"caption": "a"', "{}"])
 def test_damaged_edits_are_named(tmp_path, line):
     good = json.dumps({"caption": "a", "edit": "b", "output": "c"})
-    with pytest.raises(UserError, match="edits.jsonl, line 2: the texts caption, edit, output are needed"):
+    with pytest.raises(UserError, match="edits.jsonl, line 2"):
         read_edits(written(tmp_path / "edits.jsonl", f"{good}\n{line}\n"))
