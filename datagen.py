@@ -6,14 +6,15 @@
     python datagen.py browse runs/pairs                    # a page to look at it with
     python datagen.py calibrate --edits runs/edits.jsonl --clip MY_CLIP           # once for another CLIP
 
-`text` and `images` may be stopped at any time; the same command resumes. Under torchrun its processes divide the work.
+`text` and `images` may be stopped at any time; the same command resumes. Under torchrun its processes divide the work;
+or run them with --shard 0/4, 1/4, ... and name all their files of texts, edits_*of4.jsonl, to --edits.
 (The miniature's own edits are written by `python -m mini.datagen`.)
 """
 
+import argparse
 import hashlib
 import os
 import shutil
-from argparse import BooleanOptionalAction
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def make_images(options):
     one batch, so edits are sampled in fixed groups, as many as fill a batch, whichever of them are still missing:
     stopped and restarted, or with another number of processes, a run ends in the same files.
     """
-    sampler = Sampler(read_edits(options.edits), options)
+    sampler = Sampler(read_edits(*options.edits), options)
     given = {field.name: getattr(options, f"min_{field.name}") for field in fields(Filter)}
     wanted = replace(Filter.read(options.clip), **{name: value for name, value in given.items() if value is not None})
     names = {f"min_{name}": float(value) for name, value in asdict(wanted).items()}
@@ -132,7 +133,7 @@ def settings_of(options, *more):
     """What sampling depends on: the texts of the edits, the models by their paths, and numbers, `more` of them."""
     names = ("steps", "resolution", "control", "guidance", "weights", "vae", "clip", "seed", "dtype", *more)
     return {
-        "edits": hashlib.sha256(options.edits.read_bytes()).hexdigest(),
+        "edits": hashlib.sha256(b"".join(path.read_bytes() for path in options.edits)).hexdigest(),
         "device": torch.device(options.device).type,  # random numbers are drawn there
         **{name: getattr(options, name) for name in names},
     }
@@ -140,7 +141,7 @@ def settings_of(options, *more):
 
 def calibrate(options):
     """Write a CLIP's filter.json: each threshold is what a fraction of a sample of candidates does not reach."""
-    sampler = Sampler(read_edits(options.edits)[: options.count], options)
+    sampler = Sampler(read_edits(*options.edits)[: options.count], options)
     settings = settings_of(options, "count", "fractions", "batch_size")
     path = Path(options.clip) / "filter.json"
     if path.exists():
@@ -166,6 +167,14 @@ def write_text(options):
     (finetune.finetune if options.command == "finetune" else writer.write_edits)(options)
 
 
+def shard(text):
+    """The type of --shard: "I/N", part I of N, counted from 0."""
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"should be I/N with I from 0 to N - 1, such as 0/4 to 3/4, not {text}")
+    return int(part), int(parts)
+
+
 def parse(arguments=None):
     """The command line."""
     parser = cli.Parser(prog="datagen.py", description="Generate training data: instructions, then pairs of images.")
@@ -173,7 +182,7 @@ def parse(arguments=None):
 
     text = commands.add_parser("text", help="captions -> instructions and captions after the edit")
     add = text.add_argument
-    add("--captions", type=Path, required=True, metavar="FILE", help="captions, in a .txt, .jsonl or .csv file")
+    add("--captions", type=Path, required=True, metavar="FILE", help="a caption a line, CSV or JSON lines")
     add("--out", type=Path, required=True, metavar="FILE.jsonl")
     add("--model", default="gpt-4o-mini", metavar="NAME", help="the language model (default: %(default)s)")
     add("--few-shot", type=cli.between(0), default=8, metavar="N", help="examples to show; 0 if tuned (default: 8)")
@@ -217,9 +226,12 @@ def parse(arguments=None):
     add("--count", type=cli.WHOLE, default=2000, metavar="N", help="pairs to show, spread over all (default: 2000)")
     add("--out", type=Path, metavar="FILE.html", help="(default: DIR/index.html)")
 
+    own = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"  # set by torchrun
+    for command in (text, images):
+        command.add_argument("--shard", type=shard, default=own, metavar="I/N", help="do part I of N: 0/N, 1/N, ...")
     for command in (images, thresholds):
         add = command.add_argument
-        add("--edits", type=Path, required=True, metavar="FILE.jsonl", help="from datagen.py text")
+        add("--edits", type=Path, nargs="+", required=True, metavar="FILE", help="of datagen.py text, joined")
         add("--weights", default=str(ROOT / "models/mini/sd"), metavar="PATH", help="a text-to-image model")
         add("--vae", metavar="PATH", help="an autoencoder to use instead of the model's, such as the fine-tuned one")
         add("--clip", default=str(ROOT / "models/mini/clip"), metavar="PATH", help="the CLIP that filters")
@@ -229,7 +241,7 @@ def parse(arguments=None):
         add("--resolution", type=cli.PIXELS, metavar="R", help="pixels a side (default: the model's)")
         add("--batch-size", type=cli.WHOLE, default=16, metavar="B", help="pairs sampled at once (default: 16)")
         add("--seed", type=cli.SEED, default=0, metavar="S", help="of the first candidate (default: 0)")
-        add("--compile", action=BooleanOptionalAction, help="compile the networks first (default: on a GPU)")
+        add("--compile", action=argparse.BooleanOptionalAction, help="compile the networks first (default: on a GPU)")
         add("--device", default="cpu", metavar="D", help="cpu or cuda, under torchrun a GPU for each process")
         add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
         add("--threads", type=cli.WHOLE, metavar="N", help="CPU threads (default: all cores)")
@@ -239,7 +251,6 @@ def parse(arguments=None):
 def main(arguments=None):
     """Check the settings and run one of the commands."""
     options = parse(arguments)
-    options.shard = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     if hasattr(options, "device"):
         options.device = cli.own_device(options.device)
         cli.check_device(options.device)

@@ -3,12 +3,13 @@
 import json
 import time
 
-from cli import UserError, atomic_write
+from cli import UserError, atomic_write, reported_as
 
 from openai import OpenAI
 
 from language.captions import read_edits
-from language.writer import RETRIES, chat, endpoint
+from language.endpoint import connect, reported
+from language.writer import chat
 
 POLL = 10.0  # seconds between two requests for the job's state
 
@@ -23,14 +24,20 @@ def finetune(options):
         print(f"{options.out}: {len(examples)} conversations")
         if options.dry_run:
             return
-    with endpoint():
-        client, job = OpenAI(max_retries=RETRIES), options.job
+    with reported(), reported_as("the endpoint offers no fine-tuning", AttributeError):  # the answer is another thing
+        client, job = connect(OpenAI), options.job
         if job is None:
             uploaded = client.files.create(file=options.out, purpose="fine-tune")
             method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": options.epochs}}}
             job = client.fine_tuning.jobs.create(model=options.model, training_file=uploaded.id, method=method).id
-        print(f"job {job} (to follow it again: --job {job})", flush=True)
-        status = None
+        follow(client, job)
+
+
+def follow(client, job):
+    """Print each new state of a job, and at last the name of the model. Raises UserError where the job failed."""
+    print(f"job {job}", flush=True)
+    status = None
+    try:
         while status not in ("succeeded", "failed", "cancelled"):
             found = client.fine_tuning.jobs.retrieve(job)
             if found.status == status:
@@ -38,7 +45,10 @@ def finetune(options):
             else:
                 status = found.status
                 print(f"{job}: {status}", flush=True)
-        if status != "succeeded":
-            reason = (found.error and found.error.message) or "no reason given"
-            raise UserError(f"the job {job} ended as {status}: {reason}")
-        print(found.fine_tuned_model)
+    except BaseException:  # Ctrl-C as well
+        print(f"\nthe job goes on; to follow it again: python datagen.py finetune --job {job}", flush=True)
+        raise
+    if status != "succeeded":
+        reason = (found.error and found.error.message) or "no reason given"
+        raise UserError(f"the job {job} ended as {status}: {reason}")
+    print(found.fine_tuned_model)
