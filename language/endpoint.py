@@ -27,8 +27,8 @@ def connect(kind, **settings):
         raise UserError("set OPENAI_API_KEY (for an endpoint of your own, and OPENAI_BASE_URL, any text will do)")
     with reported_as(f"cannot connect to OPENAI_BASE_URL={address}"):
         parts = urlsplit(address or "https://api.openai.com/v1")
-        if parts.scheme not in ("http", "https"):
-            raise ValueError("it should begin with http:// or https://")
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0:
+            raise ValueError("it should begin with http:// or https:// and the name of a host")
         query = dict(parse_qsl(parts.query))
         return kind(
             api_key=key, max_retries=RETRIES, timeout=TIMEOUT,
@@ -61,7 +61,7 @@ def find(value, names):
         return value
     inner = []
     if isinstance(value, str):
-        starts = [match.start() for match in re.finditer(r'^\s*"|\{', value)]
+        starts = [match.start() for match in re.finditer(r'^\s*"|\{', value)][-100:]
         inner = (decoded(value, start) for start in reversed(starts))
     elif isinstance(value, (dict, list)):
         inner = reversed(list(value.values() if isinstance(value, dict) else value))
@@ -82,10 +82,10 @@ def describe(request, response, failure=""):
     if response is None:
         text = f"{where}: {failure}"
     else:
-        wrong = response.status_code in (404, 405, NO_ANSWER)
-        advice = " (is OPENAI_BASE_URL right? It usually ends in /v1)" if wrong else ""
-        status = "with no answer of OpenAI's protocol" if response.status_code == NO_ANSWER else response.status_code
-        text = f"{where} answered {status}{advice}: {response.text or 'nothing'}"
+        advice = "(is OPENAI_BASE_URL right? It usually ends in /v1)"
+        known = {404: f"answered 404 {advice}", 405: f"answered 405 {advice}", NO_ANSWER: f"gave no answer {advice}"}
+        said = known.get(response.status_code, f"answered {response.status_code}")
+        text = f"{where} {said}: {response.text or 'nothing'}"
     key = os.environ["OPENAI_API_KEY"].strip()
     if len(key) > 7:  # shorter ones are for endpoints that want none
         text = text.replace(key, "...")

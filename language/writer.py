@@ -162,7 +162,7 @@ class Writer:
             number = usage.get(name) if isinstance(usage, dict) else None
             return number if isinstance(number, int) and number > 0 else 0
 
-        written = told("completion_tokens") or tokens(answer["choices"])
+        written = told("completion_tokens") or tokens(answer["choices"][0]["message"])
         self.written += written
         self.read += told("prompt_tokens") or max(told("total_tokens") - written, 0) or tokens(messages)
 
