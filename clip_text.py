@@ -138,10 +138,10 @@ class CLIPTokenizer:
         needed = "vocab.json and merges.txt, or tokenizer.json, are needed"
         with reported_as(f"the tokenizer in {folder} cannot be read ({needed})"):
             if (folder / "vocab.json").exists():
-                vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-                merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+                vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8-sig"))
+                merges = (folder / "merges.txt").read_text(encoding="utf-8-sig").splitlines()
             else:
-                model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+                model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8-sig"))["model"]
                 vocabulary, merges = model["vocab"], model["merges"]
             # a merge is "left right", or ["left", "right"]; merges.txt opens with a line that names its version
             pairs = [tuple(m.split()) if isinstance(m, str) else tuple(m) for m in merges if m[:8] != "#version"]

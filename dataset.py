@@ -106,7 +106,7 @@ def write_seeds(root):
 def read_metadata(path):
     """The lines of a metadata.jsonl or candidates.jsonl: a dict for each pair. Raises UserError."""
     with reported_as(f"{path} cannot be read; remove its folder, and the edit is made anew"):
-        lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        lines = map(json.loads, path.read_text(encoding="utf-8-sig").splitlines())
         return [{"seed": line["seed"], **line} for line in lines]
 
 
@@ -114,7 +114,7 @@ def read_seeds(root):
     """What seeds.json lists: (folder, its seeds) of every edit, in order. Raises UserError."""
     path = Path(root) / "seeds.json"
     with reported_as(f"{path} cannot be read; datagen.py images makes such a folder"):
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
         if not all(type(folder) is str and type(seeds) is list and seeds for folder, seeds in entries):
             raise ValueError("a list of folders with lists of seeds is expected")
         return entries
@@ -182,7 +182,7 @@ class EditDataset(Dataset):
             return None
         try:
             with reported_as(f"{path / 'prompt.json'} is missing or damaged"):
-                instruction = json.loads((path / "prompt.json").read_text(encoding="utf-8"))["edit"]
+                instruction = json.loads((path / "prompt.json").read_text(encoding="utf-8-sig"))["edit"]
                 instruction.encode()  # a text, and one that has an encoding
             images = [open_image(path / f"{seeds[k]}_{side}.jpg") for side in (0, 1)]
             if images[0].size != images[1].size:

@@ -58,7 +58,7 @@ class Config:
     def read(cls, path):
         """From a file."""
         with reported_as(f"{path} cannot be read"):
-            return cls(json.loads(path.read_text(encoding="utf-8")), path)
+            return cls(json.loads(path.read_text(encoding="utf-8-sig")), path)
 
     def must(self, condition, what):
         """Refuse the file unless `condition`."""

@@ -18,7 +18,7 @@ def read_rows(path, names=()):
     place: "PATH, line 3", for messages; row: {column in lower case: value}, of a plain text {"": line}.
     names: columns in lower case; a first line with one of them is the header of a CSV, whatever the file's suffix.
     """
-    with reported_as(f"{path} cannot be read as text in UTF-8"):
+    with reported_as(f"{path} cannot be read (text in UTF-8, CSV or JSON is expected)"):
         with open(path, "rb") as file:
             encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         with open(path, encoding=encoding) as file:
@@ -32,13 +32,13 @@ def parse(file, suffix, names):
     """Yield (place in the file, row) of an open file."""
     first = next((line for line in file if line.strip()), "")
     file.seek(0)
-    if "\0" in first:
-        raise ValueError("it is a binary file")
+    if "\0" in first or re.match(r"version https://git-lfs|\s*<(!doctype|html)", first, re.IGNORECASE):
+        raise ValueError("it is a binary file, a web page or a git-lfs pointer")
     delimiter = max(",;\t", key=first.count)
     header = [cell.strip().lower() for cell in next(csv.reader([first[:10_000]], delimiter=delimiter), [])]
-    if re.match(r"\s*\[\s*(\{|\]|$)", first):
+    if re.match(r'\s*\[\s*([{"\]]|$)', first):
         for number, row in enumerate(json.load(file), 1):
-            yield f"record {number}", row
+            yield f"record {number}", {"": row} if isinstance(row, str) else row
     elif suffix in (".csv", ".tsv") or set(names) & set(header):
         yield from parse_csv(file, delimiter)
     else:
@@ -61,7 +61,8 @@ def parse_csv(file, delimiter):
             wrong = f"{len(cells)} cells, but the header has {len(header)}; texts with a {delimiter!r} need quotes"
             raise UserError(f"{file.name}, line {reader.line_num}: {wrong}")
         else:
-            yield f"line {reader.line_num}", dict(zip(header, cells, strict=False))
+            cells += [""] * (len(header) - len(cells))
+            yield f"line {reader.line_num}", dict(zip(header, cells, strict=True))
 
 
 def text_of(row, names, needed=True):

@@ -257,7 +257,8 @@ def write_edits(options):
     names = ("captions", "model", "few_shot", "examples", "moderate")
     with reported():
         writer, counts = Writer(options), Counter()
-        next(read_captions(options.captions), None)  # a mistake in the file ends here, before anything is written
+        if not next(read_captions(options.captions), None):  # a mistake ends here, before anything is written
+            raise UserError(f"{options.captions} holds no captions")
         begin_file(out, {"program": "datagen.py text", **{name: getattr(options, name) for name in names}})
         done = read_done(out) | read_done(dropped_file(out))
         total, read, written = estimate(writer, remaining(options, done, counts))

@@ -57,7 +57,7 @@ def write_page(root, out, count):
 
 def pairs_of(folder, index, seeds):
     """The pairs of one edit, as the page takes them; what is not known of a pair is None."""
-    prompt = json.loads((folder / "prompt.json").read_text(encoding="utf-8"))
+    prompt = json.loads((folder / "prompt.json").read_text(encoding="utf-8-sig"))
     prompt = {"caption": prompt.get("input", ""), "output": "", **prompt}  # the authors' older files say input
     texts = {name: str(prompt[name]) for name in ("caption", "edit", "output")}
     path = folder / "metadata.jsonl"

@@ -312,6 +312,16 @@ def test_processes_share_the_work_and_end_in_the_same_files(models, many, data, 
     assert contents(folder) == contents(data)
 
 
+def test_several_files_of_texts_are_one(models, many, data, tmp_path):
+    """As the parts of `text --shard` leave them; a data set that was begun with the whole is completed."""
+    folder, lines = shutil.copytree(data, tmp_path / "data"), many.read_text().splitlines(keepends=True)
+    for name, part in (("a", lines[:20]), ("b", lines[20:])):
+        (tmp_path / name).write_text("".join(part))
+    shutil.rmtree(folder / "0000021")
+    datagen.main([*long_run(models, many, folder), "--edits", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert contents(folder) == contents(data)
+
+
 @pytest.mark.parametrize("size", [1000, 14_000])
 def test_a_full_disk(models, many, data, tmp_path, capfd, size):
     """Full at the start of an image or at its end: a line, nothing torn; and with space again it resumes."""
@@ -361,10 +371,11 @@ def test_what_was_begun_otherwise_is_refused(models, many, data, program, tmp_pa
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
-        ({"edits": "nowhere.jsonl"}, "nowhere.jsonl cannot be read as text in UTF-8: No such file"),
+        ({"edits": "nowhere.jsonl"}, "nowhere.jsonl cannot be read (text in UTF-8, CSV or JSON is expected): No such"),
         ({"weights": "nowhere"}, "there are no weights at nowhere"),
         ({"weights": "EDITOR"}, "an InstructPix2Pix checkpoint: its UNet takes 8 channels, not 4"),
         ({"clip": "SD"}, "config.json cannot be read"),
+        ({"shard": "4/4"}, "should be I/N with I from 0 to N - 1, such as 0/4 to 3/4, not 4/4"),
         ({"samples": 0}, "--samples: should be at least 1, not 0"),
         ({"resolution": 8}, "resolution: should be from 64 to 4096, not 8"),
         ({"resolution": 100}, "--resolution should be a multiple of 8 for this model"),

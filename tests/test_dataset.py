@@ -129,6 +129,13 @@ def test_a_data_set_as_the_authors_publish_it(tmp_path):
     assert (after - to_tensor(colourful(64, 64, seed=1))).abs().mean() < 0.02
 
 
+def test_byte_order_marks_change_nothing(root):
+    for path in root.rglob("*.json*"):
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert [item[2] for item in EditDataset(root, "all")] == ["add a moon", "make it night"]
+    assert write_seeds(root) == 3
+
+
 @pytest.mark.parametrize(
     ("edits", "counts"), [(20, (18, 1, 1)), (1000, (900, 50, 50)), (313_010, (281_709, 15_650, 15_651))]
 )

@@ -1,5 +1,6 @@
 """Reading and writing weights, against files that diffusers wrote and reads."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -75,6 +76,15 @@ def test_a_model_comes_back(layout, model, request):
     assert again.tokenizer(["the night"]).tolist() == model.tokenizer(["the night"]).tolist()
     assert not any(weight.requires_grad for weight in again.unet.parameters())
     assert not again.unet.training
+
+
+def test_byte_order_marks_change_nothing(model, model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    for path in [*folder.rglob("*.json"), *folder.rglob("*.txt")]:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    again = load(folder)
+    same_weights(model, again)
+    assert again.tokenizer(["the night"]).tolist() == model.tokenizer(["the night"]).tolist()
 
 
 def test_half_precision_files(model, tmp_path):

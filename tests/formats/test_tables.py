@@ -9,7 +9,7 @@ import pytest
 from formats.tables import read_rows, text_of
 
 ROWS = [{"caption": "a “cat”, asleep", "url": "http://x/1"}, {"caption": "a dog", "url": ""}]
-CSV = '\ncaption{d}url\n\n"a “cat”, asleep"{d}http://x/1\n {d} \na dog{d}\n'
+CSV = '\ncaption{d}url\n\n"a “cat”, asleep"{d}http://x/1\n {d} \na dog\n'
 KINDS = {
     "lines.jsonl": "\n".join(map(json.dumps, ROWS)) + "\n\n",
     "list.json": json.dumps(ROWS, indent=1),
@@ -34,17 +34,21 @@ def test_a_text_a_line_with_the_places_of_the_lines(tmp_path):
     path.write_bytes("\ufeff\r\n  a\u2028cat, and; more\r\n\n[a] {dog}".encode())
     expected = [(f"{path}, line 2", {"": "a\u2028cat, and; more"}), (f"{path}, line 4", {"": "[a] {dog}"})]
     assert list(read_rows(path, ["caption"])) == expected
+    path.write_text('\n["a cat",\n"a dog"]')
+    assert [row for _, row in read_rows(path)] == [{"": "a cat"}, {"": "a dog"}]
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"caf\xe9\n", "cannot be read as text in UTF-8: .*invalid"),
+        (b"caf\xe9\n", "cannot be read .text in UTF-8, CSV or JSON is expected.: 'utf-8' codec"),
         ("a cat".encode("utf-16-le"), "it is a binary file"),
+        (b"\n<!DOCTYPE html>\n<title>login", "a web page or a git-lfs pointer"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a web page or a git-lfs pointer"),
         (b'{"a": 1}\n\n{"a": \n', "line 3 is no JSON"),
         (b'{"a": 1}\n3\n', "line 2: a JSON object is needed, not 3"),
-        (b'[{"a": 1}, "b"]', "record 2: a JSON object is needed, not 'b'"),
-        (b'[{"a": 1},', "cannot be read as text in UTF-8: "),
+        (b'[{"a": 1}, 3]', "record 2: a JSON object is needed, not 3"),
+        (b'[{"a": 1},', "cannot be read .*: Expecting value"),
         (b"caption,url\n\na cat, asleep,u\n", "line 3: 3 cells, but the header has 2; texts with a ',' need quotes"),
         (b'caption,url\n"a cat,u\na dog,u\n', "unexpected end of data"),
     ],

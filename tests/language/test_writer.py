@@ -170,6 +170,11 @@ def test_the_tokens_that_may_be_used(write, limit):
     assert f"{len(first)} done before" in printed
 
 
+def test_no_captions(write):
+    with pytest.raises(UserError, match="captions.txt holds no captions"):
+        write(SimpleNamespace(url="http://x"), ["", " "])
+
+
 @pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_many_captions_with_faults(write, count):
     """Every caption is accounted for exactly once, and memory does not grow with their number."""
