@@ -78,8 +78,8 @@ def test_a_model_comes_back(layout, model, request):
     assert not again.unet.training
 
 
-def test_byte_order_marks_change_nothing(model, model_folder, tmp_path):
-    folder = shutil.copytree(model_folder, tmp_path / "model")
+def test_byte_order_marks_change_nothing(model, folder, tmp_path):
+    folder = shutil.copytree(folder, tmp_path / "model")
     for path in [*folder.rglob("*.json"), *folder.rglob("*.txt")]:
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     again = load(folder)
