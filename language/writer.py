@@ -1,7 +1,7 @@
 """A language model writes edits: captions to {"caption", "edit", "output", "url"}, a line each (Sec. 3.1.1).
 
-An answer is written before the next caption is taken, so that a stopped run can resume. What a model of today needs
-to be asked politely, `WAYS`, and what its answers look like, `find`, differs from one endpoint to the next.
+An answer is written before the next caption is taken, so that a stopped run can resume. Which parameters a request
+may have differs from one endpoint to the next: what is refused is left out for the rest of the run (`WAYS`).
 """
 
 import asyncio
@@ -31,9 +31,9 @@ SCHEMA = {
 }  # fmt: skip
 FORMAT = {"type": "json_schema", "json_schema": {"name": "edit", "strict": True, "schema": SCHEMA}}
 SAMPLING = {"temperature": 0.7, "top_p": 1.0, "frequency_penalty": 0.1, "presence_penalty": 0.0}  # as in the paper
-WAYS = (  # what a request asks for, if the endpoint accepts it, and what else, if not: (its name, the parameters)
+WAYS = (  # what a request asks for: each time the first that the endpoint accepts; (its name, the parameters)
     [("json_schema", {"response_format": FORMAT}), ("json_object", {"response_format": {"type": "json_object"}})],
-    [("max_completion_tokens", {"max_completion_tokens": 0}), ("max_tokens", {"max_tokens": 0})],
+    [(name, {name: None}) for name in ("max_completion_tokens", "max_tokens")],  # the number is `Writer.limit`
     *([(name, {name: value})] for name, value in SAMPLING.items()),
 )
 LIMITS = (256, 1024, 4096)  # tokens of an answer: as in the paper, and for models that think before they answer
@@ -156,15 +156,12 @@ class Writer:
 
     def count(self, messages, answer):
         """Add the tokens of an answer, estimated where the endpoint does not tell them."""
-        usage = answer.get("usage")
-
-        def told(name):
-            number = usage.get(name) if isinstance(usage, dict) else None
-            return number if isinstance(number, int) and number > 0 else 0
-
-        written = told("completion_tokens") or tokens(answer["choices"][0]["message"])
+        usage = answer["usage"] if isinstance(answer.get("usage"), dict) else {}
+        numbers = (usage.get(f"{name}_tokens") for name in ("prompt", "completion", "total"))
+        read, written, total = (number if isinstance(number, int) and number > 0 else 0 for number in numbers)
+        written = written or tokens(answer["choices"][0]["message"])
         self.written += written
-        self.read += told("prompt_tokens") or max(told("total_tokens") - written, 0) or tokens(messages)
+        self.read += read or max(total - written, 0) or tokens(messages)
 
 
 def tokens(value):
@@ -189,8 +186,8 @@ def chat(triplets):
     return messages
 
 
-async def write_all(writer, captions, out, counts, bar):
-    """Triplets of (caption, url) go to the file `out`, what was dropped and why to the file `dropped_file(out)`.
+async def write_all(writer, captions, files, counts, bar):
+    """Triplets of (caption, url) go to the file "written" of `files`, what was dropped and why to "dropped".
 
     What failed is in neither, so the next run asks again. `counts` says how many went where; returns why the run is
     not complete, or None: the last failure, or the BudgetError.
@@ -203,7 +200,7 @@ async def write_all(writer, captions, out, counts, bar):
             try:
                 record = await writer.write(caption)
             except BudgetError as error:
-                reason = error
+                reason = reason or error
                 return
             except FAILURES as error:
                 counts["failed"] += 1
@@ -214,7 +211,7 @@ async def write_all(writer, captions, out, counts, bar):
                 writer.failed_in_row = 0
                 kind = "dropped" if "reason" in record else "written"
                 line = json.dumps({"caption": caption, **record, "url": url}, ensure_ascii=False) + "\n"
-                append_whole(dropped_file(out) if kind == "dropped" else out, line.encode("utf-8", "backslashreplace"))
+                append_whole(files[kind], line.encode("utf-8", "backslashreplace"))
                 counts[kind] += 1
             bar.update()
             bar.set_postfix(tokens=writer.read + writer.written, **counts, refresh=False)
@@ -223,11 +220,6 @@ async def write_all(writer, captions, out, counts, bar):
         for _ in range(writer.options.concurrency):
             group.create_task(work())
     return reason
-
-
-def dropped_file(out):
-    """The file of what is dropped, beside the file `out`."""
-    return out.with_stem(f"{out.stem}_dropped")
 
 
 def remaining(options, done, counts):
@@ -260,13 +252,14 @@ def write_edits(options):
         if not next(read_captions(options.captions), None):  # a mistake ends here, before anything is written
             raise UserError(f"{options.captions} holds no captions")
         begin_file(out, {"program": "datagen.py text", **{name: getattr(options, name) for name in names}})
-        done = read_done(out) | read_done(dropped_file(out))
+        files = {"written": out, "dropped": out.with_stem(f"{out.stem}_dropped")}
+        done = read_done(files["written"]) | read_done(files["dropped"])
         total, read, written = estimate(writer, remaining(options, done, counts))
         print(f"{total} captions to ask about: about {read:,} tokens to read and {written:,} to write", flush=True)
-        captions = remaining(options, done, Counter())
+        captions = remaining(options, done, Counter())  # read once more
         try:
             with tqdm(total=total, desc="captions", unit="caption", mininterval=5) as bar:
-                reason = asyncio.run(write_all(writer, captions, out, counts, bar))
+                reason = asyncio.run(write_all(writer, captions, files, counts, bar))
         finally:
             kinds = "written", "dropped", "failed", "done before", "duplicates"
             numbers = ", ".join(f"{counts[name]} {name}" for name in kinds)
