@@ -24,12 +24,14 @@ def finetune(options):
         print(f"{options.out}: {len(examples)} conversations")
         if options.dry_run:
             return
-    with reported(), reported_as("the endpoint offers no fine-tuning", AttributeError):  # the answer is another thing
+    with reported(), reported_as("the endpoint offers no fine-tuning", (AttributeError, ValueError)):
         client, job = connect(OpenAI), options.job
         if job is None:
             uploaded = client.files.create(file=options.out, purpose="fine-tune")
             method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": options.epochs}}}
             job = client.fine_tuning.jobs.create(model=options.model, training_file=uploaded.id, method=method).id
+        if not job:
+            raise ValueError("it named no job")
         follow(client, job)
 
 

@@ -378,3 +378,12 @@ def test_a_job_from_the_training_file_to_the_model(tmp_path, monkeypatch, capsys
     (job,) = model.jobs
     hyperparameters = job["method"]["supervised"]["hyperparameters"]
     assert (job["model"], job["training_file"], hyperparameters) == ("small", "file-1", {"n_epochs": 2})
+
+
+@pytest.mark.parametrize("answer", [b"<html>login</html>", b"{}", b"[]"])
+def test_an_endpoint_without_fine_tuning(tmp_path, monkeypatch, answer):
+    with LanguageModel() as model:
+        monkeypatch.setenv("OPENAI_BASE_URL", model.url)
+        monkeypatch.setattr("language_model.Handler.do_POST", lambda handler: handler.reply(None, raw=answer))
+        with pytest.raises(UserError, match="the endpoint offers no fine-tuning"):
+            datagen.main(["finetune", "--out", str(tmp_path / "chats.jsonl")])
