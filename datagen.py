@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from dataset import Filter, Pair, begin_data_set, folder_name, write_edit, write_seeds
-from formats import checkpoint
+from formats import checkpoint, hub
 from formats.configs import Config
 from formats.weights import write_json
 from gpu.compiled import NOTICE, compile_model
@@ -45,7 +45,9 @@ class Sampler:
         """With the models and settings that the command line names, or else the models' own, put into `options`."""
         if options.threads:
             torch.set_num_threads(options.threads)
-        parts = checkpoint.load(options.weights, options.device, getattr(torch, options.dtype), vae=options.vae)
+        options.clip = hub.find(options.clip, "clip")  # whose folder may hold thresholds
+        dtype = getattr(torch, options.dtype)
+        parts = checkpoint.load(options.weights, options.device, dtype, vae=options.vae, kind="sd")
         self.model = model = StableDiffusion(parts)
         if options.compile or (options.compile is None and torch.device(options.device).type == "cuda"):
             print(NOTICE)
@@ -232,9 +234,9 @@ def parse(arguments=None):
     for command in (images, thresholds):
         add = command.add_argument
         add("--edits", type=Path, nargs="+", required=True, metavar="FILE", help="of datagen.py text, joined")
-        add("--weights", default=str(ROOT / "models/mini/sd"), metavar="PATH", help="a text-to-image model")
-        add("--vae", metavar="PATH", help="an autoencoder to use instead of the model's, such as the fine-tuned one")
-        add("--clip", default=str(ROOT / "models/mini/clip"), metavar="PATH", help="the CLIP that filters")
+        add("--weights", default="mini", metavar="PATH", help="a text-to-image model, such as sd15 (default: mini)")
+        add("--vae", metavar="PATH", help="an autoencoder to use instead of the model's, such as the fine-tuned vae")
+        add("--clip", default="mini", metavar="PATH", help="the CLIP that filters, such as clip (default: mini)")
         add("--control", choices=CONTROLS, default="self", help="what Prompt-to-Prompt shares (default: self)")
         add("--steps", type=cli.STEPS, metavar="N", help="denoising steps (default: the model's)")
         add("--guidance", type=cli.SCALE, nargs=2, metavar=("LOW", "HIGH"), help="(default: 1 to 2 times the model's)")
