@@ -166,9 +166,10 @@ def rows_of_folders(path, rows, folders, columns):
 
 def read_parquet(path):
     """Yield (place, row) of a parquet file, of which a few rows at a time are in memory. Raises UserError."""
-    with reported_as(f"{path} cannot be read"), pyarrow_parquet().ParquetFile(path, buffer_size=1 << 20) as file:
+    options = {"pre_buffer": False, "buffer_size": 1 << 20}  # without them it keeps the whole file
+    with reported_as(f"{path} cannot be read"), pyarrow_parquet().ParquetFile(path, **options) as file:
         number = 0
-        for batch in file.iter_batches(batch_size=8):
+        for batch in file.iter_batches(batch_size=8, use_threads=False):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", {name.lower(): value for name, value in row.items()}
