@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import os
 import shutil
+from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import Filter, Pair, begin_data_set, folder_name, write_edit, write_seeds
+from dataset import Filter, Pair, begin_data_set, folder_name, read_metadata, write_edit, write_seeds
 from formats import checkpoint, hub
 from formats.configs import Config
 from formats.weights import write_json
@@ -114,7 +115,16 @@ def make_images(options):
             if missing:
                 make_group(sampler, group, missing, wanted, options)
             bar.update(len(group))
-    print(f"{options.out}: {write_seeds(options.out)} pairs so far, of {count} edits")
+    pairs = write_seeds(options.out)
+    print(f"{options.out}: {pairs} pairs so far, of {count} edits" + ("" if pairs else refusals(options.out, wanted)))
+
+
+def refusals(out, wanted):
+    """Say which of a filter's thresholds refused how many of a data set's candidates."""
+    found = [scores for path in out.glob("[0-9]*/candidates.jsonl") for scores in read_metadata(path)]
+    counts = Counter(name for scores in found for name in wanted.refused_by(scores)).most_common()
+    each = (f"--min-{name.replace('_', '-')} {getattr(wanted, name)} refused {count}" for name, count in counts)
+    return f"; of {len(found)} candidates " + ", ".join(each)
 
 
 def make_group(sampler, group, missing, wanted, options):

@@ -179,7 +179,7 @@ class EditDataset(Dataset):
             if count > len(edits):
                 raise UserError(f"{root} holds {len(edits)} edits for this split, not {count}")
             edits = [edits[i * len(edits) // count] for i in range(count)]
-        self.edits, self.total, self.held_out = edits, len(entries), len(entries) - (last - first)
+        self.edits, self.held_out = edits, len(entries) - (last - first)  # held out: those of the other splits
         self.starts = [0, *accumulate(len(seeds) for _, seeds in edits)]  # of each edit's pairs in `broken`
         self.broken = torch.zeros(self.starts[-1], dtype=torch.bool).share_memory_()
 
@@ -272,9 +272,9 @@ def import_pairs(options):
             write_edit(out, number, prompt, [Pair(*images, {"seed": 0})])
         elif read_prompt(folder) != prompt:
             raise UserError(f"{folder} was not made from {row.place}; the source has changed: use another --out")
-    if too_many(broken, number + 1):
+    if too_many(broken, number + 1) or broken > number:
         raise UserError(f"{broken} of {number + 1} rows are broken, which is too many; the last one: {last}")
-    print(f"{out}: {write_seeds(out)} pairs of {number + 1} rows" + (f"; {broken} are broken" if broken else ""))
+    print(f"{out}: {write_seeds(out)} pairs of {number + 1} rows" + (f"; {broken} skipped" if broken else ""))
 
 
 def check(options):
@@ -300,7 +300,7 @@ def check(options):
     print(f"{root}: {len(entries)} edits ({parts}) with {sum(len(seeds) for _, seeds in entries)} pairs")
     print("sizes: " + ", ".join(f"{count} of {size}" for size, count in sizes.most_common(8)))
     print(f"gaps: {len(gaps)} pairs are missing or damaged" + (f", such as: {gaps[0]}" if gaps else ""))
-    print(f"duplicates: {seen.total() - len(seen)} pairs are there before; in {unchanged} both images are equal")
+    print(f"duplicates: {seen.total() - len(seen)} pairs repeat an earlier one; in {unchanged} both images are equal")
     print(f"longest instruction, {len(longest.split())} words (CLIP reads 75 tokens, about 55 words): {longest}")
     if samples:
         labels, *sides = zip(*samples.values(), strict=True)

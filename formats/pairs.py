@@ -13,6 +13,7 @@ from cli import UserError, reported_as
 
 from PIL import Image
 
+from formats.hub import WAIT, in_time
 from formats.tables import read_rows, text_of
 from images import FORMATS, open_image
 
@@ -30,8 +31,8 @@ FILE_NAME = ("", "before", "input", "id", "key")  # what names an image beside i
 NEEDED = ("before", "after", "edit")
 HEADERS = [stem.replace(" ", "_") for stems in STEMS.values() for stem in stems if stem]
 SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
-KINDS = (r".*\.parquet", r"(.*/)?metadata\.(jsonl|csv)", r"(?!readme|license)[^/]*\.(txt|csv|tsv|jsonl?)")
-HUB_TIMEOUT = 4  # seconds to connect, and as many to answer
+TEXTS = r"(?!readme|license|dataset_info|state)[^/]*\.(txt|csv|tsv|jsonl?)"
+KINDS = (r".*\.parquet", r"(.*/)?metadata\.(jsonl|csv)", TEXTS)
 
 
 class ImageBytes(io.BytesIO):
@@ -51,11 +52,13 @@ class Row:
     """A pair as its source has it. What is wrong with it is said when it is used, so that a row can be skipped."""
 
     place: str  # for messages
-    cells: dict  # "before", "after", "edit" and, where there are such columns, "caption", "output", "url"
+    cells: dict | UserError  # "before", "after", "edit" and, where there are such columns, "caption", "output", "url"
     folder: Path  # where the paths of its images begin
 
     def prompt(self):
         """{"caption", "edit", "output", "url"}: texts, but a missing url is None. Raises UserError."""
+        if isinstance(self.cells, UserError):
+            raise self.cells
         with reported_as(self.place):
             edit = text_of(self.cells, ["edit"])
         if not edit:
@@ -110,10 +113,13 @@ def read_pairs(source, columns=None):
             parquet = file.read(4) == b"PAR1"
         if not parquet and path.suffix == ".parquet":
             raise UserError(f"{path} is no parquet file; fetch it anew (a clone needs `git lfs pull`)")
-        rows, found = read_parquet(path) if parquet else read_rows(path, HEADERS), None
+        rows = read_parquet(path, columns) if parquet else read_rows(path, HEADERS, skip=True)
+        found = None
         for place, row in rows_of_folders(path, list(rows), folders, columns) if folders else rows:
-            found = found or find_columns(path, row, columns)
-            yield Row(place, {name: row.get(column) for name, column in found.items()}, path.parent)
+            if isinstance(row, dict):
+                found = found or find_columns(path, row, columns)
+                row = {name: row.get(column) for name, column in found.items()}
+            yield Row(place, row, path.parent)
 
 
 def guess(names, stems):
@@ -130,8 +136,10 @@ def find_columns(path, row, columns):
         column = found.get(name) or guess([column for column in row if column not in found.values()], stems)
         if column in row:
             found[name] = column
+        elif "" in row:
+            raise UserError(f"{path} is plain text; it needs folders before/ and after/ beside it, or see --columns")
         elif name in NEEDED:
-            there = ", ".join(map(repr, filter(None, row))) or "none"
+            there = ", ".join(map(repr, row))
             raise UserError(f"{path}: no column for {name}; there are {there}; say --columns BEFORE,AFTER,EDIT")
     return found
 
@@ -139,7 +147,7 @@ def find_columns(path, row, columns):
 def rows_of_folders(path, rows, folders, columns):
     """Add the images in two folders to the rows of a file: by name, or to a plain text in the order of names."""
     before, after, edit = columns or NEEDED
-    first = rows[0][1] if rows else {}
+    first = next((row for _, row in rows if isinstance(row, dict)), {})
     if guess(first, STEMS["after"]) or before in first:  # it names both images
         return rows
     images = [{file.stem: f"{folder.name}/{file.name}" for file in folder.iterdir()
@@ -156,23 +164,23 @@ def rows_of_folders(path, rows, folders, columns):
         rows = [(place, {edit: row[""]}) for place, row in rows]
     else:
         if (column := guess(first, FILE_NAME)) is None:
-            raise UserError(f"{path}: a column file_name is needed, beside {', '.join(first) or 'the instructions'}")
-        names = [Path(str(row[column]).replace("\\", "/")).stem for _, row in rows]
+            raise UserError(f"{path}: no column file_name; there are {', '.join(map(repr, first))}")
+        names = [isinstance(row, dict) and Path(str(row.get(column)).replace("\\", "/")).stem for _, row in rows]
     return [
-        (place, {**row, before: images[0].get(name), after: images[1].get(name)})
+        (place, {**row, before: images[0].get(name), after: images[1].get(name)} if isinstance(row, dict) else row)
         for (place, row), name in zip(rows, names, strict=True)
     ]
 
 
-def read_parquet(path):
-    """Yield (place, row) of a parquet file, of which a few rows at a time are in memory. Raises UserError."""
+def read_parquet(path, columns):
+    """Yield (place, row) of a parquet file, of which a row group at most is in memory. Raises UserError."""
     options = {"pre_buffer": False, "buffer_size": 1 << 20}  # without them it keeps the whole file
     with reported_as(f"{path} cannot be read"), pyarrow_parquet().ParquetFile(path, **options) as file:
-        number = 0
-        for batch in file.iter_batches(batch_size=8, use_threads=False):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", {name.lower(): value for name, value in row.items()}
+        names = {name.lower(): name for name in file.schema_arrow.names}
+        needed = [names[column] for column in find_columns(path, names, columns).values()]
+        batches = file.iter_batches(batch_size=8, columns=needed, use_threads=False)
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+            yield f"{path}, row {number}", {name.lower(): value for name, value in row.items()}
 
 
 def pyarrow_parquet():
@@ -196,7 +204,10 @@ def choose(names, source):
     """Those of a data set's files that hold rows, of the training split where there are several. Raises UserError."""
     for kind in KINDS:
         if found := [name for name in names if re.fullmatch(kind, name, re.IGNORECASE)]:
-            return [name for name in found if "train" in name.lower()] or found
+            chosen = [name for name in found if "train" in name.lower()] or found
+            if len(chosen) < len(found):
+                print(f"{source}: the training split alone is read, {len(chosen)} of {len(found)} files")
+            return chosen
     raise UserError(f"{source} holds no pairs: no parquet file, no table, no text with instructions")
 
 
@@ -209,7 +220,7 @@ def fetch(name):
 
     where = {"repo_id": name, "repo_type": "dataset"}
     try:
-        info = HfApi().dataset_info(name, timeout=HUB_TIMEOUT, files_metadata=True)
+        info = in_time(WAIT, lambda: HfApi().dataset_info(name, timeout=WAIT, files_metadata=True))
     except Exception as error:  # of many kinds
         with reported_as(f"{name} is neither here nor in the hub's cache, and the hub does not give it"):
             try:
