@@ -280,7 +280,7 @@ def import_pairs(options):
 def check(options):
     """Print what a data set holds and what is wrong with it, and draw ten samples. Raises UserError if it is none."""
     root, entries = options.data, read_seeds(options.data)
-    sizes, seen, gaps, unchanged, longest, samples = Counter(), Counter(), [], 0, "", {}
+    sizes, seen, gaps, unchanged, longest, samples = Counter(), Counter(), [], 0, "", []
     wanted = {i * len(entries) // SAMPLES for i in range(SAMPLES)}
     for index, (name, seeds) in enumerate(tqdm(entries, "check", unit="edit")):
         for seed in seeds:
@@ -293,8 +293,8 @@ def check(options):
             seen[hash((before.tobytes(), after.tobytes(), edit))] += 1
             unchanged += before.tobytes() == after.tobytes()
             longest = max(longest, edit, key=len)
-            if index in wanted:
-                samples.setdefault(index, (edit, before, after))
+            if index in wanted and seed == seeds[0]:
+                samples += [(before, "before"), (after, edit)]
     bounds = ((name, *(int(part * len(entries)) for part in SPLITS[name])) for name in ("train", "val", "test"))
     parts = ", ".join(f"{last - first} {name}" for name, first, last in bounds)
     print(f"{root}: {len(entries)} edits ({parts}) with {sum(len(seeds) for _, seeds in entries)} pairs")
@@ -303,17 +303,15 @@ def check(options):
     print(f"duplicates: {seen.total() - len(seen)} pairs repeat an earlier one; in {unchanged} both images are equal")
     print(f"longest instruction, {len(longest.split())} words (CLIP reads 75 tokens, about 55 words): {longest}")
     if samples:
-        labels, *sides = zip(*samples.values(), strict=True)
-        images = [enlarge(image, SIDE) for pair in zip(*sides, strict=True) for image in pair]
-        images = [ImageOps.pad(image, (SIDE, SIDE), color="white") for image in images]
-        save_png(grid(images, 4, [text for edit in labels for text in ("before", edit)]), options.out)
-        print(f"{options.out}: {len(samples)} samples")
+        images = [ImageOps.pad(enlarge(image, SIDE), (SIDE, SIDE), color="white") for image, _ in samples]
+        save_png(grid(images, 4, [label for _, label in samples]), out := options.out or root / "check.png")
+        print(f"{out}: {len(samples) // 2} samples")
 
 
 def three_names(text):
     """The type of --columns: before,after,instruction as a list, in lower case."""
     names = [name.strip().lower() for name in text.split(",")]
-    if len(names) != 3 or not all(names):
+    if len(names) != 3:
         raise argparse.ArgumentTypeError(f"should be three names, such as before,after,edit, not {text!r}")
     return names
 
@@ -323,7 +321,9 @@ def main(arguments=None):
     parser = Parser(prog="dataset.py", description="Make a data set from one's own pairs, or look at one.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    add = commands.add_parser("import", help="pairs from other hands -> the authors' layout").add_argument
+    own = commands.add_parser("import", help="pairs from other hands -> the authors' layout")
+    own.set_defaults(run=import_pairs)
+    add = own.add_argument
     folders = "a folder with two folders of equal file names, before and after, and a text or a table of instructions"
     files = "a CSV, JSON lines, parquet or metadata.jsonl with columns for before, after and instruction"
     add("source", metavar="SOURCE", help=f"{folders}; {files}; or a hub id of such a data set")
@@ -331,15 +331,13 @@ def main(arguments=None):
     add("--columns", type=three_names, metavar="BEFORE,AFTER,EDIT", help="names of columns (default: guessed)")
     add("--count", type=WHOLE, metavar="N", help="only the first N rows")
 
-    add = commands.add_parser("check", help="say what a data set holds, and draw ten samples").add_argument
+    look = commands.add_parser("check", help="say what a data set holds, and draw ten samples")
+    look.set_defaults(run=check)
+    add = look.add_argument
     add("data", type=Path, metavar="DIR", help="the data set, in the authors' layout")
     add("--out", type=Path, metavar="FILE.png", help="the samples (default: DIR/check.png)")
     options = parser.parse_args(arguments)
-    if options.command == "import":
-        import_pairs(options)
-    else:
-        options.out = options.out or options.data / "check.png"
-        check(options)
+    options.run(options)
 
 
 if __name__ == "__main__":

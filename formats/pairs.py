@@ -36,14 +36,10 @@ KINDS = (r".*\.parquet", r"(.*/)?metadata\.(jsonl|csv)", TEXTS)
 
 
 class ImageBytes(io.BytesIO):
-    """An image file that lies inside another file; `place` stands for it in messages."""
-
-    def __init__(self, data, place):
-        super().__init__(data)
-        self.place = place
+    """An image file that lies inside another file, which `place` names."""
 
     def __repr__(self):
-        """What Pillow and `open_image` call it."""
+        """What Pillow and `open_image` call it in messages."""
         return self.place
 
 
@@ -60,9 +56,8 @@ class Row:
         if isinstance(self.cells, UserError):
             raise self.cells
         with reported_as(self.place):
-            edit = text_of(self.cells, ["edit"])
-        if not edit:
-            raise UserError(f"{self.place}: the instruction is empty")
+            if not (edit := text_of(self.cells, ["edit"])):
+                raise ValueError("the instruction is empty")
         others = (self.cells.get(name) for name in ("caption", "output", "url"))
         caption, output, url = (value if isinstance(value, str) else "" for value in others)
         return {"caption": caption, "edit": edit, "output": output, "url": url or None}
@@ -81,7 +76,9 @@ class Row:
         if isinstance(value, dict):  # as the datasets library writes images
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
-            return ImageBytes(value, f"{self.place}, the image {name}")
+            data = ImageBytes(value)
+            data.place = f"{self.place}, the image {name}"
+            return data
         if not isinstance(value, str) or not value.strip():
             raise UserError(f"{self.place}: the image {name} is missing")
         return self.folder / value.strip().replace("\\", "/")  # tables from Windows
