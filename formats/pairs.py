@@ -237,8 +237,6 @@ def fetch(name):
     print(f"{name}: {size:.2f} GB in {len(files)} files, each downloaded once, when it is needed; licence: {licence}")
     for file in files:
         with reported_as(f"{file} of {name} cannot be downloaded; the same command resumes"):
-            if parquet:
-                path = Path(hf_hub_download(filename=file, revision=info.sha, **where))
-            else:  # images lie beside the table
-                path = Path(snapshot_download(revision=info.sha, **where)) / file
-        yield path
+            # a table has its images beside it
+            path = Path(hf_hub_download(filename=file, **where) if parquet else snapshot_download(**where))
+        yield path if parquet else path / file

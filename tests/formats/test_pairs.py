@@ -185,17 +185,17 @@ def test_a_hub_data_set_is_fetched_a_file_at_a_time(tmp_path, monkeypatch, capsy
         hub_folder(tmp_path, PUBLIC["fusing"], 5, f"train-{number}")
     names = [f"data/train-{number}-3bc.parquet" for number in range(3)]
     files = [SimpleNamespace(rfilename=name, size=10**8) for name in ("README.md", *reversed(names))]
-    info, fetched = SimpleNamespace(siblings=files, sha="abc", card_data={"license": "mit"}), []
+    info, fetched = SimpleNamespace(siblings=files, card_data={"license": "mit"}), []
 
-    def download(repo_id, filename, revision, repo_type):
-        fetched.append((repo_id, filename, revision, repo_type))
+    def download(repo_id, filename, repo_type):
+        fetched.append((repo_id, filename, repo_type))
         return str(tmp_path / filename)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: info)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     rows = read_pairs("some/pairs")
     assert is_right([next(rows) for _ in range(6)][5], 1)
-    assert fetched == [("some/pairs", name, "abc", "dataset") for name in names[:2]]
+    assert fetched == [("some/pairs", name, "dataset") for name in names[:2]]
     said = "some/pairs: 0.30 GB in 3 files, each downloaded once, when it is needed; licence: mit"
     assert said in capsys.readouterr().out
 
