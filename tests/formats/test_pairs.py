@@ -12,7 +12,7 @@ import pytest
 from conftest import colourful
 from huggingface_hub import constants
 
-from formats.pairs import read_pairs
+from formats.pairs import read_pairs, read_parquet
 
 COUNT = 12  # so that 10 comes before 2 in the order of letters
 
@@ -76,13 +76,15 @@ PUBLIC = {
 
 @pytest.mark.parametrize("name", PUBLIC)
 def test_public_data_sets_by_their_columns(tmp_path, name):
-    """From the training split alone; images that are not needed are not read."""
+    """From the training split alone, and no more than the columns that are needed."""
     rows = list(read_pairs(hub_folder(hub_folder(tmp_path, PUBLIC[name]), PUBLIC[name], 3, "dev-00000-of-00001")))
     assert len(rows) == COUNT
     assert all(is_right(row, number) for number, row in enumerate(rows, 1))
     captions = ("caption 2", "output 2") if "caption" in PUBLIC[name].values() else ("", "")
     assert rows[1].prompt() == {"caption": captions[0], "edit": "edit 2", "output": captions[1], "url": None}
     assert set(rows[0].cells) == {"before", "after", "edit"} | ({"caption", "output"} if captions[0] else set())
+    (path,) = tmp_path.glob("data/train*")
+    assert len(next(read_parquet(path, None))[1]) == len(rows[0].cells)
 
 
 @pytest.mark.parametrize(
