@@ -51,7 +51,7 @@ mini: .venv/installed
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
-.venv/installed-dev: .venv/installed requirements-dev.txt requirements-dev-no-deps.txt
+.venv/installed-dev: .venv/installed requirements-dev.txt requirements-dev-no-deps.txt requirements-parquet.txt
 	@echo "installing the packages for tests (once)"
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-dev-no-deps.txt

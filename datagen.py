@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import os
 import shutil
+from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -24,8 +25,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset import Filter, Pair, begin_data_set, folder_name, write_edit, write_seeds
-from formats import checkpoint
+from dataset import Filter, Pair, begin_data_set, folder_name, read_metadata, write_edit, write_seeds
+from formats import checkpoint, hub
 from formats.configs import Config
 from formats.weights import write_json
 from gpu.compiled import NOTICE, compile_model
@@ -45,7 +46,9 @@ class Sampler:
         """With the models and settings that the command line names, or else the models' own, put into `options`."""
         if options.threads:
             torch.set_num_threads(options.threads)
-        parts = checkpoint.load(options.weights, options.device, getattr(torch, options.dtype), vae=options.vae)
+        options.clip = hub.find(options.clip, "clip")  # whose folder may hold thresholds
+        dtype = getattr(torch, options.dtype)
+        parts = checkpoint.load(options.weights, options.device, dtype, vae=options.vae, kind="sd")
         self.model = model = StableDiffusion(parts)
         if options.compile or (options.compile is None and torch.device(options.device).type == "cuda"):
             print(NOTICE)
@@ -112,7 +115,16 @@ def make_images(options):
             if missing:
                 make_group(sampler, group, missing, wanted, options)
             bar.update(len(group))
-    print(f"{options.out}: {write_seeds(options.out)} pairs so far, of {count} edits")
+    pairs = write_seeds(options.out)
+    print(f"{options.out}: {pairs} pairs so far, of {count} edits" + ("" if pairs else refusals(options.out, wanted)))
+
+
+def refusals(out, wanted):
+    """Say which of a filter's thresholds refused how many of a data set's candidates."""
+    found = [scores for path in out.glob("[0-9]*/candidates.jsonl") for scores in read_metadata(path)]
+    counts = Counter(name for scores in found for name in wanted.refused_by(scores)).most_common()
+    each = (f"--min-{name.replace('_', '-')} {getattr(wanted, name)} refused {count}" for name, count in counts)
+    return f"; of {len(found)} candidates " + ", ".join(each)
 
 
 def make_group(sampler, group, missing, wanted, options):
@@ -232,9 +244,9 @@ def parse(arguments=None):
     for command in (images, thresholds):
         add = command.add_argument
         add("--edits", type=Path, nargs="+", required=True, metavar="FILE", help="of datagen.py text, joined")
-        add("--weights", default=str(ROOT / "models/mini/sd"), metavar="PATH", help="a text-to-image model")
-        add("--vae", metavar="PATH", help="an autoencoder to use instead of the model's, such as the fine-tuned one")
-        add("--clip", default=str(ROOT / "models/mini/clip"), metavar="PATH", help="the CLIP that filters")
+        add("--weights", default="mini", metavar="PATH", help="a text-to-image model, such as sd15 (default: mini)")
+        add("--vae", metavar="PATH", help="an autoencoder to use instead of the model's, such as the fine-tuned vae")
+        add("--clip", default="mini", metavar="PATH", help="the CLIP that filters, such as clip (default: mini)")
         add("--control", choices=CONTROLS, default="self", help="what Prompt-to-Prompt shares (default: self)")
         add("--steps", type=cli.STEPS, metavar="N", help="denoising steps (default: the model's)")
         add("--guidance", type=cli.SCALE, nargs=2, metavar=("LOW", "HIGH"), help="(default: 1 to 2 times the model's)")

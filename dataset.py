@@ -1,5 +1,8 @@
 """Edited pairs on disk, in the layout of the authors' published data set.
 
+    python dataset.py import SOURCE --out DIR   # from one's own pairs (see formats/pairs.py); after a stop it resumes
+    python dataset.py check DIR                 # what is there, and ten samples as a sheet
+
     ROOT/0000012/prompt.json      {"caption", "edit", "output", "url"}
     ROOT/0000012/171_0.jpg        before, made with seed 171
     ROOT/0000012/171_1.jpg        after
@@ -9,24 +12,29 @@
 Splits go by position in seeds.json: the first 90 % are for training, 5 % for validation, 5 % for tests.
 """
 
+import argparse
 import json
+import shutil
 import sys
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import dataclass, fields
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 from pathlib import Path
 
-from cli import UserError, atomic_write, keep_settings, reported_as
+from cli import WHOLE, Parser, UserError, atomic_write, keep_settings, reported_as, run_program
 
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from formats.configs import Config
-from images import open_image, to_jpeg, to_tensor
+from formats.pairs import read_pairs
+from images import enlarge, grid, open_image, save_png, to_jpeg, to_tensor
 
 SPLITS = {"train": (0.0, 0.9), "val": (0.9, 0.9 + 0.05), "test": (0.9 + 0.05, 1.0), "all": (0.0, 1.0)}
 TOLERATED = 3, 0.01  # so many pairs, or this fraction of all, may be missing or damaged
+SAMPLES, SIDE = 10, 256  # on the sheet of `check`, and pixels a side
 # two PIL images, and their line of metadata.jsonl, a dict: seed, p2p_threshold, cfg_scale, clip_sim_*
 Pair = namedtuple("Pair", ["before", "after", "metadata"])
 
@@ -44,11 +52,13 @@ class Filter:
 
     def keeps(self, scores):
         """Does a candidate with these similarities (see `CLIP.edit_similarities`) pass?"""
-        return (
-            min(scores["clip_sim_0"], scores["clip_sim_1"]) >= self.image_text
-            and scores["clip_sim_image"] >= self.image_image
-            and scores["clip_sim_dir"] >= self.direction
-        )
+        return not self.refused_by(scores)
+
+    def refused_by(self, scores):
+        """The names of the thresholds that it does not reach."""
+        text, image, direction = (scores[f"clip_sim_{name}"] for name in (0, "image", "dir"))
+        values = min(text, scores["clip_sim_1"]), image, direction
+        return [field.name for field, x in zip(fields(self), values, strict=True) if not x >= getattr(self, field.name)]
 
     @classmethod
     def read(cls, folder):
@@ -113,11 +123,32 @@ def read_metadata(path):
 def read_seeds(root):
     """What seeds.json lists: (folder, its seeds) of every edit, in order. Raises UserError."""
     path = Path(root) / "seeds.json"
-    with reported_as(f"{path} cannot be read; datagen.py images makes such a folder"):
+    with reported_as(f"{path} cannot be read; datagen.py images makes such a folder, dataset.py import as well"):
         entries = json.loads(path.read_text(encoding="utf-8-sig"))
         if not all(type(folder) is str and type(seeds) is list and seeds for folder, seeds in entries):
             raise ValueError("a list of folders with lists of seeds is expected")
         return entries
+
+
+def read_prompt(folder):
+    """What an edit's prompt.json holds, a dict with the text "edit". Raises UserError."""
+    with reported_as(f"{folder / 'prompt.json'} is missing or damaged"):
+        prompt = json.loads((folder / "prompt.json").read_text(encoding="utf-8-sig"))
+        prompt["edit"].encode()  # a text, and one that has an encoding
+        return prompt
+
+
+def read_pair(folder, seed):
+    """A pair from the folder of its edit: (before, after), RGB images of one size. Raises UserError."""
+    before, after = (open_image(folder / f"{seed}_{side}.jpg") for side in (0, 1))
+    if before.size != after.size:
+        raise UserError(f"{folder}: the images of seed {seed} differ in size")
+    return before, after
+
+
+def too_many(broken, total):
+    """Are so many broken ones of a total more than a data set may have?"""
+    return broken > max(TOLERATED[0], TOLERATED[1] * total)
 
 
 class EditDataset(Dataset):
@@ -148,7 +179,7 @@ class EditDataset(Dataset):
             if count > len(edits):
                 raise UserError(f"{root} holds {len(edits)} edits for this split, not {count}")
             edits = [edits[i * len(edits) // count] for i in range(count)]
-        self.edits = edits
+        self.edits, self.held_out = edits, len(entries) - (last - first)  # held out: those of the other splits
         self.starts = [0, *accumulate(len(seeds) for _, seeds in edits)]  # of each edit's pairs in `broken`
         self.broken = torch.zeros(self.starts[-1], dtype=torch.bool).share_memory_()
 
@@ -181,16 +212,11 @@ class EditDataset(Dataset):
         if self.broken[place]:
             return None
         try:
-            with reported_as(f"{path / 'prompt.json'} is missing or damaged"):
-                instruction = json.loads((path / "prompt.json").read_text(encoding="utf-8-sig"))["edit"]
-                instruction.encode()  # a text, and one that has an encoding
-            images = [open_image(path / f"{seeds[k]}_{side}.jpg") for side in (0, 1)]
-            if images[0].size != images[1].size:
-                raise UserError(f"{path}: the images of seed {seeds[k]} differ in size")
+            instruction, images = read_prompt(path)["edit"], read_pair(path, seeds[k])
         except UserError as error:
             self.broken[place] = True
-            count, (least, fraction) = int(self.broken.sum()), TOLERATED
-            if count > max(least, fraction * len(self.broken)):
+            count = int(self.broken.sum())
+            if too_many(count, len(self.broken)):
                 reason = f"{count} of {len(self.broken)} pairs are missing or damaged, which is too many; the last one"
                 raise UserError(f"{reason}: {error}") from error
             print(f"skipped: {error}", file=sys.stderr)
@@ -214,3 +240,105 @@ class EditDataset(Dataset):
             cropped = image.resize(size, Image.Resampling.LANCZOS)
             cropped = cropped.crop((left, top, left + self.resolution, top + self.resolution))
             yield ImageOps.mirror(cropped) if mirrored else cropped
+
+
+# ---- the program ----
+
+
+def import_pairs(options):
+    """Write the pairs of a source (see `formats.pairs.read_pairs`) as a data set, a folder for each row.
+
+    A row is done when its folder is there, so that the same command resumes. Raises UserError where too many rows are
+    broken, and where a folder was made from another row.
+    """
+    rows, out, number, broken = read_pairs(options.source, options.columns), options.out, -1, 0
+    if (first := next(rows, None)) is None:  # a source that is none leaves nothing behind
+        raise UserError(f"{options.source} holds no pairs")
+    begin_data_set(out, {"program": "dataset.py import", "columns": options.columns})
+    for path in out.glob(".*.tmp"):  # what a killed run left
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    rows = islice(chain([first], rows), options.count)
+    for number, row in enumerate(tqdm(rows, "import", options.count, unit="row")):
+        folder = out / folder_name(number)
+        try:
+            prompt, images = row.prompt(), None if folder.exists() else row.images()
+        except UserError as error:
+            broken, last = broken + 1, error
+            tqdm.write(f"skipped: {error}", file=sys.stderr)
+            if too_many(broken, max(1000, number + 1)):
+                break
+            continue
+        if images:
+            write_edit(out, number, prompt, [Pair(*images, {"seed": 0})])
+        elif read_prompt(folder) != prompt:
+            raise UserError(f"{folder} was not made from {row.place}; the source has changed: use another --out")
+    if too_many(broken, number + 1) or broken > number:
+        raise UserError(f"{broken} of {number + 1} rows are broken, which is too many; the last one: {last}")
+    print(f"{out}: {write_seeds(out)} pairs of {number + 1} rows" + (f"; {broken} skipped" if broken else ""))
+
+
+def check(options):
+    """Print what a data set holds and what is wrong with it, and draw ten samples. Raises UserError if it is none."""
+    root, entries = options.data, read_seeds(options.data)
+    sizes, seen, gaps, unchanged, longest, samples = Counter(), Counter(), [], 0, "", []
+    wanted = {i * len(entries) // SAMPLES for i in range(SAMPLES)}
+    for index, (name, seeds) in enumerate(tqdm(entries, "check", unit="edit")):
+        for seed in seeds:
+            try:
+                edit, (before, after) = read_prompt(root / name)["edit"], read_pair(root / name, seed)
+            except UserError as error:
+                gaps.append(error)
+                continue
+            sizes[f"{before.width}x{before.height}"] += 1
+            seen[hash((before.tobytes(), after.tobytes(), edit))] += 1
+            unchanged += before.tobytes() == after.tobytes()
+            longest = max(longest, edit, key=len)
+            if index in wanted and seed == seeds[0]:
+                samples += [(before, "before"), (after, edit)]
+    bounds = ((name, *(int(part * len(entries)) for part in SPLITS[name])) for name in ("train", "val", "test"))
+    parts = ", ".join(f"{last - first} {name}" for name, first, last in bounds)
+    print(f"{root}: {len(entries)} edits ({parts}) with {sum(len(seeds) for _, seeds in entries)} pairs")
+    print("sizes: " + ", ".join(f"{count} of {size}" for size, count in sizes.most_common(8)))
+    print(f"gaps: {len(gaps)} pairs are missing or damaged" + (f", such as: {gaps[0]}" if gaps else ""))
+    print(f"duplicates: {seen.total() - len(seen)} pairs repeat an earlier one; in {unchanged} both images are equal")
+    print(f"longest instruction, {len(longest.split())} words (CLIP reads 75 tokens, about 55 words): {longest}")
+    if samples:
+        images = [ImageOps.pad(enlarge(image, SIDE), (SIDE, SIDE), color="white") for image, _ in samples]
+        save_png(grid(images, 4, [label for _, label in samples]), out := options.out or root / "check.png")
+        print(f"{out}: {len(samples) // 2} samples")
+
+
+def three_names(text):
+    """The type of --columns: before,after,instruction as a list, in lower case."""
+    names = [name.strip().lower() for name in text.split(",")]
+    if len(names) != 3:
+        raise argparse.ArgumentTypeError(f"should be three names, such as before,after,edit, not {text!r}")
+    return names
+
+
+def main(arguments=None):
+    """Import a data set, or check one."""
+    parser = Parser(prog="dataset.py", description="Make a data set from one's own pairs, or look at one.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    own = commands.add_parser("import", help="pairs from other hands -> the authors' layout")
+    own.set_defaults(run=import_pairs)
+    add = own.add_argument
+    folders = "a folder with two folders of equal file names, before and after, and a text or a table of instructions"
+    files = "a CSV, JSON lines, parquet or metadata.jsonl with columns for before, after and instruction"
+    add("source", metavar="SOURCE", help=f"{folders}; {files}; or a hub id of such a data set")
+    add("--out", type=Path, required=True, metavar="DIR", help="the data set")
+    add("--columns", type=three_names, metavar="BEFORE,AFTER,EDIT", help="names of columns (default: guessed)")
+    add("--count", type=WHOLE, metavar="N", help="only the first N rows")
+
+    look = commands.add_parser("check", help="say what a data set holds, and draw ten samples")
+    look.set_defaults(run=check)
+    add = look.add_argument
+    add("data", type=Path, metavar="DIR", help="the data set, in the authors' layout")
+    add("--out", type=Path, metavar="FILE.png", help="the samples (default: DIR/check.png)")
+    options = parser.parse_args(arguments)
+    options.run(options)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -55,7 +55,7 @@ class InstructPix2Pix(LatentDiffusion):
     """A model that edits images by instruction: its UNet takes the noisy latent and the input image's (Sec. 3.2)."""
 
     inputs = 2
-    advice = "use InstructPix2Pix weights, such as timbrooks/instruct-pix2pix"
+    kind, advice = "editor", "use InstructPix2Pix weights, such as ip2p or mini"
 
     def denoiser(self, text, image_latent, text_guidance, image_guidance, low_memory=False, attend=fused):
         """The sampler's `denoise(x, sigma)` under both guidances (Eq. 3), its three branches as one batch.

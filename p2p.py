@@ -241,9 +241,8 @@ def parse(arguments=None):
     add = parser.add_argument
     add("--source", required=True, metavar="TEXT", help="the caption of the first image")
     add("--target", required=True, metavar="TEXT", help="the caption of the second one")
-    mini = Path(__file__).resolve().parent / "models/mini/sd"
-    add("--weights", default=str(mini), metavar="PATH", help="a text-to-image model (default: the bundled miniature)")
-    add("--vae", metavar="PATH", help="another autoencoder, such as the paper's fine-tuned one")
+    add("--weights", default="mini", metavar="PATH", help="a text-to-image model, such as sd15 (default: mini)")
+    add("--vae", metavar="PATH", help="another autoencoder, such as the fine-tuned vae")
     add("--control", choices=CONTROLS, default="self", help="which attention maps are borrowed (default: self)")
     fractions = "fractions of the steps (default: 0 0.3 0.6 0.9)"
     add("--p", type=FRACTION, nargs="+", default=[0.0, 0.3, 0.6, 0.9], metavar="P", help=fractions)

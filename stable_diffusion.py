@@ -21,7 +21,7 @@ class LatentDiffusion:
     """The parts of a model, and what text-to-image and editing both need of them."""
 
     inputs = 1  # latents that the UNet takes: the noisy one, and for an editor the input image's
-    advice = "use Stable Diffusion weights, such as models/mini/sd"
+    kind, advice = "sd", "use Stable Diffusion weights, such as sd15 or mini"
 
     def __init__(self, model):
         """model: a `checkpoint.Model`. Raises UserError if its UNet is made for another use."""
@@ -35,8 +35,8 @@ class LatentDiffusion:
 
     @classmethod
     def load(cls, path, device="cpu", dtype=torch.float32, tokenizer=None, vae=None):
-        """Read the model from a folder, a single file or a hub id (see `checkpoint.load`). Raises UserError."""
-        return cls(checkpoint.load(path, device, dtype, tokenizer, vae))
+        """Read the model from a folder, a single file, a hub id or a short name (see `checkpoint.load`)."""
+        return cls(checkpoint.load(path, device, dtype, tokenizer, vae, cls.kind))
 
     @property
     def device(self):

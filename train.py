@@ -193,7 +193,8 @@ def train(options):
     evaluate = None
     if runs.RANK == 0:
         evaluate = evaluation(options, dataset, editor, encode, autocast, losses)
-        print(f"{len(dataset)} edits, {options.total_batch_size} pairs a step")
+        held_out = f"{dataset.held_out} more are held out for validation and tests"
+        print(f"{len(dataset)} edits to train on, {options.total_batch_size} pairs a step; {held_out}")
     fit(model.unet, lambda network, draws: losses(draws, data).mean(), settings, out, evaluate)
     if runs.RANK == 0:
         replace_model(model, out / "model")

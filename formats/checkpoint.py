@@ -4,9 +4,7 @@ How tensors are read stands in `weights.py`, what they are called in `names.py`,
 """
 
 import json
-import re
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -18,15 +16,12 @@ import torch
 from clip_image import CLIP
 from clip_text import CLIP_L_TEXT, CLIPText, CLIPTokenizer
 from diffusion import Sampling
-from formats import configs
+from formats import configs, hub
 from formats.configs import Config
 from formats.names import aliases
 from formats.weights import fill, read_component, read_tensors, renamed, write_json, write_tensors
 from unet import STABLE_DIFFUSION, UNet
 from vae import STABLE_DIFFUSION_VAE, VAE
-
-PUBLIC = "timbrooks/instruct-pix2pix"
-CLIP_L = "openai/clip-vit-large-patch14"
 
 
 class Part(NamedTuple):
@@ -54,9 +49,6 @@ OTHER_KINDS = {  # what some names in a single file contain: what it is
     "joint_blocks.": "Stable Diffusion 3", "double_blocks.": "Flux", "lora_": "LoRA",
 }
 VAE_JSON = configs.vae_json(STABLE_DIFFUSION_VAE)
-MODEL_FILES = ["*.json", "*/*.json", "*/merges.txt", *(f"{name}/{PARTS[name].stem}.safetensors" for name in PARTS)]
-CLIP_FILES = ["config.json", "vocab.json", "merges.txt", "model.safetensors"]
-TOKENIZER_FILES = ["vocab.json", "merges.txt", "tokenizer/*"]
 
 
 @dataclass
@@ -76,12 +68,13 @@ class Model:
         return self.vae.config.factor * 2 ** (len(self.unet.config.levels) - 1)
 
 
-def load(path, device="cpu", dtype=torch.float32, tokenizer=None, vae=None):
-    """Read a Model from a diffusers-layout folder, an original single file (.safetensors, .ckpt), or a hub id.
+def load(path, device="cpu", dtype=torch.float32, tokenizer=None, vae=None, kind="editor"):
+    """Read a Model from a diffusers-layout folder, an original single file (.safetensors, .ckpt), or from the hub.
 
+    path: also a hub id or a short name (see `hub.find`, to which kind, "editor" or "sd", says what is meant by "mini").
     tokenizer: a tokenizer's folder, vae: a folder or a file; both replace what `path` brings. Raises UserError.
     """
-    path = find(path)
+    path = hub.find(path, kind)
     wanted = {name: part for name, part in PARTS.items() if name != "vae" or not vae}
     networks, sampling = load_folder(path, wanted) if path.is_dir() else load_single_file(path, wanted)
     if vae:
@@ -99,22 +92,9 @@ def load(path, device="cpu", dtype=torch.float32, tokenizer=None, vae=None):
 
 def load_clip(path, device="cpu"):
     """Read CLIP's two towers and the tokenizer from a folder in transformers' layout or a hub id: (CLIP, tokenizer)."""
-    folder = find(path, CLIP_FILES)
+    folder = hub.find(path, "clip")
     clip = load_part(CLIP_TOWERS, folder)
     return clip.to(device, torch.float32), load_tokenizer(folder, clip.config[0])
-
-
-def find(path, files=MODEL_FILES):
-    """A path that exists, or the local folder of a hub id, from the hub's cache or the hub. Raises UserError."""
-    if Path(path).exists():
-        return Path(path)
-    if Path(path).parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        wanted = f"a folder, a .safetensors file or a hub id such as {PUBLIC}"
-        raise UserError(f"there are no weights at {path}; give {wanted}")
-    from huggingface_hub import snapshot_download  # here, since it takes a second
-
-    with reported_as(f"{path} is not in this machine's hub cache and cannot be fetched"):
-        return Path(snapshot_download(str(path), allow_patterns=files))
 
 
 def load_folder(folder, parts):
@@ -161,7 +141,7 @@ def from_original(part, config, tensors):
 
 def load_vae(path):
     """An autoencoder alone: its own folder, the one inside a model's folder, or a file with the original names."""
-    path, part = find(path), PARTS["vae"]
+    path, part = hub.find(path, "vae"), PARTS["vae"]
     if path.is_dir():
         return load_part(part, path / "vae" if (path / "vae").is_dir() else path)
     tensors, _ = read_tensors(path)
@@ -183,10 +163,11 @@ def tokenizer_beside(path):
     """The folder with the tokenizer of a single file: its own, else that of CLIP from the hub's cache or the hub."""
     if any((path.parent / name).exists() for name in ("tokenizer", "vocab.json", "tokenizer.json")):
         return path.parent
-    for repository in (CLIP_L, PUBLIC):
-        with suppress(UserError):
-            return find(repository, TOKENIZER_FILES)
-    raise UserError(f"{path} has no tokenizer/ beside it, and the hub cannot be reached; name one by --tokenizer")
+    for name in ("ip2p", "sd15"):
+        if folder := hub.cached(hub.PUBLIC[name].repository, "tokenizer"):
+            return folder
+    with reported_as(f"{path} has no tokenizer/ beside it; name one by --tokenizer, since that of CLIP is not here"):
+        return hub.find("clip", "tokenizer")
 
 
 def sampling_from(config):

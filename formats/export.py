@@ -19,7 +19,7 @@ def load_editor(options, device="cpu"):
 
     The defaults for sampling that the settings name take the place of the model's own.
     """
-    model = checkpoint.load(options.init, device)
+    model = checkpoint.load(options.init, device, kind="sd")
     channels = model.vae.config.latent_channels
     if model.unet.config.in_channels == channels:
         model.unet = extend_input(model.unet, 2 * channels)

@@ -12,24 +12,30 @@ from pathlib import Path
 from cli import UserError, reported_as
 
 
-def read_rows(path, names=()):
+def read_rows(path, names=(), skip=False):
     """Yield (place, row) of every record, read as needed. Raises UserError.
 
     place: "PATH, line 3", for messages; row: {column in lower case: value}, of a plain text {"": line}.
     names: columns in lower case; a first line with one of them is the header of a CSV, whatever the file's suffix.
+    skip: yield (place, UserError) for a record that is broken, and go on with the next one.
     """
     with reported_as(f"{path} cannot be read (text in UTF-8, CSV or JSON is expected)"):
         with open(path, "rb") as file:
             encoding = "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
         with open(path, encoding=encoding) as file:
             for place, row in parse(file, Path(path).suffix.lower(), names):
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}, {place}: a JSON object is needed, not {row!r:.40}")
-                yield f"{path}, {place}", {name.strip().lower(): value for name, value in row.items()}
+                if isinstance(row, dict):
+                    row = {name.strip().lower(): value for name, value in row.items()}
+                else:
+                    wrong = row if isinstance(row, ValueError) else f"a JSON object is needed, not {row!r:.40}"
+                    row = UserError(f"{path}, {place}: {wrong}")
+                    if not skip:
+                        raise row
+                yield f"{path}, {place}", row
 
 
 def parse(file, suffix, names):
-    """Yield (place in the file, row) of an open file."""
+    """Yield (place in the file, row) of an open file; a ValueError is a row that is broken."""
     first = next((line for line in file if line.strip()), "")
     file.seek(0)
     if "\0" in first or re.match(r"version https://git-lfs|\s*<(!doctype|html)", first, re.IGNORECASE):
@@ -44,8 +50,10 @@ def parse(file, suffix, names):
     else:
         for number, line in enumerate(file, 1):
             if line.strip():
-                with reported_as(f"{file.name}, line {number} is no JSON"):
+                try:
                     row = json.loads(line) if first.lstrip().startswith("{") else {"": line.strip()}
+                except ValueError as error:
+                    row = ValueError(f"this is no JSON: {error}")
                 yield f"line {number}", row
 
 
@@ -59,7 +67,7 @@ def parse_csv(file, delimiter):
             header = cells
         elif len(cells) > len(header):
             wrong = f"{len(cells)} cells, but the header has {len(header)}; texts with a {delimiter!r} need quotes"
-            raise UserError(f"{file.name}, line {reader.line_num}: {wrong}")
+            yield f"line {reader.line_num}", ValueError(wrong)
         else:
             cells += [""] * (len(header) - len(cells))
             yield f"line {reader.line_num}", dict(zip(header, cells, strict=True))

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from formats.hub import best_weights
 from formats.names import foreign_names
 from unet import UNet
 
@@ -25,10 +26,11 @@ HARMLESS = ("position_ids", "text_projection.weight")  # what files may hold bey
 
 def read_component(folder):
     """The tensors in a component's folder, whatever its weights file is called."""
-    for ending in (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin"):  # best first
-        for path in sorted(folder.glob(f"*model{ending}")):
-            return read_tensors(path)[0]
-    raise UserError(f"{folder} holds no weights; diffusion_pytorch_model.safetensors or model.safetensors is expected")
+    names = best_weights(path.name for path in folder.glob("*"))
+    if not names:
+        expected = "diffusion_pytorch_model.safetensors or model.safetensors is expected"
+        raise UserError(f"{folder} holds no weights; {expected}")
+    return {name: tensor for file in names for name, tensor in read_tensors(folder / file)[0].items()}
 
 
 def read_tensors(path):

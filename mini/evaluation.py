@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from dataset import Filter
+from formats import hub
 from formats.checkpoint import load_clip
 from images import enlarge, grid, save_png, to_image, to_tensor
 from ip2p import InstructPix2Pix
@@ -221,7 +222,8 @@ def pair_rows(edits, found, kept):
 def evaluate_pairs(options, settings):
     """Measure pairs of a text-to-image model on held-out edits, and what the CLIP's filter does with them."""
     model, judge = StableDiffusion.load(options.sd, options.device), Judge.load(options.judge, options.device)
-    clip, wanted = load_clip(options.clip, options.device), Filter.read(options.clip)
+    folder = hub.find(options.clip, "clip")
+    clip, wanted = load_clip(folder, options.device), Filter.read(folder)
     options.out.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng([8_004, options.seed])
     edits = [random_edit(rng, KINDS[number % len(KINDS)], test=True) for number in range(options.count)]

@@ -180,6 +180,12 @@ def middle(pairs, name):
     return float(np.median(every))
 
 
+def test_without_pairs_it_names_the_thresholds_that_refused_them(models, program, tmp_path):
+    code, out, _ = program(*command(models, tmp_path / "data", *OPEN[:2], "--min-direction=2"))
+    said = "0 pairs so far, of 4 edits; of 12 candidates --min-direction 2.0 refused 12"
+    assert (code, out) == (0, [f"{tmp_path / 'data'}: {said}"])
+
+
 @pytest.mark.parametrize(
     ("flag", "names"),
     [

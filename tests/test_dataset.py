@@ -1,7 +1,15 @@
 """Edited pairs on disk: the authors' layout to the letter, whole or not at all, and read as they were written."""
 
 import json
+import multiprocessing
+import os
+import random
+import re
 import shutil
+import signal
+import threading
+import time
+from functools import partial
 
 from cli import UserError
 
@@ -11,10 +19,11 @@ import torch
 from conftest import colourful, contents
 from PIL import Image
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import dataset
 from dataset import EditDataset, Filter, Pair, folder_name, write_edit, write_seeds
-from images import to_image, to_tensor
+from images import open_image, to_image, to_tensor
 
 NAMES = ["seed", "p2p_threshold", "cfg_scale", "clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image"]
 
@@ -318,3 +327,115 @@ def test_crops_are_random_and_the_same_for_both_images(wide):
     assert len(set(np.round(height, 2))) > 15
     assert all(torch.equal(*pair) for pair in zip(data[0, 7][:2], data[0, 7][:2], strict=True))
     assert not torch.equal(data[0, 7][0], data[0, 8][0])
+
+
+# ---- the program ----
+
+
+@pytest.fixture
+def program(run_main):
+    return partial(run_main, dataset)
+
+
+def own_pairs(folder, count, change=None):
+    """pairs.csv with so many rows, of which some are changed: {number: row}."""
+    folder.mkdir(exist_ok=True)
+    for name, seed in (("a", 1), ("b", 2)):
+        colourful(32, 24, seed).save(folder / f"{name}.png")
+    rows = {number: f"a.png,b.png,edit {number}" for number in range(count)} | (change or {})
+    (folder / "pairs.csv").write_text("\n".join(["before,after,edit", *rows.values()]))
+    return folder
+
+
+def test_own_pairs_become_a_data_set(tmp_path, program):
+    """Whose files are the authors': seeds.json, prompt.json, SEED_0.jpg and SEED_1.jpg; broken rows leave a gap."""
+    source = own_pairs(tmp_path / "own", 7, {2: "a.png,no.png,edit 2", 4: "a.png,b.png,make it red, please"})
+    out = tmp_path / "out"
+    end = program("import", source, f"--out={out}")
+    assert (end.code, end.out) == (0, [f"{out}: 5 pairs of 7 rows; 2 skipped"])
+    assert sum(line.startswith("skipped: ") for line in end.err) == 2
+    numbers = [0, 1, 3, 5, 6]
+    assert read_json(out / "seeds.json") == [[folder_name(number), ["0"]] for number in numbers]
+    for number in numbers:
+        folder = out / folder_name(number)
+        assert read_json(folder / "prompt.json")["edit"] == f"edit {number}"
+        for side, seed in enumerate((1, 2)):
+            written = to_tensor(Image.open(folder / f"0_{side}.jpg"))
+            assert (written - to_tensor(colourful(32, 24, seed))).abs().max() < 0.06
+    before = contents(out)
+    assert program("import", source, f"--out={out}").code == 0
+    assert contents(out) == before
+    few = tmp_path / "few"
+    assert program("import", source, f"--out={few}", "--count=2").out == [f"{few}: 2 pairs of 2 rows"]
+
+
+@pytest.mark.parametrize(
+    ("count", "broken", "words"),
+    [
+        (200, 4, "4 of 200 rows are broken, which is too many; the last one: .*x.png cannot be read"),
+        (2000, 11, "11 of 11 rows are broken, which is too many"),  # found out at once
+        (1, 1, "1 of 1 rows are broken"),
+        (0, 0, "own holds no pairs"),
+    ],
+)
+def test_a_source_that_is_too_broken(tmp_path, program, count, broken, words):
+    source = own_pairs(tmp_path / "own", count, dict.fromkeys(range(broken), "x.png,b.png,e"))
+    code, out, err = program("import", source, f"--out={tmp_path / 'out'}")
+    assert (code, out) == (2, [])
+    assert re.search(words, err[-1])
+    assert not (tmp_path / "out" / "seeds.json").exists()
+
+
+def test_a_source_that_has_changed_is_not_mixed_in(tmp_path, program):
+    source, out = own_pairs(tmp_path / "own", 5), tmp_path / "out"
+    program("import", source, f"--out={out}")
+    source.rename(tmp_path / "moved")
+    assert program("import", tmp_path / "moved", f"--out={out}").code == 0
+    own_pairs(tmp_path / "moved", 5, {3: "a.png,b.png,another"})
+    code, _, err = program("import", tmp_path / "moved", f"--out={out}")
+    assert code == 2
+    assert re.search("0000003 was not made from .*pairs.csv, line 5; the source has changed: use another", err[-1])
+
+
+def test_killed_twenty_times_it_ends_in_the_same_files(tmp_path, capfd):
+    """SIGKILL at random moments of an import of 40 rows."""
+    source, rng, done = own_pairs(tmp_path / "own", 40), random.Random(0), set()
+    whole, arguments = (["import", str(source), f"--out={tmp_path / name}"] for name in ("whole", "out"))
+    tqdm.set_lock(threading.RLock())  # its own one is shared with forked processes, and a killed one would keep it
+    begin = time.monotonic()
+    dataset.main(whole)
+    seconds = time.monotonic() - begin
+    for _ in range(20):
+        process = multiprocessing.get_context("fork").Process(target=dataset.main, args=(arguments,))
+        process.start()
+        time.sleep(rng.uniform(0, seconds / 3))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        done.add(len(list(tmp_path.glob("out/0*"))))
+    dataset.main(arguments)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert not list(tmp_path.glob("out/.*"))
+    assert len(done) > 4
+
+
+def test_check_says_what_is_there(root, program):
+    """Edits and pairs, their sizes, what is missing, what is twice, and ten samples."""
+    write_edit(root, 20, prompt("add a moon"), [Pair(*pair(40)[:2], {"seed": 9})])  # as edit 3
+    same = colourful(48, 48)
+    write_edit(root, 21, prompt("a long instruction of seven words here"), [Pair(same, same, {"seed": 1})])
+    write_edit(root, 22, prompt(), [pair(1)])
+    write_seeds(root)
+    (root / "0000022" / "1_1.jpg").unlink()
+    code, out, _ = program("check", root)
+    assert code == 0
+    assert out == [
+        f"{root}: 5 edits (4 train, 0 val, 1 test) with 6 pairs",
+        "sizes: 4 of 32x24, 1 of 48x48",
+        "gaps: 1 pairs are missing or damaged, such as: "
+        f"{root}/0000022/1_1.jpg cannot be read as an image: No such file or directory",
+        "duplicates: 1 pairs repeat an earlier one; in 1 both images are equal",
+        "longest instruction, 7 words (CLIP reads 75 tokens, about 55 words): a long instruction of seven words here",
+        f"{root / 'check.png'}: 4 samples",
+    ]
+    assert open_image(root / "check.png").width > 4 * 256
+    assert program("check", root / "0000003").code == 2

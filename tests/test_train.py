@@ -209,9 +209,8 @@ def test_memory_may_be_saved(data, init, trained, tmp_path, program):
 
 def test_overfitting_one_pair(data, init, tmp_path, program):
     flags = {"overfit": 1, "max_steps": 100, "batch_size": 4, "lr": 0.01, "ema_decay": 0.9, "eval_every": 50}
-    assert program(*command(data, init, tmp_path / "run", **flags))[:2] == (
-        0, ["1 edits, 4 pairs a step", str(tmp_path / "run" / "model")],
-    )  # fmt: skip
+    said = "1 edits to train on, 4 pairs a step; 2 more are held out for validation and tests"
+    assert program(*command(data, init, tmp_path / "run", **flags))[:2] == (0, [said, str(tmp_path / "run" / "model")])
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [value["validation"] for line in lines if "validation" in (value := json.loads(line))]
     assert losses[-1] < losses[0]

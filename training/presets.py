@@ -39,7 +39,7 @@ def parse(arguments=None):
     parser = Parser(prog="train.py", description="Train an editor from a text-to-image model.", allow_abbrev=False)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="pairs, as datagen.py images leaves them")
-    add("--init", required=True, metavar="PATH", help="Stable Diffusion weights, or an editor's")
+    add("--init", required=True, metavar="PATH", help="Stable Diffusion weights, such as sd15 or mini, or an editor's")
     add("--out", type=Path, required=True, metavar="DIR", help="for all that the run writes")
     add("--preset", choices=PRESETS, default="paper", help="defaults of all other flags (default: paper)")
     add("--resume", action="store_true", help="resume the run in --out, if there is one")

@@ -45,7 +45,7 @@ def test_a_text_a_line_with_the_places_of_the_lines(tmp_path):
         ("a cat".encode("utf-16-le"), "it is a binary file"),
         (b"\n<!DOCTYPE html>\n<title>login", "a web page or a git-lfs pointer"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a web page or a git-lfs pointer"),
-        (b'{"a": 1}\n\n{"a": \n', "line 3 is no JSON"),
+        (b'{"a": 1}\n\n{"a": \n', "line 3: this is no JSON"),
         (b'{"a": 1}\n3\n', "line 2: a JSON object is needed, not 3"),
         (b'[{"a": 1}, 3]', "record 2: a JSON object is needed, not 3"),
         (b'[{"a": 1},', "cannot be read .*: Expecting value"),
