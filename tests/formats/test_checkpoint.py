@@ -1,5 +1,6 @@
 """Reading and writing weights, against files that diffusers wrote and reads."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -148,19 +149,49 @@ def test_diffusers_reads_our_single_file(model, folder, single):
     assert_equal(vae.state_dict(), renamed(model.vae, "diffusers", None))
 
 
-def test_averaged_weights_are_preferred_and_must_be_whole(model, single):
-    averaged = random_model(seed=30).unet
+RAW, EMA = "model.diffusion_model.", "model_ema.diffusion_model"
+AVERAGES = {  # of a raw weight -> (its average, whether it is taken, what is said)
+    "of a training": (lambda w: 1.01 * w, True, r"are taken; they differ from the raw ones \(--ema no\) by 1.0%"),
+    "of before a merge": (lambda w: w + 0.3 * torch.randn_like(w), False, r"as after a merge; the raw ones are taken"),
+    "zero": (torch.zeros_like, False, "zero or missing in part; the raw ones are taken"),
+    "of another size": (lambda w: w[:1].clone(), False, "zero or missing in part; the raw ones are taken"),
+}
+
+
+@pytest.mark.parametrize("case", AVERAGES)
+def test_averaged_weights_are_taken_if_they_are_sane(case, model, single, capsys):
+    average, taken, said = AVERAGES[case]
 
     def change(tensors):
-        for name, tensor in renamed(averaged, "original", None).items():
-            tensors["model_ema.diffusion_model" + name.replace(".", "")] = tensor.clone()
-        return {**tensors, "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(22000)}
+        raw = {name: tensor for name, tensor in tensors.items() if name.startswith(RAW)}
+        ema = {EMA + name.removeprefix(RAW).replace(".", ""): average(tensor) for name, tensor in raw.items()}
+        return {**tensors, **ema, "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(22000)}
 
     rewrite(single, change)
-    same_weights(load(single), replace(model, unet=averaged))
-    lacking = "model_ema.diffusion_modelout2bias"
-    rewrite(single, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != lacking})
-    with pytest.raises(UserError, match=lacking):
+    raw = model.unet.conv_out.weight
+    assert torch.equal(load(single).unet.conv_out.weight, average(raw) if taken else raw)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(said, line)
+    same_weights(load(single, ema="no"), model)
+    if case != "of another size":
+        assert not torch.equal(load(single, ema="yes").unet.conv_out.weight, raw)
+    assert not capsys.readouterr().err  # what was asked for needs no words
+
+
+def test_averaged_weights_alone(model, single, capsys):
+    def change(tensors):
+        named = {EMA + n.removeprefix(RAW).replace(".", "") if n.startswith(RAW) else n: t for n, t in tensors.items()}
+        return {name: tensor for name, tensor in named.items() if not name.endswith("modelout2bias")} if cut else named
+
+    cut = False
+    with pytest.raises(UserError, match="holds no averaged weights"):
+        load(single, ema="yes")
+    rewrite(single, change)
+    same_weights(load(single), model)
+    assert "since it holds no raw ones" in capsys.readouterr().err
+    cut = True
+    rewrite(single, change)
+    with pytest.raises(UserError, match="1 of .* missing, such as model_ema.diffusion_modelout2bias"):
         load(single)
 
 

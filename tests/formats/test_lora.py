@@ -68,7 +68,7 @@ def test_diffusers_loads_an_exported_lora(tmp_path, channels):
     save_folder(tiny_model(in_channels=channels), tmp_path / "base")
     settings = {"init": str(tmp_path / "base"), "trainable": "lora", "rank": 3}
     settings |= {"sampling_steps": None, "cfg_text": None, "cfg_image": None}
-    model = load_editor(SimpleNamespace(**settings))
+    model, _ = load_editor(SimpleNamespace(**settings))
     save_folder(model, tmp_path / "editor")  # the base as it is, or with zero channels added
     learned(model.unet)
     weights = {name: weight for name, weight in model.unet.named_parameters() if weight.requires_grad}
