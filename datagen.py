@@ -133,7 +133,7 @@ def make_group(sampler, group, missing, wanted, options):
 
 
 def settings_of(sampler, *more):
-    """What sampling depends on: the texts of the edits, the models by their fingerprints, and numbers, `more` of them."""
+    """What sampling depends on: the texts of the edits, the models' weights, and numbers, `more` of them."""
     options = sampler.options
     names = ("steps", "resolution", "control", "guidance", "seed", "dtype", *more)
     return {
