@@ -56,8 +56,10 @@ def read_tensors(path):
     if start.startswith(ARCHIVE) and not archive:
         raise UserError(cut)
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch doubts pickles that it reads well
-            values = torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+        with warnings.catch_warnings(action="ignore"), open(path, "rb") as file:  # torch doubts pickles it reads well
+            named = str(path).endswith(".safetensors")  # torch believes the name of a path
+            mapped = archive and not named
+            values = torch.load(file if named else path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch's own words advise to run the code
         refused = f"{path} holds more than plain weights, which could run code, or is damaged; use a .safetensors file"
         raise UserError(cut if isinstance(error, EOFError) or "unexpected EOF" in str(error) else refused) from error

@@ -264,7 +264,7 @@ def test_weights_that_are_not_there(refused, tmp_path):
     refused(["no weights", "missing.safetensors"], weights=tmp_path / "missing.safetensors")
     refused("no weights", weights=tmp_path / "missing")
     refused(["nobody/nothing", "cannot be reached"], weights="nobody/nothing")
-    refused(["unet/", "out"], weights=tmp_path / "out")
+    refused(["no UNet", "out"], weights=tmp_path / "out")
 
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
