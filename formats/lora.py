@@ -86,8 +86,10 @@ def apply_lora(model, named):
         for name in names
     }
     for layer, factor in factors.items():
-        if layer not in layers or not {"a", "b"} <= factor.keys():
+        if layer not in layers:
             raise UserError(f"{path} changes {layer}, which this model lacks; a LoRA of Stable Diffusion 1.x is needed")
+        if not {"a", "b"} <= factor.keys():
+            raise UserError(f"{path} is no plain LoRA, or it is damaged: {layer} has one factor alone")
         kind, weight = layers[layer]
         a, b = (factor[name].float().flatten(1) for name in ("a", "b"))
         if (len(b), a.shape[1], b.shape[1]) != (len(weight), weight[0].numel(), len(a)):
