@@ -2,7 +2,7 @@
 
     python train.py --preset mini --data runs/mini/pairs --init models/mini/sd --out runs/editor
     python train.py --preset mini --data runs/mini/pairs --init models/mini/sd --out runs/one --overfit 1
-    torchrun --nproc-per-node 8 train.py --preset paper --data DIR --init SD_1.5 --out runs/paper
+    torchrun --nproc-per-node 8 train.py --preset paper --data DIR --init sd15 --out runs/paper
     python train.py export --run runs/paper --out editor.safetensors
 
 The UNet gets input channels for the image to edit, their weights zero; autoencoder and text encoder stay frozen. All

@@ -172,8 +172,8 @@ def choose_averages(tensors, path, ema=None):
     """
     averages = any(name.startswith(EMA_PREFIX) for name in tensors)
     raw = [name for name in tensors if name.startswith(UNET_PREFIX)]
-    if ema == "yes" and not averages:
-        raise UserError(f"{path} holds no averaged weights; leave out --ema yes")
+    if ema and not (averages if ema == "yes" else raw or not averages):
+        raise UserError(f"{path} holds no {'averaged' if ema == 'yes' else 'raw'} weights; leave out --ema {ema}")
     if ema or not averages:
         return ema == "yes"
     pairs = [(name, EMA_PREFIX + name.removeprefix(UNET_PREFIX).replace(".", "")) for name in raw]
@@ -185,7 +185,9 @@ def choose_averages(tensors, path, ema=None):
             break
         squares += torch.stack([(ours - theirs).square().sum(), ours.square().sum(), theirs.square().sum()])
     difference = (squares[0] / squares[1:].min()).sqrt().item()
-    if not reason and difference > STALE:
+    if not squares[2].isfinite():
+        reason = "hold NaN or Inf"
+    elif not reason and difference > STALE:
         reason = f"differ from the raw ones by {difference:.0%}, as after a merge"
     if not raw:
         chosen = "its averaged weights (EMA) are taken, since it holds no raw ones"

@@ -77,7 +77,7 @@ def apply_lora(model, named):
     path, scale = (Path(parts[1]), float(parts[2])) if parts else (Path(named), 1.0)
     factors, alphas = read_lora(path)
     first = factors.get("conv_in", {}).get("a")
-    if first is not None and first.shape[1] == 2 * model.unet.config.in_channels:
+    if first is not None and first.dim() == 4 and first.shape[1] == 2 * model.unet.config.in_channels:
         model.unet = extend_input(model.unet, first.shape[1])
     layers = {
         name.removesuffix(".weight").replace(".", "_"): (kind, getattr(model, kind).get_parameter(key))
@@ -91,11 +91,12 @@ def apply_lora(model, named):
         if not {"a", "b"} <= factor.keys():
             raise UserError(f"{path} is no plain LoRA, or it is damaged: {layer} has one factor alone")
         kind, weight = layers[layer]
-        a, b = (factor[name].float().flatten(1) for name in ("a", "b"))
-        if (len(b), a.shape[1], b.shape[1]) != (len(weight), weight[0].numel(), len(a)):
-            raise UserError(f"{path} is made for another model: the sizes of {layer} differ")
-        alpha = float(factor.get("alpha", alphas.get(f"{kind}.lora_alpha", len(a))))
-        weight.data = weight.float() + scale * alpha / len(a) * (b @ a).view_as(weight)
+        with reported_as(f"{path} is damaged: {layer} cannot be used"):
+            a, b = (factor[name].float().flatten(1) for name in ("a", "b"))
+            if (len(b), a.shape[1], b.shape[1]) != (len(weight), weight[0].numel(), len(a)):
+                raise UserError(f"{path} is made for another model: the sizes of {layer} differ")
+            alpha = float(factor.get("alpha", alphas.get(f"{kind}.lora_alpha", len(a))))
+            weight.data = weight.float() + scale * alpha / len(a) * (b @ a).view_as(weight)
 
 
 def read_lora(path):
@@ -108,8 +109,10 @@ def read_lora(path):
         layer = match["layer"].replace(".processor", "").replace(".", "_")
         layer += "_0" * layer.endswith("to_out")
         factors.setdefault(layer, {})[match.lastgroup] = tensor
+    if not factors:
+        raise UserError(f"{path} is no LoRA: it holds no tensors")
     with reported_as(f"the alpha of {path} cannot be read"):
-        alphas = json.loads(metadata.get("lora_adapter_metadata", "{}"))  # diffusers', from 2025 on
+        alphas = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))  # diffusers', from 2025 on
         if beside.exists() and any(name.startswith("base_model.") for name in tensors):  # peft's
             alphas["unet.lora_alpha"] = json.loads(beside.read_text(encoding="utf-8"))["lora_alpha"]
     return factors, alphas

@@ -155,6 +155,7 @@ RAW, EMA = "model.diffusion_model.", "model_ema.diffusion_model"
 AVERAGES = {  # of a raw weight -> (its average, whether it is taken, what is said)
     "of a training": (lambda w: 1.01 * w, True, r"are taken; they differ from the raw ones \(--ema no\) by 1.0%"),
     "of before a merge": (lambda w: w + 0.3 * torch.randn_like(w), False, r"as after a merge; the raw ones are taken"),
+    "NaN": (lambda w: w * torch.nan, False, "hold NaN or Inf; the raw ones are taken"),
     "zero": (torch.zeros_like, False, "zero or missing in part; the raw ones are taken"),
     "of another size": (lambda w: w[:1].clone(), False, "zero or missing in part; the raw ones are taken"),
 }
@@ -191,6 +192,8 @@ def test_averaged_weights_alone(model, single, capsys):
     rewrite(single, change)
     same_weights(load(single), model)
     assert "since it holds no raw ones" in capsys.readouterr().err
+    with pytest.raises(UserError, match="holds no raw weights"):
+        load(single, ema="no")
     cut = True
     rewrite(single, change)
     with pytest.raises(UserError, match="1 of .* missing, such as model_ema.diffusion_modelout2bias"):

@@ -158,6 +158,7 @@ def test_an_editors_lora_makes_an_editor_of_a_text_to_image_model(tmp_path):
         ("lora_unet_conv_in.lora_up.weight", (8, 2, 1, 1), "conv_in has one factor alone"),
         ("lora_unet_conv_in.hada_w1_a", (8, 2), "no plain LoRA: it holds lora_unet_conv_in.hada_w1_a"),
         ("unet.conv_in.lora_magnitude_vector", (8,), "no plain LoRA"),
+        ("unet.conv_in.lora_A.weight", (), "one factor alone"),
     ],
 )
 def test_what_is_no_lora_for_this_model(name, shape, said, tmp_path):
