@@ -171,6 +171,8 @@ def test_without_an_answer_one_line_says_how_to_get_the_files(endpoint, monkeypa
             load("ip2p")
         assert time.monotonic() - began < 3
     silent.close()
+    with pytest.raises(TimeoutError, match="no answer within 0.1 s"):  # as of a silent name server
+        hub.in_time(0.1, lambda: time.sleep(5))
 
 
 def test_a_name_that_the_hub_does_not_know(repositories):
