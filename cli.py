@@ -109,22 +109,25 @@ def append_whole(path, data):
             raise OSError(errno.ENOSPC, "the disk is full", str(path))
 
 
-def keep_settings(path, settings):
+def keep_settings(path, settings, noted=()):
     """Write what a result depends on to a JSON file the first time, compare it every other time.
 
-    So a program resumes its own work and never replaces what another command line made. Raises UserError.
+    So a program resumes its own work and never replaces what another command line made. noted: names of settings that
+    may change, such as paths: the file always holds the latest. Raises UserError.
     """
     path, settings = Path(path), json.loads(json.dumps(settings, default=str))
-    if not path.exists():
-        with atomic_write(path) as beside:
-            beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        return
-    with reported_as(f"{path} cannot be read"):
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        for name in {**begun, **settings}:
-            if begun.get(name) != settings.get(name):
-                change = f"{name} {begun.get(name)}, not {settings.get(name)}"
-                raise UserError(f"{path}: the output was begun with {change}; use the same settings, or another output")
+    if path.exists():
+        with reported_as(f"{path} cannot be read"):
+            begun = json.loads(path.read_text(encoding="utf-8"))
+            for name in {**begun, **settings}:
+                if begun.get(name) != settings.get(name) and name not in noted:
+                    change = f"{name} {begun.get(name)}, not {settings.get(name)}"
+                    advice = "use the same settings, or another output"
+                    raise UserError(f"{path}: the output was begun with {change}; {advice}")
+        if begun == settings:
+            return
+    with atomic_write(path) as beside:
+        beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def check_sampling(steps, text_guidance, image_guidance, resolution):

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from dataset import Filter, Pair, begin_data_set, folder_name, read_metadata, write_edit, write_seeds
 from formats import checkpoint, hub
 from formats.configs import Config
-from formats.weights import write_json
+from formats.weights import fingerprint, write_json
 from gpu.compiled import NOTICE, compile_model
 from images import to_image, to_tensor
 from language.captions import FIELDS, read_edits
@@ -50,6 +50,7 @@ class Sampler:
         dtype = getattr(torch, options.dtype)
         parts = checkpoint.load(options.weights, options.device, dtype, vae=options.vae, kind="sd")
         self.model = model = StableDiffusion(parts)
+        self.fingerprint = fingerprint(parts.unet, parts.vae, parts.text_encoder)
         if options.compile or (options.compile is None and torch.device(options.device).type == "cuda"):
             print(NOTICE)
             compile_model(model)
@@ -101,8 +102,9 @@ def make_images(options):
     given = {field.name: getattr(options, f"min_{field.name}") for field in fields(Filter)}
     wanted = replace(Filter.read(options.clip), **{name: value for name, value in given.items() if value is not None})
     names = {f"min_{name}": float(value) for name, value in asdict(wanted).items()}
-    settings = settings_of(options, "samples", "keep", "batch_size")
-    begin_data_set(options.out, {"program": "datagen.py images", **settings, **names})
+    settings = settings_of(sampler, "samples", "keep", "batch_size")
+    paths = {name: getattr(options, name) for name in ("weights", "vae", "clip")}  # where models are, which may change
+    begin_data_set(options.out, {"program": "datagen.py images", **paths, **settings, **names}, noted=paths)
     (rank, world), count = options.shard, len(sampler.edits)
     size = max(1, options.batch_size // options.samples)
     groups = [range(first, min(first + size, count)) for first in range(0, count, size)][rank::world]
@@ -141,10 +143,13 @@ def make_group(sampler, group, missing, wanted, options):
         write_edit(options.out, number, prompt, best, [pair.metadata for pair in candidates])
 
 
-def settings_of(options, *more):
-    """What sampling depends on: the texts of the edits, the models by their paths, and numbers, `more` of them."""
-    names = ("steps", "resolution", "control", "guidance", "weights", "vae", "clip", "seed", "dtype", *more)
+def settings_of(sampler, *more):
+    """What sampling depends on: the texts of the edits, the models' weights, and numbers, `more` of them."""
+    options = sampler.options
+    names = ("steps", "resolution", "control", "guidance", "seed", "dtype", *more)
     return {
+        "model_fingerprint": sampler.fingerprint,
+        "clip_fingerprint": fingerprint(sampler.clip),
         "edits": hashlib.sha256(b"".join(path.read_bytes() for path in options.edits)).hexdigest(),
         "device": torch.device(options.device).type,  # random numbers are drawn there
         **{name: getattr(options, name) for name in names},
@@ -154,7 +159,7 @@ def settings_of(options, *more):
 def calibrate(options):
     """Write a CLIP's filter.json: each threshold is what a fraction of a sample of candidates does not reach."""
     sampler = Sampler(read_edits(*options.edits)[: options.count], options)
-    settings = settings_of(options, "count", "fractions", "batch_size")
+    settings = settings_of(sampler, "count", "fractions", "batch_size")
     path = Path(options.clip) / "filter.json"
     if path.exists():
         if Config.read(path).values.get("calibrated") != settings:

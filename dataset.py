@@ -70,12 +70,12 @@ class Filter:
         return cls(**values)
 
 
-def begin_data_set(root, settings):
-    """Keep the settings of a data set in ROOT/settings.json. Raises UserError where the folder holds anything else."""
+def begin_data_set(root, settings, noted=()):
+    """`keep_settings` in ROOT/settings.json. Raises UserError where the folder holds anything else."""
     names = {path.name for path in root.iterdir() if not path.name.startswith(".")} if root.is_dir() else set()
     if names and "settings.json" not in names:
         raise UserError(f"{root} holds other files, such as {min(names)}; use a new folder")
-    keep_settings(root / "settings.json", settings)
+    keep_settings(root / "settings.json", settings, noted)
 
 
 def folder_name(number):

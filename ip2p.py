@@ -1,6 +1,6 @@
 """InstructPix2Pix: conditioning, two-fold guidance, the training loss, and the edit itself (Sec. 3.2).
 
-    model = InstructPix2Pix.load("timbrooks/instruct-pix2pix")
+    model = InstructPix2Pix.load("ip2p")
     edited = model.edit(Image.open("x.png"), "make it night", seed=0)
 """
 

@@ -35,6 +35,8 @@ def make_parser():
     add("--weights", metavar="PATH", help="a folder, a .safetensors file or a hub id (default: the bundled miniature)")
     add("--tokenizer", metavar="DIR", help="for a single file (default: beside it, else from the hub's cache)")
     add("--vae", metavar="PATH", help="another autoencoder than the one that comes with the weights")
+    add("--lora", metavar="FILE[:S]", help="a LoRA to merge into the weights, S times (default: 1)")
+    add("--ema", choices=["yes", "no"], help="of a file with averaged weights (EMA): take them? (default: if sane)")
 
     brackets = "Defaults come with the model; those of the public weights stand in brackets."
     add = parser.add_argument_group("the edit", brackets).add_argument
@@ -102,7 +104,8 @@ def load_model(options):
     torch.backends.cudnn.deterministic = True  # so that --again gives the same pixels
     weights, dtype = options.weights or BUNDLED, getattr(torch, options.dtype)
     say(f"loading {weights}")
-    model = InstructPix2Pix.load(weights, options.device, dtype, options.tokenizer, options.vae)
+    parts = options.tokenizer, options.vae, options.lora, options.ema
+    model = InstructPix2Pix.load(weights, options.device, dtype, *parts)
     if options.compile:
         # a CUDA graph leaves every result in the same place, and --low-memory collects several
         compile_model(model, mode=None if options.low_memory else "reduce-overhead")

@@ -34,9 +34,9 @@ class LatentDiffusion:
             raise UserError(f"{model.source} is {found}, not {self.inputs * latent}; {self.advice}")
 
     @classmethod
-    def load(cls, path, device="cpu", dtype=torch.float32, tokenizer=None, vae=None):
+    def load(cls, path, device="cpu", dtype=torch.float32, tokenizer=None, vae=None, lora=None, ema=None):
         """Read the model from a folder, a single file, a hub id or a short name (see `checkpoint.load`)."""
-        return cls(checkpoint.load(path, device, dtype, tokenizer, vae, cls.kind))
+        return cls(checkpoint.load(path, device, dtype, tokenizer, vae, lora, ema, cls.kind))
 
     @property
     def device(self):

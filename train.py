@@ -2,7 +2,7 @@
 
     python train.py --preset mini --data runs/mini/pairs --init models/mini/sd --out runs/editor
     python train.py --preset mini --data runs/mini/pairs --init models/mini/sd --out runs/one --overfit 1
-    torchrun --nproc-per-node 8 train.py --preset paper --data DIR --init SD_1.5 --out runs/paper
+    torchrun --nproc-per-node 8 train.py --preset paper --data DIR --init sd15 --out runs/paper
     python train.py export --run runs/paper --out editor.safetensors
 
 The UNet gets input channels for the image to edit, their weights zero; autoencoder and text encoder stay frozen. All
@@ -10,6 +10,7 @@ that a step draws follows from the seed and the step: neither a stop and --resum
 what is learned. In --out: settings.json, states/, metrics.jsonl, loss.png, samples.png, and in the end model/.
 """
 
+import hashlib
 import math
 import signal
 import sys
@@ -28,6 +29,7 @@ from tqdm import tqdm
 from attention import fused, reference
 from dataset import EditDataset
 from formats.export import choose_weights, export, load_editor, replace_model
+from formats.hub import lasting
 from gpu.compiled import compiled
 from images import enlarge, grid, save_png, to_image
 from ip2p import InstructPix2Pix, loss
@@ -38,7 +40,7 @@ from unet import ResBlock, Transformer
 
 SHOWN, MEASURED = 8, 64  # pairs of the validation split on samples.png; examples of the validation loss
 SAME = (  # settings of a run that may not change when it is resumed
-    *("seed", "total_batch_size", "data", "init", "trainable", "rank", "resolution", "max_resize", "subset"),
+    *("seed", "total_batch_size", "trainable", "rank", "resolution", "max_resize", "subset"),
     *("overfit", "cache_latents", "loss_weighting", "sampling_steps", "cfg_text", "cfg_image"),
 )
 
@@ -158,7 +160,7 @@ def train(options):
         raise UserError(f"{out} holds a run; continue it by --resume, or use another --out")
     flip, subset = (0.0, options.overfit) if options.overfit else (0.5, options.subset)
     dataset = EditDataset(options.data, "train", options.resolution, options.max_resize, flip, subset)
-    model = load_editor(options, device)
+    model, base = load_editor(options, device)
     if any(side % model.side_multiple for side in dataset[0][0].shape[1:]):
         raise UserError(f"the images need sides of multiples of {model.side_multiple} pixels; see --resolution")
     editor, encode = InstructPix2Pix(model), partial(encode_pairs, model.vae, autocast)
@@ -169,7 +171,10 @@ def train(options):
     attend = reference if device == "cpu" and options.cache_latents else fused
     predict_eps = partial(compiled(model.unet) if options.compile else model.unet, attend=attend)
     if runs.RANK == 0:  # all that may be refused has been looked at
-        keep_settings(out / "settings.json", {name: getattr(options, name) for name in SAME})
+        pairs = hashlib.sha256((options.data / "seeds.json").read_bytes()).hexdigest()[:16]
+        settings = {"init_fingerprint": base, "data_fingerprint": pairs, "init": lasting(options.init)}
+        settings |= {"data": options.data.resolve()} | {name: getattr(options, name) for name in SAME}
+        keep_settings(out / "settings.json", settings, noted=("init", "data"))
     settings = Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
     if options.cache_latents:
         data = LatentBatches(dataset, encode, flip=not options.overfit, first_only=bool(options.overfit))
@@ -239,7 +244,7 @@ def main(arguments=None):
         options = parse_export(arguments[1:])
         if (state := runs.newest_state(options.run)) is None:
             raise UserError(f"{options.run} holds no states of a training")
-        export(options.run, state, options.out, options.lora, options.raw)
+        export(options.run, state, options.out, options.lora, options.raw, options.init)
         print(options.out)
         return
     options = parse(arguments)

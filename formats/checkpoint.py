@@ -4,6 +4,8 @@ How tensors are read stands in `weights.py`, what they are called in `names.py`,
 """
 
 import json
+import re
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from clip_text import CLIP_L_TEXT, CLIPText, CLIPTokenizer
 from diffusion import Sampling
 from formats import configs, hub
 from formats.configs import Config
+from formats.lora import apply_lora
 from formats.names import aliases
 from formats.weights import fill, read_component, read_tensors, renamed, write_json, write_tensors
 from unet import STABLE_DIFFUSION, UNet
@@ -44,10 +47,21 @@ PARTS = {  # as folders and `Model` call them
     "text_encoder": Part(lambda config: CLIPText(configs.text_from(config)), configs.text_json, "model", TEXT_PREFIX),
 }
 CLIP_TOWERS = Part(lambda config: CLIP(*configs.clip_from(config)), configs.clip_json, "model")
-OTHER_KINDS = {  # what some names in a single file contain: what it is
-    "label_emb.": "Stable Diffusion XL", "cond_stage_model.model.": "Stable Diffusion 2",
-    "joint_blocks.": "Stable Diffusion 3", "double_blocks.": "Flux", "lora_": "LoRA",
+OTHER_KINDS = {  # what a name in a single file contains: what the file is
+    r"label_emb\.": "of Stable Diffusion XL", r"cond_stage_model\.model\.": "of Stable Diffusion 2",
+    r"joint_blocks\.": "of Stable Diffusion 3", r"double_blocks\.": "of Flux",
+    r"^(v_pred|ztsnr)$": "of a model with v-prediction", r"control_model|^controlnet_": "of a ControlNet",
+    r"lora_|[._]lora\.|\.(hada|lokr)_": "a LoRA, which changes a model (sample.py --lora)",
+    r"^(string_to_param|emb_params|\*)$": "a textual inversion",
+    r"^(encoder|decoder)\.": "an autoencoder alone (for --vae)",
+    r"^(down_blocks|text_model)\.": "one part of a model",
 }
+LACKING = {
+    "unet": "no UNet; a whole model is needed: a folder in diffusers' layout, or a single file",
+    "vae": "no autoencoder; name one by --vae, such as --vae vae",
+    "text_encoder": "no text encoder; a whole model is needed",
+}
+STALE = 0.25  # relative difference from which averaged weights are no longer those of the raw ones
 VAE_JSON = configs.vae_json(STABLE_DIFFUSION_VAE)
 
 
@@ -68,15 +82,17 @@ class Model:
         return self.vae.config.factor * 2 ** (len(self.unet.config.levels) - 1)
 
 
-def load(path, device="cpu", dtype=torch.float32, tokenizer=None, vae=None, kind="editor"):
+def load(path, device="cpu", dtype=torch.float32, tokenizer=None, vae=None, lora=None, ema=None, kind="editor"):
     """Read a Model from a diffusers-layout folder, an original single file (.safetensors, .ckpt), or from the hub.
 
     path: also a hub id or a short name (see `hub.find`, to which kind, "editor" or "sd", says what is meant by "mini").
-    tokenizer: a tokenizer's folder, vae: a folder or a file; both replace what `path` brings. Raises UserError.
+    tokenizer: a tokenizer's folder, vae: a folder or a file; both replace what `path` brings. lora: a file, or
+    "FILE:SCALE", that is merged into the weights. ema: "yes" or "no", whether the averaged weights of a file that holds
+    both are taken; None: if they are sane. Raises UserError.
     """
     path = hub.find(path, kind)
     wanted = {name: part for name, part in PARTS.items() if name != "vae" or not vae}
-    networks, sampling = load_folder(path, wanted) if path.is_dir() else load_single_file(path, wanted)
+    networks, sampling = load_folder(path, wanted, ema) if path.is_dir() else load_single_file(path, wanted, ema)
     if vae:
         networks["vae"] = load_vae(vae)
     tokenizer = tokenizer or (path if path.is_dir() else tokenizer_beside(path))
@@ -85,7 +101,9 @@ def load(path, device="cpu", dtype=torch.float32, tokenizer=None, vae=None, kind
     unet, text, vae = model.unet.config, model.text_encoder.config, model.vae.config
     if (unet.context_width, unet.out_channels) != (text.width, vae.latent_channels):
         raise UserError(f"{path}: its UNet is made for another text encoder or another VAE")
-    for network in networks.values():
+    if lora:
+        apply_lora(model, lora)
+    for network in (model.unet, model.vae, model.text_encoder):
         network.to(device=device, dtype=dtype)
     return model
 
@@ -97,11 +115,17 @@ def load_clip(path, device="cpu"):
     return clip.to(device, torch.float32), load_tokenizer(folder, clip.config[0])
 
 
-def load_folder(folder, parts):
+def load_folder(folder, parts, ema=None):
     """Read parts of a diffusers-layout folder: ({name: network}, Sampling)."""
+    if absent := [name for name in parts if not (folder / name).is_dir()]:
+        raise UserError(f"{folder} holds {LACKING[absent[0]]}")
+    if ema:
+        raise UserError(f"--ema is for a single file that holds averages, too; {folder} is a folder")
     scheduler, sampling = folder / "scheduler" / "scheduler_config.json", folder / "sampling.json"
     if scheduler.exists():
-        Config.read(scheduler).fixed(configs.SCHEDULER_FIXED)
+        config = Config.read(scheduler)
+        config.fixed(configs.SCHEDULER_FIXED)
+        config.known(*configs.SCHEDULER_FIXED, *configs.SCHEDULER_HARMLESS)
     sampling = sampling_from(Config.read(sampling)) if sampling.exists() else Sampling()
     return {name: load_part(part, folder / name) for name, part in parts.items()}, sampling
 
@@ -112,46 +136,101 @@ def load_part(part, folder):
     return fill(lambda: part.make(config), read_component(folder), lambda name: aliases(name.diffusers), folder)
 
 
-def load_single_file(path, parts):
+def load_single_file(path, parts, ema=None):
     """Read parts of an original Stable Diffusion file: ({name: network}, Sampling)."""
     tensors, metadata = read_tensors(path)
-    for part, kind in OTHER_KINDS.items():
-        if any(part in name for name in tensors):
-            raise UserError(f"{path} is a file of {kind}; only Stable Diffusion 1.x and its editors are supported")
+    names = "\n".join(tensors)
+    for pattern, kind in OTHER_KINDS.items():
+        if re.search(pattern, names, re.M):
+            raise UserError(f"{path} is {kind}; a whole Stable Diffusion 1.x or an editor made of it is needed")
+    if metadata.get("modelspec.prediction_type", "epsilon") != "epsilon":
+        raise UserError(f"{path} says prediction_type {metadata['modelspec.prediction_type']}; epsilon is supported")
+    averaged = choose_averages(tensors, path, ema)
+    prefixes = {name: EMA_PREFIX if averaged and name == "unet" else part.prefix for name, part in parts.items()}
+    for name, prefix in prefixes.items():
+        if not any(key.startswith(prefix) for key in tensors):
+            raise UserError(f"{path} holds {LACKING[name]}")
     with reported_as(f"{path} is no Stable Diffusion checkpoint, or it is damaged"):
         if "ip2p" in metadata:  # written by `save_single_file`, which notes what the names do not tell
             noted = json.loads(metadata["ip2p"])
         else:
-            unet = replace(STABLE_DIFFUSION, in_channels=tensors[UNET_PREFIX + "input_blocks.0.0.weight"].shape[1])
+            first = EMA_PREFIX + "input_blocks00weight" if averaged else UNET_PREFIX + "input_blocks.0.0.weight"
+            unet = replace(STABLE_DIFFUSION, in_channels=tensors[first].shape[1])
             noted = {"unet": configs.unet_json(unet), "vae": VAE_JSON, "text_encoder": configs.text_json(CLIP_L_TEXT)}
-        if any(name.startswith(EMA_PREFIX) for name in tensors):  # averaged weights are preferred
-            for name in tensors:
-                if name.startswith(UNET_PREFIX):
-                    tensors[name] = tensors[EMA_PREFIX + name.removeprefix(UNET_PREFIX).replace(".", "")]
-        networks = {name: from_original(part, Config(noted[name], path), tensors) for name, part in parts.items()}
+        networks = {
+            name: from_original(part, Config(noted[name], path), tensors, averaged and name == "unet")
+            for name, part in parts.items()
+        }
         return networks, sampling_from(Config(noted.get("sampling", {}), path))
 
 
-def from_original(part, config, tensors):
-    """One network from the tensors of an original file."""
-    roots = tuple(part.prefix + root for root in part.roots)
+def choose_averages(tensors, path, ema=None):
+    """Are a single file's averaged weights (EMA) to be taken? Says which ones are, where there is a choice.
+
+    Those of a training differ little from the raw ones. A merge of models by "add difference" changes the raw weights
+    alone, or leaves zeros in place of the averages. ema: "yes" or "no" decides. Raises UserError.
+    """
+    averages = any(name.startswith(EMA_PREFIX) for name in tensors)
+    raw = [name for name in tensors if name.startswith(UNET_PREFIX)]
+    if ema and not (averages if ema == "yes" else raw or not averages):
+        raise UserError(f"{path} holds no {'averaged' if ema == 'yes' else 'raw'} weights; leave out --ema {ema}")
+    if ema or not averages:
+        return ema == "yes"
+    pairs = [(name, EMA_PREFIX + name.removeprefix(UNET_PREFIX).replace(".", "")) for name in raw]
+    squares, reason = torch.zeros(3, dtype=torch.float64), None
+    for pair in pairs:
+        ours, theirs = (tensors.get(name, torch.zeros(0)).flatten()[:4096].double() for name in pair)  # enough to tell
+        if len(ours) != len(theirs) or (ours.any() and not theirs.any()):
+            reason = "are zero or missing in part"
+            break
+        squares += torch.stack([(ours - theirs).square().sum(), ours.square().sum(), theirs.square().sum()])
+    difference = (squares[0] / squares[1:].min()).sqrt().item()
+    if not squares[2].isfinite():
+        reason = "hold NaN or Inf"
+    elif not reason and difference > STALE:
+        reason = f"differ from the raw ones by {difference:.0%}, as after a merge"
+    if not raw:
+        chosen = "its averaged weights (EMA) are taken, since it holds no raw ones"
+    elif reason:
+        chosen = f"its averaged weights (EMA) {reason}; the raw ones are taken (--ema yes: the averaged ones)"
+    else:
+        chosen = f"its averaged weights (EMA) are taken; they differ from the raw ones (--ema no) by {difference:.1%}"
+    print(f"{path}: {chosen}", file=sys.stderr)
+    return not reason
+
+
+def from_original(part, config, tensors, averaged=False):
+    """One network from the tensors of an original file; averaged: the UNet from its moving average."""
+    roots = EMA_PREFIX if averaged else tuple(part.prefix + root for root in part.roots)
     mine = {name: tensor for name, tensor in tensors.items() if name.startswith(roots)}
-    return fill(lambda: part.make(config), mine, lambda name: aliases(part.prefix + name.original), config.name)
+
+    def candidates(name):
+        return [EMA_PREFIX + name.original.replace(".", "")] if averaged else aliases(part.prefix + name.original)
+
+    return fill(lambda: part.make(config), mine, candidates, config.name)
 
 
 def load_vae(path):
-    """An autoencoder alone: its own folder, the one inside a model's folder, or a file with the original names."""
+    """An autoencoder alone: its folder or the file in it, a model's folder, or a file with the original names."""
     path, part = hub.find(path, "vae"), PARTS["vae"]
     if path.is_dir():
         return load_part(part, path / "vae" if (path / "vae").is_dir() else path)
-    tensors, _ = read_tensors(path)
-    prefix = VAE_PREFIX if any(name.startswith(VAE_PREFIX) for name in tensors) else ""
-    return from_original(part._replace(prefix=prefix), Config(VAE_JSON, path), tensors)
+    tensors, metadata = read_tensors(path)
+    if any(name.startswith("encoder.down_blocks.") for name in tensors):
+        beside = path.parent / "config.json"
+        config = Config.read(beside) if beside.exists() else Config(VAE_JSON, path)
+        return fill(lambda: part.make(config), tensors, lambda name: aliases(name.diffusers), path)
+    with reported_as(f"{path} is damaged"):
+        noted = json.loads(metadata["ip2p"])["vae"] if "ip2p" in metadata else VAE_JSON
+    prefix = next((p for p in (VAE_PREFIX, "vae.") if any(name.startswith(p) for name in tensors)), "")
+    return from_original(part._replace(prefix=prefix), Config(noted, path), tensors)
 
 
 def load_tokenizer(path, text_config):
     """The tokenizer in a folder, or in its `tokenizer/`, if it is the one that a text encoder was trained with."""
     folder = Path(path)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; give the folder of the tokenizer")
     folder = folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
     tokenizer = CLIPTokenizer.load(folder, text_config.tokens)
     if max(tokenizer.vocabulary.values()) >= text_config.vocabulary or tokenizer.end != text_config.end_token:
@@ -166,8 +245,10 @@ def tokenizer_beside(path):
     for name in ("ip2p", "sd15"):
         if folder := hub.cached(hub.PUBLIC[name].repository, "tokenizer"):
             return folder
-    with reported_as(f"{path} has no tokenizer/ beside it; name one by --tokenizer, since that of CLIP is not here"):
+    try:
         return hub.find("clip", "tokenizer")
+    except UserError as error:
+        raise UserError(f"{path} has no tokenizer/ beside it, and {error}") from error
 
 
 def sampling_from(config):
@@ -218,7 +299,13 @@ def save_clip(clip, tokenizer, folder, dtype=None):
 
 
 def save_single_file(model, path, dtype=None):
-    """Write a Model, but for its tokenizer, as one .safetensors file with the original names; it must not exist yet."""
+    """Write a Model as one .safetensors file with the original names, and tokenizer/ beside it.
+
+    Raises UserError if the file exists, or the tokenizer of another model is there.
+    """
+    folder = Path(path).parent / "tokenizer"
+    if folder.exists() and load_tokenizer(folder, model.text_encoder.config).merges != model.tokenizer.merges:
+        raise UserError(f"{folder} is the tokenizer of another model; write {path} into another folder")
     tensors, noted = {}, {"sampling": asdict(model.sampling)}
     for key, part in PARTS.items():
         network = getattr(model, key)
@@ -229,3 +316,7 @@ def save_single_file(model, path, dtype=None):
     tensors[TEXT_PREFIX + "text_model.embeddings.position_ids"] = torch.arange(model.text_encoder.config.tokens)[None]
     with write_new(path) as beside:
         write_tensors(beside, tensors, {"ip2p": json.dumps(noted)})
+    if not folder.exists():
+        with atomic_write(folder) as beside:
+            beside.mkdir()
+            model.tokenizer.save(beside)

@@ -9,7 +9,7 @@ from dataclasses import replace
 from cli import UserError, reported_as
 
 from clip_image import CLIPImageConfig
-from clip_text import CLIPTextConfig
+from clip_text import ACTIVATIONS, CLIPTextConfig
 from unet import Level, UNetConfig
 from vae import VAEConfig
 
@@ -33,17 +33,35 @@ IMAGE = {
     "layers": ("num_hidden_layers", 12), "heads": ("num_attention_heads", 12),
 }
 
-# What diffusers can vary, Stable Diffusion 1.x never does and the names and shapes of the tensors would not tell.
+# What diffusers can vary and Stable Diffusion 1.x never does. Any other key has to be None, False or 0, or else to be
+# in the list of those that change nothing here.
 UNET_FIXED = {
-    "act_fn": "silu", "center_input_sample": False, "class_embed_type": None, "downsample_padding": 1,
-    "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_scale_factor": 1, "norm_eps": 1e-5,
-    "only_cross_attention": False, "resnet_time_scale_shift": "default", "use_linear_projection": False,
+    "act_fn": "silu", "attention_type": "default", "conv_in_kernel": 3, "conv_out_kernel": 3, "downsample_padding": 1,
+    "flip_sin_to_cos": True, "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "norm_eps": 1e-5, "resnet_out_scale_factor": 1, "resnet_time_scale_shift": "default",
+    "time_embedding_type": "positional", "transformer_layers_per_block": 1,
 }
-VAE_FIXED = {"act_fn": "silu", "latents_mean": None, "latents_std": None, "shift_factor": None}
+UNET_HARMLESS = (
+    *("block_out_channels", "attention_head_dim", "num_attention_heads"),  # `unet_from` reads them
+    *("sample_size", "upcast_attention", "addition_embed_type_num_heads"),
+)
+VAE_FIXED = {
+    "act_fn": "silu", "in_channels": 3, "out_channels": 3, "mid_block_add_attention": True, "use_quant_conv": True,
+    "use_post_quant_conv": True,
+}
+VAE_HARMLESS = ("sample_size", "force_upcast")
 SCHEDULER_FIXED = {
     "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000,
     "prediction_type": "epsilon",
 }
+SCHEDULER_HARMLESS = (  # how diffusers samples; what a network was trained with stands above
+    *("algorithm_type", "clip_sample", "clip_sample_range", "disable_corrector", "dynamic_thresholding_ratio"),
+    *("euler_at_final", "final_sigmas_type", "flow_shift", "interpolation_type", "lambda_min_clipped"),
+    *("lower_order_final", "original_inference_steps", "predict_x0", "sample_max_value", "set_alpha_to_one"),
+    *("sigma_max", "sigma_min", "skip_prk_steps", "solver_order", "solver_type", "steps_offset", "thresholding"),
+    *("time_shift_type", "timestep_scaling", "timestep_spacing", "timestep_type", "use_beta_sigmas"),
+    *("use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas", "variance_type"),
+)
 
 
 class Config:
@@ -70,6 +88,12 @@ class Config:
         for key, value in expected.items():
             asked = self.values.get(key, value)
             self.must(asked == value, f"{key} is {asked!r:.80}; only {value!r}, Stable Diffusion 1.x's, is supported")
+
+    def known(self, *keys):
+        """Refuse the file if it sets, neither to None, False nor 0, any key that is not among these."""
+        for key, asked in self.values.items():
+            good = key in keys or key.startswith("_") or asked in (None, False)
+            self.must(good, f"{key} is {asked!r:.80}; only Stable Diffusion 1.x is supported, which does not set it")
 
     def sizes(self, table):
         """{our field: number or tuple of numbers} for one of the tables above."""
@@ -99,7 +123,9 @@ def block_types(attention):
 def unet_from(config):
     """diffusers' UNet2DConditionModel configuration (a Config) -> UNetConfig."""
     attention = [kind == "CrossAttnDownBlock2D" for kind in config.values["down_block_types"]]
-    config.fixed({**UNET_FIXED, **block_types(attention)})
+    fixed = {**UNET_FIXED, **block_types(attention)}
+    config.fixed(fixed)
+    config.known(*fixed, *UNET_HARMLESS, *(key for key, _ in UNET.values()))
     # diffusers' attention_head_dim is, for historical reasons, the NUMBER of heads where num_attention_heads is unset
     key = "num_attention_heads" if config.values.get("num_attention_heads") else "attention_head_dim"
     channels, heads = config.sizes({"channels": ("block_out_channels", []), "heads": (key, 8)}).values()
@@ -121,16 +147,24 @@ def unet_json(config):
 
 def vae_from(config):
     """diffusers' AutoencoderKL configuration (a Config) -> VAEConfig."""
-    config.fixed(VAE_FIXED)
-    return VAEConfig(**config.sizes(VAE))
+    sizes = config.sizes(VAE)
+    fixed = {**VAE_FIXED, **vae_block_types(sizes["channels"])}
+    config.fixed(fixed)
+    config.known(*fixed, *VAE_HARMLESS, *(key for key, _ in VAE.values()))
+    return VAEConfig(**sizes)
+
+
+def vae_block_types(channels):
+    """diffusers' names for a VAE's levels."""
+    down = ["DownEncoderBlock2D"] * len(channels)
+    return {"down_block_types": down, "up_block_types": ["UpDecoderBlock2D"] * len(channels)}
 
 
 def vae_json(config):
     """VAEConfig -> diffusers' configuration."""
     return {
-        "_class_name": "AutoencoderKL", "_diffusers_version": DIFFUSERS_VERSION, **written(config, VAE),
-        "down_block_types": ["DownEncoderBlock2D"] * len(config.channels),
-        "up_block_types": ["UpDecoderBlock2D"] * len(config.channels),
+        "_class_name": "AutoencoderKL", "_diffusers_version": DIFFUSERS_VERSION,
+        **vae_block_types(config.channels), **written(config, VAE),
     }
 
 
@@ -139,7 +173,9 @@ def tower_from(config, table):
     config.fixed({"layer_norm_eps": 1e-5})
     sizes = config.sizes(table)
     config.must(sizes["width"] % sizes["heads"] == 0, "hidden_size cannot be split into the heads")
-    return {**sizes, "activation": config.values.get("hidden_act", "quick_gelu")}
+    activation = config.values.get("hidden_act", "quick_gelu")
+    config.must(activation in ACTIVATIONS, f"hidden_act is {activation!r:.80}, not one of {', '.join(ACTIVATIONS)}")
+    return {**sizes, "activation": activation}
 
 
 def tower_json(config, table, model_type):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from cli import UserError, reported_as
 
-WAIT = 8  # seconds for the hub's first answer: with what starting takes, no one waits longer than 10 s in vain
+WAIT = 5  # seconds for the hub's first answer: with what starting takes, no one waits longer than 10 s in vain
 MINI = Path(__file__).resolve().parents[1] / "models" / "mini"
 
 
@@ -84,11 +84,27 @@ def find(path, kind="editor"):
     repository = PUBLIC[path].repository if path in PUBLIC else str(path)
     if path not in PUBLIC:
         if Path(path).exists():
-            return Path(path)
+            return of_run(Path(path), kind)
         if Path(path).parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
             wanted = f"a folder, a .safetensors file, a hub id, or a short name: {KINDS[kind].example}, mini"
             raise UserError(f"there are no weights at {path}; give {wanted}")
     return cached(repository, kind) or download(repository, kind)
+
+
+def lasting(path):
+    """The full path of what is there, so that it is found from any folder; short names and hub ids as they are."""
+    return str(Path(path).resolve()) if path not in (*PUBLIC, "mini") and Path(path).exists() else path
+
+
+def of_run(path, kind):
+    """A path, or for the folder of a training the editor in it. Raises UserError."""
+    if kind == "clip" and path.is_file():
+        raise UserError(f"{path} is a file; give the folder in which CLIP and its tokenizer are")
+    if not (path / "states").is_dir():
+        return path
+    if not (path / "model").is_dir():
+        raise UserError(f"{path} is a training that has not ended; `train.py export --run {path}` writes its editor")
+    return path / "model"
 
 
 def cached(repository, kind):
@@ -124,7 +140,7 @@ def download(repository, kind):
     if not files:
         raise UserError(f"{repository} lacks what is needed here; download the file that you mean, and give its path")
     licence = known.licence if known else (info.card_data or {}).get("license", "unknown")
-    size = f"{sum(sizes[name] for name in files) / 1e9:.1f} GB"
+    size = f"{sum(sizes[name] for name in files) / 1e9:.2g} GB"
     print(f"downloading {what}, once: {size}, licence {licence}", file=sys.stderr)
     with reported_as(f"{what} cannot be downloaded; the same command resumes"):
         return Path(snapshot_download(repository, allow_patterns=files))

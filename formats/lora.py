@@ -4,14 +4,19 @@ Only A and B are trained, so optimizer and gradients take next to no memory. The
 kept as a small file, which diffusers loads on top of the model that the training began with.
 """
 
+import json
 import math
+import re
+from pathlib import Path
+
+from cli import UserError, reported_as
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from formats.names import foreign_names
-from formats.weights import write_tensors
+from formats.weights import extend_input, read_tensors, write_tensors
 from unet import Attention, UNet
 
 
@@ -52,6 +57,65 @@ def merge_lora(unet):
     for layer in adapted_layers(unet).values():
         if parametrize.is_parametrized(layer, "weight"):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
+
+
+# The name of a layer, and what is said of it, as our own files, kohya's, diffusers' and peft's have them.
+FACTOR = re.compile(
+    r"(?:base_model\.model\.)?(?:unet\.|lora_unet_|text_encoder\.|lora_te1?_)?(?P<layer>.+?)"
+    r"(?:[._]lora(?:_linear_layer)?)?\.(?:(?P<a>(?:lora_A|lora_down|down)(?:\.\w+)?\.weight)"
+    r"|(?P<b>(?:lora_B|lora_up|up)(?:\.\w+)?\.weight)|(?P<alpha>alpha))"
+)
+
+
+def apply_lora(model, named):
+    """Merge a LoRA into the UNet and the text encoder of a `checkpoint.Model`: W + scale * alpha / rank * B A.
+
+    named: the path of a file, or PATH:SCALE. If the LoRA is an editor's and the model has no input channels for an
+    image, they are added (Sec. 3.2). Raises UserError for a layer that the model lacks, and for what is no plain LoRA.
+    """
+    parts = re.fullmatch(r"(.+):(-?\d*\.?\d+)", str(named))
+    path, scale = (Path(parts[1]), float(parts[2])) if parts else (Path(named), 1.0)
+    factors, alphas = read_lora(path)
+    first = factors.get("conv_in", {}).get("a")
+    if first is not None and first.dim() == 4 and first.shape[1] == 2 * model.unet.config.in_channels:
+        model.unet = extend_input(model.unet, first.shape[1])
+    layers = {
+        name.removesuffix(".weight").replace(".", "_"): (kind, getattr(model, kind).get_parameter(key))
+        for kind in ("unet", "text_encoder")
+        for key, names in foreign_names(getattr(model, kind)).items()
+        for name in names
+    }
+    for layer, factor in factors.items():
+        if layer not in layers:
+            raise UserError(f"{path} changes {layer}, which this model lacks; a LoRA of Stable Diffusion 1.x is needed")
+        if not {"a", "b"} <= factor.keys():
+            raise UserError(f"{path} is no plain LoRA, or it is damaged: {layer} has one factor alone")
+        kind, weight = layers[layer]
+        with reported_as(f"{path} is damaged: {layer} cannot be used"):
+            a, b = (factor[name].float().flatten(1) for name in ("a", "b"))
+            if (len(b), a.shape[1], b.shape[1]) != (len(weight), weight[0].numel(), len(a)):
+                raise UserError(f"{path} is made for another model: the sizes of {layer} differ")
+            alpha = float(factor.get("alpha", alphas.get(f"{kind}.lora_alpha", len(a))))
+            weight.data = weight.float() + scale * alpha / len(a) * (b @ a).view_as(weight)
+
+
+def read_lora(path):
+    """A LoRA's file -> ({layer: {"a", "b" and maybe "alpha": tensor}}, {"unet.lora_alpha": number, ...})."""
+    tensors, metadata = read_tensors(path)
+    factors, beside = {}, path.parent / "adapter_config.json"
+    for name, tensor in tensors.items():
+        if not (match := FACTOR.fullmatch(name)):
+            raise UserError(f"{path} is no plain LoRA: it holds {name}")
+        layer = match["layer"].replace(".processor", "").replace(".", "_")
+        layer += "_0" * layer.endswith("to_out")
+        factors.setdefault(layer, {})[match.lastgroup] = tensor
+    if not factors:
+        raise UserError(f"{path} is no LoRA: it holds no tensors")
+    with reported_as(f"the alpha of {path} cannot be read"):
+        alphas = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))  # diffusers', from 2025 on
+        if beside.exists() and any(name.startswith("base_model.") for name in tensors):  # peft's
+            alphas["unet.lora_alpha"] = json.loads(beside.read_text(encoding="utf-8"))["lora_alpha"]
+    return factors, alphas
 
 
 def write_lora(unet, path, base):

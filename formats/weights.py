@@ -4,11 +4,13 @@ Networks are made on the meta device, where tensors have a shape and no memory, 
 memory-mapped file as their own: no random initialisation, no second copy.
 """
 
+import hashlib
 import json
+import os
 import warnings
 import zipfile
+from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
 
 from cli import UserError, reported_as
 
@@ -21,6 +23,11 @@ from formats.hub import best_weights
 from formats.names import foreign_names
 from unet import UNet
 
+ARCHIVE, PICKLE = b"PK\3\4", b"\x80"  # how torch's files begin, from 2020 on and before
+FOREIGN = {  # how files of other programs begin
+    b"GGUF": "a GGUF file", b"\x89HDF": "a TensorFlow file (HDF5)", b"\x1f\x8b": "a gzip archive",
+    b"7z\xbc\xaf": "a 7z archive", b"Rar!": "a RAR archive", b"\x89PNG": "an image", b"\xff\xd8\xff": "an image",
+}
 HARMLESS = ("position_ids", "text_projection.weight")  # what files may hold beyond what the networks here need
 
 
@@ -34,20 +41,63 @@ def read_component(folder):
 
 
 def read_tensors(path):
-    """(tensors by name, the header's text fields) of a .safetensors file, memory-mapped, or of a plain pickle."""
-    if Path(path).suffix == ".safetensors":
-        with reported_as(f"{path} is damaged or cannot be read"), safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    """(tensors by name, the header's text fields) of a .safetensors file, memory-mapped, or of a plain pickle.
+
+    Which of them it is, its first bytes say, not its name. Raises UserError.
+    """
     with reported_as(f"{path} cannot be read"), open(path, "rb") as file:
-        mapped = zipfile.is_zipfile(file)  # files from before 2020 are no archives, and must be read whole
+        start, size = file.read(4096), file.seek(0, os.SEEK_END)
+        archive = zipfile.is_zipfile(file)  # pickles from before 2020 are no archives, and must be read whole
+    if start[5:9] == b"\0\0\0{":  # the header's length and the header
+        return read_safetensors(path, size)
+    if not start.startswith((ARCHIVE, PICKLE)):
+        raise UserError(f"{path} is {what_begins(start)}")
+    cut = f"{path} is cut off after {size:,} bytes; download it again"
+    if start.startswith(ARCHIVE) and not archive:
+        raise UserError(cut)
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch doubts pickles that it reads well
-            values = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with warnings.catch_warnings(action="ignore"), open(path, "rb") as file:  # torch doubts pickles it reads well
+            named = str(path).endswith(".safetensors")  # torch believes the name of a path
+            mapped = archive and not named
+            values = torch.load(file if named else path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch's own words advise to run the code
-        refused = "holds more than plain weights, which could run code, or is damaged"
-        raise UserError(f"{path} {refused}; use a .safetensors file") from error
+        refused = f"{path} holds more than plain weights, which could run code, or is damaged; use a .safetensors file"
+        raise UserError(cut if isinstance(error, EOFError) or "unexpected EOF" in str(error) else refused) from error
     values = values.get("state_dict", values) if isinstance(values, dict) else {}
     return {str(name): value for name, value in values.items() if isinstance(value, torch.Tensor)}, {}
+
+
+def read_safetensors(path, size):
+    """`read_tensors` of a .safetensors file of so many bytes."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:
+        needed = 0
+        with suppress(Exception), open(path, "rb") as file:
+            needed = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(needed - 8))
+            needed += max(tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__")
+        if size < needed:
+            raise UserError(f"{path} is cut off: it has {size:,} of {needed:,} bytes; download it again") from error
+        raise UserError(f"{path} is damaged; download it again: {error}") from error
+
+
+def what_begins(start):
+    """What a file that holds no weights is, by its first bytes: the end of a sentence that says what to do."""
+    text = start.decode("utf-8", "ignore").lstrip("\ufeff \r\n\t")
+    if not start:
+        return "empty; download it again"
+    if text.startswith("version https://git-lfs"):
+        return "a git-lfs pointer, which stands for the weights; `git lfs pull` in its folder fetches them"
+    if text.lower().startswith(("<!doctype", "<html", "<head", "<?xml")):
+        return "a web page instead of weights; download the file itself, after a login if it needs one"
+    for beginning, kind in FOREIGN.items():
+        if start.startswith(beginning):
+            return f"{kind}, not PyTorch weights; a .safetensors file is needed"
+    if len(text.encode()) > 0.9 * len(start) and all(letter.isprintable() or letter.isspace() for letter in text):
+        return f"a text, not weights; it begins: {' '.join(text.split())[:80]}"
+    return "neither a .safetensors nor a PyTorch file, or it is damaged; download it again"
 
 
 def fill(make, tensors, candidates, where):
@@ -96,11 +146,31 @@ def renamed(network, layout, dtype):
     return {getattr(names[key], layout): tensor.to(dtype or tensor.dtype) for key, tensor in weights.items()}
 
 
+def fingerprint(*networks):
+    """A short text that tells models from each other: from the names, shapes and some values of all weights."""
+    digest = hashlib.sha256()
+    for network in networks:
+        for name, weight in network.state_dict().items():
+            some = weight.flatten()[:: max(1, weight.numel() // 64)].float().cpu()
+            digest.update(f"{name} {list(weight.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_finite(network, where):
+    """Raise UserError for a weight that is NaN or Inf."""
+    for key, weight in network.state_dict().items():
+        if not weight.sum(dtype=torch.float32).isfinite():  # far faster than a look at each
+            raise UserError(f"{where}: tensor {foreign_names(network)[key].diffusers} holds NaN or Inf; it is damaged")
+
+
 def write_tensors(path, tensors, metadata=None):
     """A .safetensors file."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with reported_as(f"cannot write {path}", SafetensorError):  # the library's word for a full disk or a missing folder
+    with reported_as(f"cannot write {path}", (SafetensorError, OSError)):  # the library's word for a full disk
+        path.touch()
+        usual = path.stat().st_mode  # the library's own file could be read by its owner alone
         save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+        path.chmod(usual)
 
 
 def write_json(path, values):

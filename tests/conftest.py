@@ -41,8 +41,6 @@ def single_file(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     model = tiny_model()
     save_single_file(model, folder / "tiny.safetensors")
-    (folder / "tokenizer").mkdir()
-    model.tokenizer.save(folder / "tokenizer")
     return folder / "tiny.safetensors"
 
 

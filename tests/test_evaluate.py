@@ -280,7 +280,7 @@ def test_the_pairs_program(folder, tmp_path, capsys):
         ({"cfg_text": "nan"}, "--cfg-text: should be from 0 to 100, not nan"),
         ({"device": "nonsense"}, "this machine or this torch has no device nonsense"),
         ({"model": "no/such/folder"}, "there are no weights at no/such/folder"),
-        ({"judge": "no/such.safetensors"}, "no/such.safetensors is damaged or cannot be read"),
+        ({"judge": "no/such.safetensors"}, "no/such.safetensors cannot be read"),
         ({"model": "SD"}, "is a text-to-image checkpoint"),
         ({"out": "FILE"}, "file: File exists"),
     ],

@@ -263,8 +263,8 @@ def test_devices_that_are_not_there(device, refused):
 def test_weights_that_are_not_there(refused, tmp_path):
     refused(["no weights", "missing.safetensors"], weights=tmp_path / "missing.safetensors")
     refused("no weights", weights=tmp_path / "missing")
-    refused(["nobody/nothing", "cannot be fetched"], weights="nobody/nothing")
-    refused(["unet/", "out"], weights=tmp_path / "out")
+    refused(["nobody/nothing", "cannot be reached"], weights="nobody/nothing")
+    refused(["no UNet", "out"], weights=tmp_path / "out")
 
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -307,8 +307,8 @@ def test_other_models(refused, tmp_path):
         ("sd3", ["model.diffusion_model.joint_blocks.0.context_block.attn.proj.weight"], "Stable Diffusion 3"),
         ("flux", ["double_blocks.0.img_attn.proj.weight"], "Flux"),
         ("lora", ["lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"], "LoRA"),
-        ("other", ["some.weight"], "no Stable Diffusion"),
-        ("part", [first], "685 of 686"),
+        ("other", ["some.weight"], "no UNet"),
+        ("part", [first], "no autoencoder; name one by --vae"),
     ]:
         path = tmp_path / f"{name}.safetensors"
         save_file({tensor: torch.zeros(320, 4, 3, 3) for tensor in tensors}, path)
@@ -358,9 +358,11 @@ def test_tokenizers_that_are_missing_or_do_not_fit(refused, edit, model_folder, 
 
 def test_another_autoencoder(refused, edit, single_file, tmp_path):
     refused(["no weights", "missing"], vae=tmp_path / "missing")
-    refused([single_file, "shape"], vae=single_file)  # tiny, where a file alone is taken for Stable Diffusion's
+    assert edit(vae=single_file).code == 0  # a whole model's, with our note of its sizes
+    shared = pixels(tmp_path / "out" / "x.png")
     assert edit().code == 0
     before = pixels(tmp_path / "out" / "x.png")
+    assert np.array_equal(before, shared)
     save_folder(tiny_model(seed=50), tmp_path / "other")
     assert edit(vae=tmp_path / "other").code == 0
     assert not np.array_equal(pixels(tmp_path / "out" / "x.png"), before)
@@ -377,7 +379,8 @@ def test_one_edit(edit, photo, model_folder, tmp_path):
     note = read_settings(out)
     expected = {"image": str(photo), "instr": "make it night", "weights": str(model_folder), "tokenizer": None}
     expected |= {"steps": 3, "cfg_text": 5.0, "cfg_image": 1.5, "resolution": 64, "seed": 3, "num": 1, "sweep": False}
-    expected |= {"vae": None, "device": note["device"], "dtype": note["dtype"], "compile": False, "low_memory": False}
+    expected |= {"vae": None, "lora": None, "ema": None}
+    expected |= {"device": note["device"], "dtype": note["dtype"], "compile": False, "low_memory": False}
     assert note == expected
     model = InstructPix2Pix.load(model_folder)
     assert np.array_equal(pixels(out), model.edit(open_image(photo), "make it night", 5.0, 1.5, 3, seed=3))

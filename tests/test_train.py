@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from conftest import ROOT
 from dataset_of_true_pairs import write_pairs
 from random_model import tiny_model
 from reference import relative_error, unet_reference
+from safetensors.torch import load_file, save_file
 
 import train
 from diffusion import NoiseSchedule, Sampling
@@ -200,7 +202,7 @@ def test_memory_may_be_saved(data, init, trained, tmp_path, program):
     out, again = tmp_path / "run", tmp_path / "again"
     assert program(*command(data, init, out, "--gradient-checkpointing", **flags))[0] == 0
     assert_equal_runs(trained, out)
-    assert program("export", f"--run={out}", f"--out={again}") == (0, [str(again)], [])
+    assert program("export", f"--run={out}", f"--out={again}") [:2] == (0, [str(again)])
     ours, theirs = (load(folder).unet.state_dict() for folder in (again, trained / "model"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     flags |= {"max_steps": 6, "lr_decay": 0}
@@ -345,3 +347,39 @@ def test_another_run_is_refused(data, init, trained, program):
     assert_one_line(program(*command(data, init, trained, "--resume", seed=1, sampling_steps=3)), "begun with")
     lora = program("export", f"--run={trained}", f"--out={trained / 'lora.safetensors'}", "--lora")
     assert_one_line(lora, "has no LoRA")
+
+
+def test_a_run_knows_its_base_by_the_weights(data, init, tmp_path, program, monkeypatch):
+    """By whatever path; and another model under the old name is refused."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(init, "sd")
+    shutil.copytree(data, "pairs")
+    line = command("pairs", "sd", "run", "--resume", trainable="lora", rank=2, max_steps=1)
+    assert program(*line)[0] == 0
+    monkeypatch.chdir(tmp_path / "sd")
+    assert program("export", "--run=../run", "--out=../a.safetensors")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    os.rename("sd", "elsewhere")
+    assert_one_line(program("export", "--run=run", "--out=b.safetensors"), "say where it is now by --init")
+    assert program("export", "--run=run", "--out=b.safetensors", "--init=elsewhere")[0] == 0
+    first, again = load_file("a.safetensors"), load_file("b.safetensors")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in first.items())
+    os.rename("pairs", "moved")
+    moved = [*line, "--data=moved", "--init=./elsewhere", "--max-steps=2"]
+    assert program(*moved)[0] == 0
+    assert program("export", "--run=run", "--out=c.safetensors")[0] == 0  # where it was seen last
+
+    path = tmp_path / "elsewhere/unet/diffusion_pytorch_model.safetensors"
+    tensors = {name: 0.5 * weight for name, weight in load_file(path).items()}
+    save_file(tensors, path)
+    assert_one_line(program(*moved, "--max-steps=3"), "begun with init_fingerprint")
+    assert_one_line(program("export", "--run=run", "--out=d.safetensors"), "is not the model that the training began")
+    tensors["conv_in.weight"][0, 0, 0, 0] = math.nan
+    save_file(tensors, path)
+    assert_one_line(program(*command("moved", "elsewhere", "other")), "unet: tensor conv_in.weight holds NaN or Inf")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(("out", "lora"), [("x.ckpt", []), ("x.PT", []), ("folder", ["--lora"])])
+def test_formats_that_are_not_written(out, lora, trained, program):
+    assert_one_line(program("export", f"--run={trained}", f"--out={out}", *lora), "should end in .safetensors")

@@ -133,7 +133,12 @@ def parse_export(arguments):
     parser = Parser(prog="train.py export", description="Write a run's editor, from its newest state.")
     add = parser.add_argument
     add("--run", type=Path, required=True, metavar="DIR", help="the --out of the training")
-    add("--out", type=Path, required=True, metavar="PATH", help="a folder, or a .safetensors file")
+    add("--out", type=Path, required=True, metavar="PATH", help="a folder, or a .safetensors file; in half precision")
+    add("--init", metavar="PATH", help="the model that the training began with, if it was moved")
     add("--lora", action="store_true", help="only what LoRA has learned, as a file for diffusers")
     add("--raw", action="store_true", help="the last weights, not their moving average")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    ending = options.out.suffix.lower()
+    if ending in (".ckpt", ".pt", ".pth", ".bin") or (options.lora and ending != ".safetensors"):
+        raise UserError(f"--out {options.out} should end in .safetensors{'' if options.lora else ', or be a folder'}")
+    return options

@@ -1,5 +1,8 @@
 """Reading and writing weights, against files that diffusers wrote and reads."""
 
+import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +25,7 @@ from clip_text import CLIP_L_TEXT, CLIPText, CLIPTextConfig, CLIPTokenizer
 from formats import checkpoint, configs
 from formats.checkpoint import Model, load, load_clip, save_clip, save_folder, save_single_file
 from formats.configs import Config
-from formats.weights import extend_input, read_tensors, renamed
+from formats.weights import check_finite, extend_input, fingerprint, read_tensors, renamed
 from unet import INSTRUCT_PIX2PIX, UNet
 from vae import STABLE_DIFFUSION_VAE, VAE
 
@@ -158,20 +161,200 @@ def test_diffusers_reads_our_single_file(model, folder, single):
     assert_equal(vae.state_dict(), renamed(model.vae, "diffusers", None))
 
 
-def test_averaged_weights_are_preferred_and_must_be_whole(model, single):
-    averaged = random_model(seed=30).unet
+RAW, EMA = "model.diffusion_model.", "model_ema.diffusion_model"
+AVERAGES = {  # of a raw weight -> (its average, whether it is taken, what is said)
+    "of a training": (lambda w: 1.01 * w, True, r"are taken; they differ from the raw ones \(--ema no\) by 1.0%"),
+    "of before a merge": (lambda w: w + 0.3 * torch.randn_like(w), False, r"as after a merge; the raw ones are taken"),
+    "NaN": (lambda w: w * torch.nan, False, "hold NaN or Inf; the raw ones are taken"),
+    "zero": (torch.zeros_like, False, "zero or missing in part; the raw ones are taken"),
+    "of another size": (lambda w: w[:1].clone(), False, "zero or missing in part; the raw ones are taken"),
+}
+
+
+@pytest.mark.parametrize("case", AVERAGES)
+def test_averaged_weights_are_taken_if_they_are_sane(case, model, single, capsys):
+    average, taken, said = AVERAGES[case]
 
     def change(tensors):
-        for name, tensor in renamed(averaged, "original", None).items():
-            tensors["model_ema.diffusion_model" + name.replace(".", "")] = tensor.clone()
-        return {**tensors, "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(22000)}
+        raw = {name: tensor for name, tensor in tensors.items() if name.startswith(RAW)}
+        ema = {EMA + name.removeprefix(RAW).replace(".", ""): average(tensor) for name, tensor in raw.items()}
+        return {**tensors, **ema, "model_ema.decay": torch.tensor(0.9999), "model_ema.num_updates": torch.tensor(22000)}
 
     rewrite(single, change)
-    same_weights(load(single), replace(model, unet=averaged))
-    lacking = "model_ema.diffusion_modelout2bias"
-    rewrite(single, lambda tensors: {name: tensor for name, tensor in tensors.items() if name != lacking})
-    with pytest.raises(UserError, match=lacking):
+    raw = model.unet.conv_out.weight
+    assert torch.equal(load(single).unet.conv_out.weight, average(raw) if taken else raw)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(said, line)
+    same_weights(load(single, ema="no"), model)
+    if case != "of another size":
+        assert not torch.equal(load(single, ema="yes").unet.conv_out.weight, raw)
+    assert not capsys.readouterr().err  # what was asked for needs no words
+
+
+def test_averaged_weights_alone(model, single, capsys):
+    def change(tensors):
+        named = {EMA + n.removeprefix(RAW).replace(".", "") if n.startswith(RAW) else n: t for n, t in tensors.items()}
+        return {name: tensor for name, tensor in named.items() if not name.endswith("modelout2bias")} if cut else named
+
+    cut = False
+    with pytest.raises(UserError, match="holds no averaged weights"):
+        load(single, ema="yes")
+    rewrite(single, change)
+    same_weights(load(single), model)
+    assert "since it holds no raw ones" in capsys.readouterr().err
+    with pytest.raises(UserError, match="holds no raw weights"):
+        load(single, ema="no")
+    cut = True
+    rewrite(single, change)
+    with pytest.raises(UserError, match="1 of .* missing, such as model_ema.diffusion_modelout2bias"):
         load(single)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 4265192196\n"
+NOT_WEIGHTS = [
+    (b"", "is empty; download it again"), (POINTER, "is a git-lfs pointer"),
+    (b"\xef\xbb\xbf\n<!DOCTYPE html><html>", "is a web page"),
+    (b'{"error": "Access to model x is restricted"}', 'is a text, not weights; it begins: {"error": "Access'),
+    ("Zugriff für Geübte\n".encode(), "is a text, not weights"), (b"GGUF\3\0\0\0", "is a GGUF file"),
+    (b"\x1f\x8b\x08\0", "is a gzip archive"), (bytes(range(256)), "is neither a .safetensors nor a PyTorch file"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "said"), NOT_WEIGHTS, ids=[said for _, said in NOT_WEIGHTS])
+@pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt", "x"])
+def test_what_is_no_file_of_weights_is_called_what_it_is(name, content, said, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=re.escape(said)):
+        read_tensors(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x.ckpt", "X.SAFETENSORS", "x.safetensors.part1", "x"])
+def test_a_files_name_does_not_matter(name, model, single):
+    same_weights(load(single.rename(single.with_name(name))), model)
+
+
+@pytest.mark.parametrize("kept", [0.999, 0.5, 0.001])
+@pytest.mark.parametrize("written", ["safetensors", "archive", "pickle"])
+def test_a_download_that_was_cut_off(written, kept, tmp_path):
+    path, tensors = tmp_path / "x.safetensors", {f"x{i}": torch.ones(1000) for i in range(100)}
+    if written == "safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=written == "archive")
+    assert_equal(read_tensors(path)[0], tensors)
+    content = path.read_bytes()
+    path = tmp_path / "cut"
+    path.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(UserError, match=f"is cut off(: it has| after) {path.stat().st_size:,} "):
+        read_tensors(path)
+
+
+PARTS_OF_A_FILE = [("model.diffusion_model.", "no UNet"), ("first_stage_model.", "no autoencoder; name one by --vae")]
+
+
+@pytest.mark.parametrize(("prefix", "said"), [*PARTS_OF_A_FILE, ("cond_stage_model.", "no text encoder")])
+def test_a_part_that_is_missing_is_named(prefix, said, model, folder, single):
+    rewrite(single, lambda tensors: {n: t for n, t in tensors.items() if not n.startswith(prefix)})
+    with pytest.raises(UserError, match=said):
+        load(single)
+    if prefix == "first_stage_model.":
+        vae = folder / "vae" / "diffusion_pytorch_model.safetensors"
+        same_weights(load(single, vae=vae), model)  # its own file, whose sizes stand beside it
+        (vae.parent / "config.json").unlink()
+        with pytest.raises(UserError, match="has shape"):
+            load(single, vae=vae)  # and is else of Stable Diffusion's sizes
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["v_pred", "ztsnr"], "v-prediction"), (["encoder.conv_in.weight"], "an autoencoder alone"),
+        (["unet.conv_in.lora_A.weight"], "a LoRA"), (["lora_te_x.alpha", "lora_te_x.hada_w1_a"], "a LoRA"),
+        (["mid_block.attn1.processor.to_q_lora.up.weight"], "a LoRA"), (["down_blocks.0.x.weight"], "one part"),
+        (["control_model.x.weight"], "ControlNet"), (["emb_params"], "textual inversion"),
+    ],
+)  # fmt: skip
+def test_other_kinds_of_files_are_named(names, said, tmp_path):
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=said):
+        load(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("scheduler/scheduler_config.json", {"rescale_betas_zero_snr": True}),
+        ("scheduler/scheduler_config.json", {"trained_betas": [0.001, 0.002]}),
+        ("scheduler/scheduler_config.json", {"prediction_type": "v_prediction"}),
+        ("scheduler/scheduler_config.json", {"a_later_invention": 1}),
+        ("unet/config.json", {"resnet_out_scale_factor": 2.0}), ("unet/config.json", {"timestep_post_act": "silu"}),
+        ("unet/config.json", {"time_embedding_act_fn": "gelu"}), ("unet/config.json", {"dual_cross_attention": True}),
+        ("vae/config.json", {"shift_factor": 0.1}), ("vae/config.json", {"use_quant_conv": False}),
+        ("text_encoder/config.json", {"hidden_act": "gelu_new"}),
+    ],
+)  # fmt: skip
+def test_a_setting_that_is_not_computed_is_refused_by_name(file, change, folder):
+    values = json.loads((folder / file).read_text())
+    harmless = {"_name": "x", "sample_size": 64, "later": None, "another": False}
+    (folder / file).write_text(json.dumps(values | (harmless if "text" not in file and "sched" not in file else {})))
+    load(folder)
+    (folder / file).write_text(json.dumps(values | change))
+    with pytest.raises(UserError, match=f"{file}: {next(iter(change))} is "):
+        load(folder)
+
+
+def test_every_scheduler_of_diffusers_for_stable_diffusion_is_known(folder):
+    for kind in ("PNDM", "DDIM", "DDPM", "EulerDiscrete", "DPMSolverMultistep", "UniPCMultistep", "LCM"):
+        scheduler = getattr(diffusers, f"{kind}Scheduler")(**configs.SCHEDULER_FIXED)
+        scheduler.save_pretrained(folder / "scheduler")
+        load(folder)
+
+
+def test_a_single_file_has_its_tokenizer_beside_it(model, tmp_path):
+    os.umask(umask := os.umask(0o027))
+    save_single_file(model, tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask  # as any file of the user's
+    load(tmp_path / "x.safetensors")
+    save_single_file(model, tmp_path / "again.safetensors")
+    (tmp_path / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(UserError, match="is the tokenizer of another model"):
+        save_single_file(model, tmp_path / "third.safetensors")
+    assert not (tmp_path / "third.safetensors").exists()
+
+
+def test_a_missing_shard_is_named(folder):
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    path.rename(path.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
+    with pytest.raises(UserError, match="-00002-of-00002.safetensors cannot be read: No such file"):
+        load(folder)
+
+
+def test_the_folder_of_a_training_stands_for_its_editor(model, folder, tmp_path):
+    (tmp_path / "run" / "states").mkdir(parents=True)
+    with pytest.raises(UserError, match="train.py export --run"):
+        load(tmp_path / "run")
+    folder.rename(tmp_path / "run" / "model")
+    same_weights(load(tmp_path / "run"), model)
+
+
+def test_a_file_in_place_of_a_folder(single):
+    with pytest.raises(UserError, match="is a file; give the folder in which CLIP"):
+        load_clip(single)
+    with pytest.raises(UserError, match="is a file; give the folder of the tokenizer"):
+        load(single, tokenizer=single)
+
+
+def test_a_fingerprint_is_of_the_weights(model, folder, single):
+    networks = [[getattr(m, name) for name in checkpoint.PARTS] for m in (model, load(folder), load(single))]
+    assert len({fingerprint(*three) for three in networks}) == 1
+    half = [UNet(model.unet.config) for _ in range(2)]
+    half[0].load_state_dict({name: 0.5 * weight for name, weight in model.unet.state_dict().items()})
+    half[1].load_state_dict(half[0].state_dict())
+    assert fingerprint(half[0]) == fingerprint(half[1]) != fingerprint(model.unet)
+    half[1].state_dict()["middle.resblock1.conv1.weight"][3, 2, 0, 0] = torch.nan
+    check_finite(half[0], "x")
+    with pytest.raises(UserError, match="x: tensor mid_block.resnets.0.conv1.weight holds NaN or Inf"):
+        check_finite(half[1], "x")
 
 
 def test_older_and_newer_names_of_the_same(model, folder, single):
