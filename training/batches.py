@@ -5,6 +5,7 @@ image's latent, then mean and standard deviation of the edited image's, all unsc
 """
 
 import os
+import signal
 
 from cli import UserError
 
@@ -87,8 +88,11 @@ class ImageBatches:
 
 
 def leave_group(worker):
-    """Put a worker into a process group of its own: Ctrl-C ends the training, which needs it until then."""
-    os.setpgrp()
+    """Keep Ctrl-C from a worker, in a process group of its own: the training, which it ends, needs it until then."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    else:  # on Windows
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class LatentBatches:
