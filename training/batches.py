@@ -73,8 +73,9 @@ class ImageBatches:
             self.batches = iter(DataLoader(self.dataset, batch_sampler=self.keys(draws.step), **options))
         try:
             before, after, texts = next(self.batches)
-        except UserError as error:  # a worker's comes with its traceback, and its own words last
-            raise UserError(str(error).rpartition("UserError: ")[2]) from error
+        except (UserError, RuntimeError) as error:  # a worker's comes with its traceback, and its own words last
+            died = "" if isinstance(error, UserError) else "a process that reads images failed; try --workers 0: "
+            raise UserError(died + str(error).rpartition("Error: ")[2]) from error
         return self.encode(before, after), texts
 
     def keys(self, start):

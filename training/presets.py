@@ -161,7 +161,7 @@ def outlook(options, trained):
             here = f"{device} has {torch.cuda.get_device_properties(device).total_memory / 1e9:.0f} GB"
         lines.append(f"GPU memory: {options.preset} takes {needed} GB for Stable Diffusion 1.5 at 256x256; {here}")
     state, free = 16 * trained / 1e9, shutil.disk_usage(options.out).free / 1e9  # weight, average, AdamW's two moments
-    states = f"{state:.2f} GB a state ({trained / 1e6:.1f} million trained weights), the newest {options.keep} are kept"
+    states = f"{state:.2g} GB a state ({trained / 1e6:.1f} million trained weights), the newest {options.keep} are kept"
     lines.append(f"disk: {states}; {free:.0f} GB are free; the model at the end is in half precision")
     return "\n".join(lines)
 
