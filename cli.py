@@ -5,6 +5,7 @@ import errno
 import importlib.util
 import json
 import math
+import numbers
 import os
 import shutil
 import sys
@@ -131,17 +132,21 @@ def keep_settings(path, settings, noted=()):
 
 
 def check_sampling(steps, text_guidance, image_guidance, resolution):
-    """Raise UserError for a value out of range."""
-    for name, value, least, most in [
-        ("steps", steps, 1, 1000), ("resolution", resolution, 64, 4096),
-        ("text guidance", text_guidance, 0, 100), ("image guidance", image_guidance, 0, 100),
+    """Raise UserError for a value that is out of range, or no number, or no whole number where one is needed."""
+    for name, value, kind, least, most in [
+        ("steps", steps, numbers.Integral, 1, 1000), ("resolution", resolution, numbers.Integral, 64, 4096),
+        ("text guidance", text_guidance, numbers.Real, 0, 100),
+        ("image guidance", image_guidance, numbers.Real, 0, 100),
     ]:  # fmt: skip
-        if not least <= value <= most:
-            raise UserError(f"the {name} should be between {least} and {most}, not {value}")
+        if not (isinstance(value, kind) and least <= value <= most):
+            whole = "a whole number " if kind is numbers.Integral else ""
+            raise UserError(f"the {name} should be {whole}between {least} and {most}, not {value!r}")
 
 
 def check_instruction(instruction):
-    """Raise UserError for an empty one, and for bytes that were no text when the command line was read."""
+    """Raise UserError for what is no text, for an empty one, and for bytes that were none on the command line."""
+    if not isinstance(instruction, str):
+        raise UserError(f"the instruction should be a text, not {type(instruction).__name__}")
     if not instruction.strip():
         raise UserError('the instruction is empty; say what to change, such as "make it night"')
     if any("\ud800" <= letter <= "\udfff" for letter in instruction):
@@ -150,7 +155,7 @@ def check_instruction(instruction):
 
 def check_seeds(seeds):
     """Raise UserError unless there are seeds and the random generators take them all."""
-    if not seeds or not all(0 <= seed < 2**63 for seed in seeds):
+    if not seeds or not all(isinstance(seed, numbers.Integral) and 0 <= seed < 2**63 for seed in seeds):
         raise UserError(f"a seed should be a whole number from 0 to {2**63 - 1}")
 
 

@@ -4,17 +4,21 @@
     edited = model.edit(Image.open("x.png"), "make it night", seed=0)
 """
 
+import os
 from dataclasses import replace
 
-from cli import UserError, check_instruction, check_sampling, check_seeds
+from cli import UserError, check_instruction, check_sampling, check_seeds, reported_as
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from attention import fused
 from diffusion import euler_ancestral, seeded_noise
-from images import check_size, resize_and_crop, to_image, to_rgb, to_tensor
+from images import check_size, open_image, resize_and_crop, to_image, to_rgb, to_tensor
 from stable_diffusion import LatentDiffusion
+
+LISTS = (list, tuple, range)  # of seeds, instructions or scales for several edits in one batch
 
 
 def guided_eps(eps_full, eps_image, eps_null, text_guidance, image_guidance):
@@ -99,29 +103,31 @@ class InstructPix2Pix(LatentDiffusion):
         self, image, instruction, text_guidance=None, image_guidance=None, steps=None, seed=0, resolution=None,
         *, sampler=euler_ancestral, low_memory=False, progress=False, callback=None, attend=fused,
     ):  # fmt: skip
-        """Edit a PIL image by a written instruction.
+        """Edit an image (of PIL's, a file's path, or an array [H, W, 3] of bytes) by a written instruction.
 
         text_guidance (s_T), image_guidance (s_I), steps and resolution (pixels of the longer side, about) default to
-        the model's own (`self.sampling`). seed: a whole number, and one image is returned; or a list of them, and a
-        list of images is returned, made in one batch; the scales may then be lists as well. Equal seeds mean equal
-        noise. sampler: from diffusion.py. low_memory: slower, a row of the batch at a time. progress: a bar on stderr.
+        the model's own (`self.sampling`). seed: a whole number. With a list of seeds or of instructions a list of
+        images is returned, made in one batch; the scales may then be lists as well. Equal seeds mean equal noise.
+        sampler: from diffusion.py. low_memory: slower, a row of the batch at a time. progress: a bar on stderr.
         callback(step, sigma, denoised): once a step; denoised [B, C, h, w] is the current guess of the scaled latent.
-        Raises UserError for values out of range.
+        Raises UserError for values out of range or of a wrong type.
         """
         chosen = {"text_guidance": text_guidance, "image_guidance": image_guidance}
         chosen |= {"steps": steps, "resolution": resolution}
         sampling = replace(self.sampling, **{name: value for name, value in chosen.items() if value is not None})
-        seeds = list(seed) if isinstance(seed, (list, tuple, range)) else [seed]
-        text_scales = one_each(sampling.text_guidance, len(seeds))
-        image_scales = one_each(sampling.image_guidance, len(seeds))
-        check_instruction(instruction)
+        several = next((value for value in (seed, instruction) if isinstance(value, LISTS)), None)
+        each = [seed, instruction, sampling.text_guidance, sampling.image_guidance]
+        each = [one_each(value, 1 if several is None else len(several)) for value in each]
+        seeds, instructions, text_scales, image_scales = each
         check_seeds(seeds)
+        for text in instructions:
+            check_instruction(text)
         for scales in zip(text_scales, image_scales, strict=True):
             check_sampling(sampling.steps, *scales, sampling.resolution)
-        check_size(image)
-
-        x = to_tensor(resize_and_crop(to_rgb(image), sampling.resolution))[None]
-        text = self.encode_text([instruction]).expand(len(seeds), -1, -1)
+        seeds = [int(number) for number in seeds]  # generators take no number of numpy's
+        x = to_tensor(resize_and_crop(as_image(image), sampling.resolution))[None]
+        text = self.encode_text(instructions if isinstance(instruction, LISTS) else [instruction])
+        text = text.expand(len(seeds), -1, -1)
         image_latent = self.encode_image(x).expand(len(seeds), -1, -1, -1)
         scales = torch.tensor([text_scales, image_scales], dtype=torch.float32, device=self.device)
         scales = scales[:, :, None, None, None]  # [2, B, 1, 1, 1]
@@ -138,12 +144,23 @@ class InstructPix2Pix(LatentDiffusion):
                 sampler=sampler, low_memory=low_memory, callback=step_done, attend=attend,
             )  # fmt: skip
         edited = [to_image(x) for x in edited]
-        return edited if isinstance(seed, (list, tuple, range)) else edited[0]
+        return edited[0] if several is None else edited
 
 
 def one_each(value, count):
-    """A number -> a list of `count` of it; a list of `count` numbers -> itself. Raises UserError for another length."""
-    values = list(value) if isinstance(value, (list, tuple)) else [value] * count
-    if len(values) != count:
-        raise UserError(f"{len(values)} guidance scales were given for {count} seeds")
+    """A value -> a list of `count` of it; a list of `count` values -> itself. Raises UserError for another length."""
+    values = list(value) if isinstance(value, LISTS) else [value] * count
+    if len(values) != count or not values:
+        lengths = f"one has {len(values)} values, one {count}"
+        raise UserError(f"lists of seeds, instructions and guidance scales should be equally long; {lengths}")
     return values
+
+
+def as_image(image):
+    """What `edit` takes -> an RGB image. Raises UserError."""
+    if isinstance(image, (str, os.PathLike)):
+        return open_image(image)
+    with reported_as("the image should be one of PIL's, a file's path, or an array [H, W, 3] of bytes"):
+        image = to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(image))
+    check_size(image)
+    return image

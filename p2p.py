@@ -9,16 +9,19 @@ ever held in memory: attention with another's map is attention with the other's 
 correspond are mixed on the side of the values, (A M) V = A (M V).
 """
 
+import sys
 from pathlib import Path
 
-from cli import FRACTION, SCALE, SEED, STEPS, WHOLE, Parser, UserError, check_device, run_program
+from cli import FRACTION, PIXELS, SCALE, SEED, STEPS, WHOLE, Parser, UserError, check_device, run_program
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from align import Alignment, phrase_tokens
 from attention import fused
 from diffusion import euler_ancestral
+from formats import checkpoint
 from images import enlarge, grid, save_png, to_image
 from stable_diffusion import StableDiffusion
 
@@ -200,33 +203,52 @@ def sample_pairs(
 
 def figure(options):
     """A sheet: the source's image, and the target's with other noise, with the same noise, and with rising p."""
-    model = StableDiffusion.load(options.weights, options.device, vae=options.vae)
-    tokenizer, captions, ways = model.tokenizer, (options.source, options.target), len(options.p)
+    print(f"loading {options.weights}", file=sys.stderr)
+    parts = checkpoint.load(options.weights, options.device, getattr(torch, options.dtype), vae=options.vae)
+    model, resolution = StableDiffusion(parts), options.resolution or parts.sampling.resolution
+    model.vae.float()  # a small part of the work, and bfloat16 has fewer levels than an image
+    if resolution % parts.side_multiple:
+        raise UserError(f"--resolution should be a multiple of {parts.side_multiple} for this model")
     steps = options.steps or model.sampling.steps
     guidance = model.sampling.text_guidance if options.guidance is None else options.guidance
-    side = model.sampling.resolution // model.vae.config.factor
-    scale = torch.ones(ways, tokenizer.tokens, device=model.device) if options.reweight else None
-    for words, factor in options.reweight or ():
-        scale[:, phrase_tokens(tokenizer, options.target, words)] = factor
-    seeds, sheet = range(options.seed, options.seed + options.num), []
-    for seed in seeds:
-        blend = None
-        if options.blend:
-            marks = torch.zeros(2, tokenizer.tokens, device=model.device)
-            for row, caption, words in zip(marks, captions, options.blend, strict=True):
-                row[phrase_tokens(tokenizer, caption, words)] = 1
-            blend = LocalBlend(marks.repeat_interleave(ways, dim=0), steps)
-        shape = model.vae.config.latent_channels, side, side
-        noise = PairNoise([seed] * ways, shape, (guidance, guidance), device=model.device)
-        noise.p = torch.tensor(options.p)
-        texts = ([caption] * ways for caption in captions)
-        before, after = sample_pairs(model, *texts, noise, steps, control=options.control, scale=scale, blend=blend)
-        other = model.sample([options.target], [seed + options.num], steps, guidance)
-        sheet += [before[0], other[0], *after]
+    seeds = range(options.seed, options.seed + options.num)
+    groups = [[p] for p in options.p] if options.low_memory else [options.p]  # what is sampled in one batch
+    total, sheet = len(seeds) * (len(groups) + 1) * steps, []
+    with tqdm(total=total, desc="sampling", unit="step", leave=False) as bar:
+
+        def sampler(denoise, *others):
+            return euler_ancestral(lambda x, sigma: (bar.update(), denoise(x, sigma))[1], *others)
+
+        for seed in seeds:
+            rows = [sample_row(model, options, seed, p, resolution, steps, guidance, sampler) for p in groups]
+            other = model.sample([options.target], [seed + options.num], steps, guidance, resolution, sampler)
+            sheet += [rows[0][0][0], other[0], *(image for _, after in rows for image in after)]
+    if not all(x.isfinite().all() for x in sheet):
+        raise UserError("the networks gave NaN or Inf: damaged weights, or --dtype float16 is too narrow")
     columns = ["source", "other noise", *(f"p = {p:g}" for p in options.p)]
     rows, title = [f"seed {seed}" for seed in seeds], f"{options.source} -> {options.target}"
     save_png(grid([enlarge(to_image(x)) for x in sheet], len(columns), None, columns, rows, title), options.out)
     print(options.out)
+
+
+def sample_row(model, options, seed, p, resolution, steps, guidance, sampler):
+    """(images before, images after) of one seed for each of the fractions in the list p, as one batch."""
+    tokenizer, captions, ways = model.tokenizer, (options.source, options.target), len(p)
+    scale = torch.ones(ways, tokenizer.tokens, device=model.device) if options.reweight else None
+    for words, factor in options.reweight or ():
+        scale[:, phrase_tokens(tokenizer, options.target, words)] = factor
+    blend = None
+    if options.blend:
+        marks = torch.zeros(2, tokenizer.tokens, device=model.device)
+        for row, caption, words in zip(marks, captions, options.blend, strict=True):
+            row[phrase_tokens(tokenizer, caption, words)] = 1
+        blend = LocalBlend(marks.repeat_interleave(ways, dim=0), steps)
+    side = resolution // model.vae.config.factor
+    shape = model.vae.config.latent_channels, side, side
+    noise = PairNoise([seed] * ways, shape, (guidance, guidance), device=model.device)
+    noise.p = torch.tensor(p)
+    texts = ([caption] * ways for caption in captions)
+    return sample_pairs(model, *texts, noise, steps, sampler, control=options.control, scale=scale, blend=blend)
 
 
 def reweighting(text):
@@ -250,10 +272,13 @@ def parse(arguments=None):
     add("--blend", nargs=2, metavar="WORDS", help="change the image only where these words of source and target are")
     add("--steps", type=STEPS, metavar="N", help="denoising steps (default: the model's)")
     add("--guidance", type=SCALE, metavar="S", help="text guidance (default: the model's)")
+    add("--resolution", type=PIXELS, metavar="R", help="pixels a side (default: the model's)")
     add("--seed", type=SEED, default=0, metavar="S", help="of the first row (default: 0)")
     add("--num", type=WHOLE, default=2, metavar="N", help="rows, a seed each (default: 2)")
     add("--out", type=Path, default=Path("runs/p2p.png"), metavar="FILE.png", help="(default: %(default)s)")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="number format")
+    add("--low-memory", action="store_true", help="one P at a time: slower, in less memory")
     return parser.parse_args(arguments)
 
 

@@ -7,7 +7,8 @@
 
 The UNet gets input channels for the image to edit, their weights zero; autoencoder and text encoder stay frozen. All
 that a step draws follows from the seed and the step: neither a stop and --resume nor the number of processes changes
-what is learned. In --out: settings.json, states/, metrics.jsonl, loss.png, samples.png, and in the end model/.
+what is learned. In --out: settings.json, states/, metrics.jsonl, loss.png, samples.png (all of them in
+samples/), and in the end model/.
 """
 
 import hashlib
@@ -35,7 +36,7 @@ from images import enlarge, grid, save_png, to_image
 from ip2p import InstructPix2Pix, loss
 from training import runs
 from training.batches import Draws, ImageBatches, LatentBatches, draws_of, encode_pairs
-from training.presets import parse, parse_export
+from training.presets import outlook, parse, parse_export
 from unet import ResBlock, Transformer
 
 SHOWN, MEASURED = 8, 64  # pairs of the validation split on samples.png; examples of the validation loss
@@ -107,6 +108,9 @@ def fit(network, loss_of, settings, out, evaluate=None):
     if runs.PROCESSES > 1:
         objective = DistributedDataParallel(objective, gradient_as_bucket_view=True)
     log, stopped = runs.Log(out, step, seconds), False
+    if runs.RANK == 0 and evaluate and not step:  # where it begins; the average is the weights themselves
+        with torch.no_grad():
+            log.write({"step": 0} | (evaluate(step) or {}))
     bar = tqdm(total=settings.max_steps, initial=step, desc=out.name, unit="step", mininterval=1, disable=runs.RANK > 0)
     with runs.stop_signals() as signals, bar:
         while step < settings.max_steps and not stopped:
@@ -134,8 +138,8 @@ def fit(network, loss_of, settings, out, evaluate=None):
             finished = step == settings.max_steps
             if runs.RANK == 0 and (stopped or finished or step % settings.save_every == 0):
                 runs.save_state(out, settings.keep, step, log.seconds(), weights, ema, optimizer, scaler)
-            evaluating = finished or step % settings.eval_every == 0
-            if runs.RANK == 0 and (evaluating or log.is_due()):
+            evaluating = finished or (step % settings.eval_every == 0 and not stopped)
+            if runs.RANK == 0 and (evaluating or log.is_due(step)):
                 line = log.line(step, total)
                 bar.set_postfix(loss=line["loss"])
                 if evaluating and evaluate:
@@ -160,6 +164,8 @@ def train(options):
         raise UserError(f"{out} holds a run; continue it by --resume, or use another --out")
     flip, subset = (0.0, options.overfit) if options.overfit else (0.5, options.subset)
     dataset = EditDataset(options.data, "train", options.resolution, options.max_resize, flip, subset)
+    if runs.RANK == 0:
+        print(f"loading {options.init}")
     model, base = load_editor(options, device)
     if any(side % model.side_multiple for side in dataset[0][0].shape[1:]):
         raise UserError(f"the images need sides of multiples of {model.side_multiple} pixels; see --resolution")
@@ -198,7 +204,9 @@ def train(options):
     evaluate = None
     if runs.RANK == 0:
         evaluate = evaluation(options, dataset, editor, encode, autocast, losses)
+        trained = sum(weight.numel() for weight in model.unet.parameters() if weight.requires_grad)
         held_out = f"{dataset.held_out} more are held out for validation and tests"
+        print(outlook(options, trained))
         print(f"{len(dataset)} edits to train on, {options.total_batch_size} pairs a step; {held_out}")
     fit(model.unet, lambda network, draws: losses(draws, data).mean(), settings, out, evaluate)
     if runs.RANK == 0:
@@ -213,26 +221,33 @@ def autocasting(device, precision):
 
 
 def evaluation(options, dataset, editor, encode, autocast, losses):
-    """The `evaluate` of `fit`: writes samples.png, and measures the loss on fixed validation pairs, times and noise."""
+    """The `evaluate` of `fit`: draws samples.png, and measures the loss on fixed validation pairs, times and noise."""
     if not options.overfit:
         with suppress(UserError):  # of very few edits there are none for validation: those of the training stand in
             count = len(EditDataset(options.data, "val", options.resolution))
             dataset = EditDataset(options.data, "val", options.resolution, subset=min(MEASURED, count))
     batches = LatentBatches(dataset, encode, first_only=True)
     before, after, instructions = zip(*(dataset[i] for i in range(min(SHOWN, len(dataset)))), strict=True)
-    labels = [text for instruction in instructions for text in ("before", instruction, "pair's own")]
+    labels = [text for instruction in instructions for text in ("", instruction, "")]
     t = torch.linspace(0, 999, MEASURED).round().long().to(editor.device)
     rows = [slice(first, first + options.batch_size) for first in range(0, MEASURED, options.batch_size)]
 
     def evaluate(step):
-        value = torch.cat([losses(Draws(0, 0, MEASURED, some), batches, t[some]) for some in rows]).mean()
-        with autocast():
+        sampling, values = editor.sampling, []
+        with tqdm(total=len(rows) + sampling.steps, desc="evaluating", mininterval=1, leave=False) as bar, autocast():
+            for some in rows:
+                values.append(losses(Draws(0, 0, MEASURED, some), batches, t[some]))
+                bar.update()
             text, image_latent = editor.encode_text(list(instructions)), editor.encode_image(torch.stack(before))
-            scales = editor.sampling.text_guidance, editor.sampling.image_guidance
-            ours = editor.sample(text, image_latent, range(len(before)), *scales, editor.sampling.steps)
+            scales = sampling.text_guidance, sampling.image_guidance
+            ours = editor.sample(
+                text, image_latent, range(len(before)), *scales, sampling.steps, callback=lambda *_: bar.update()
+            )
         images = [enlarge(to_image(x)) for triple in zip(before, ours.cpu(), after, strict=True) for x in triple]
-        save_png(grid(images, 6, labels), options.out / "samples.png")
-        return {"validation": round(value.item(), 6)}
+        sheet = grid(images, 3, labels, ("input", "ours", "target"), title=f"step {step}")
+        for path in (options.out / "samples" / f"{step:08d}.png", options.out / "samples.png"):
+            save_png(sheet, path)
+        return {"validation": round(torch.cat(values).mean().item(), 6)}
 
     return evaluate
 

@@ -238,7 +238,8 @@ def evaluate_pairs(options, settings):
     texts = ["# Generated pairs", f"`{settings['command']}`; the filter: {thresholds}", table(columns, cells)]
     print(texts[-1])
     images = torch.stack([before[:8], after[:8]], dim=1).flatten(0, 1)
-    layout = len(images), None, ["before", "after"] * (len(images) // 2)
+    captions = [caption(scene) for edit in edits[:8] for scene in (edit.before, edit.after)]
+    layout = 8, captions, ["before", "after"] * 4
     write_results(options.out, "pairs", {"settings": settings, "rows": rows}, texts, images, layout)
 
 

@@ -79,7 +79,8 @@ class Run(NamedTuple):
 
 def lines_of(stderr):
     """stderr's lines, without those that are empty or belong to a progress bar."""
-    return [line for line in re.split(r"[\r\n]", stderr) if line.strip() and not re.match(r"\w+: +\d+(%|it)", line)]
+    lines = re.split(r"[\r\n]|\x1b\[A", stderr)  # a bar below another one goes up again
+    return [line for line in lines if line.strip() and not re.match(r"\w+: +\d+(%|it)", line)]
 
 
 def contents(folder):

@@ -192,12 +192,40 @@ def test_eq_1_equals_a_step_written_with_diffusers():
         ({"image_guidance": float("nan")}, "image guidance"),
         ({"resolution": 8}, "resolution"),
         ({"seed": []}, "seed"),
-        ({"text_guidance": [1, 2], "seed": [1, 2, 3]}, "2 guidance scales"),
+        ({"text_guidance": [1, 2], "seed": [1, 2, 3]}, "2 values, one 3"),
+        ({"steps": 2.5}, "steps should be a whole number between 1 and 1000, not 2.5"),
+        ({"steps": "2"}, "steps should be a whole number"),
+        ({"resolution": (64, 64)}, "resolution should be a whole number"),
+        ({"text_guidance": "2"}, "text guidance"),
+        ({"seed": 1.5}, "seed"),
+        ({"seed": None}, "seed"),
+        ({"instruction": None}, "should be a text, not NoneType"),
+        ({"instruction": ["a", 3]}, "should be a text, not int"),
+        ({"instruction": []}, "one has 0 values"),
+        ({"instruction": ["a", "b"], "seed": [1, 2, 3]}, "one has 2 values, one 3"),
+        ({"image": None}, "should be one of PIL's, a file's path, or an array"),
+        ({"image": [image_of()] * 2}, "should be one of PIL's, a file's path, or an array"),
+        ({"image": np.zeros((64, 64, 3))}, "should be one of PIL's, a file's path, or an array"),
+        ({"image": np.zeros((4, 64, 3), np.uint8)}, "at least 8 pixels"),
+        ({"image": "no/such.png"}, "no/such.png cannot be read"),
     ],
 )
 def test_settings_out_of_range(model, settings, message):
     with pytest.raises(UserError, match=message):
-        model.edit(image_of(), INSTRUCTION, **settings)
+        model.edit(**{"image": image_of(), "instruction": INSTRUCTION} | settings)
+
+
+def test_images_and_instructions_of_other_types(model, tmp_path):
+    """A path and an array are the image; each of a list of instructions is edited by, with its own seed or the same."""
+    image = image_of()
+    image.save(tmp_path / "x.png")
+    expected = model.edit(image, INSTRUCTION, steps=2, seed=3)
+    for same in (str(tmp_path / "x.png"), tmp_path / "x.png", np.asarray(image)):
+        assert difference(model.edit(same, INSTRUCTION, steps=np.int64(2), seed=np.int64(3)), expected) == 0
+    for seeds in (3, [3, 3]):
+        edited = model.edit(image, [INSTRUCTION, "add a boat"], steps=2, seed=seeds)
+        assert difference(edited[0], expected) <= 1
+        assert difference(edited[1], model.edit(image, "add a boat", steps=2, seed=3)) <= 1
 
 
 @pytest.mark.gpu

@@ -4,16 +4,18 @@ from itertools import islice
 
 from cli import UserError
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from random_model import random_model
+from random_model import random_model, tiny_model
 from reference import relative_error
 
 import p2p
 from align import Alignment, phrase_tokens
 from attention import Layer, fused
 from diffusion import euler_ancestral
+from formats.checkpoint import save_folder
 from p2p import CONTROLS, P_RANGE, LocalBlend, PairControl, PairNoise, main, sample_pairs
 from stable_diffusion import StableDiffusion
 
@@ -251,10 +253,30 @@ def test_the_program_draws_fig_3(tmp_path, capsys):
     out = tmp_path / "new" / "pair.png"
     texts = [f"a painting of a large red house on the left {where}" for where in ("by the sea", "at night")]
     common = ["--source", texts[0], "--target", texts[1], "--steps", "2", "--num", "1", "--out", str(out)]
-    main([*common, "--p", "0", "0.9", "--control", "both", "--reweight", "night=2", "--blend", "sea", "night"])
-    assert capsys.readouterr().out.strip() == str(out)
+    common += ["--p", "0", "0.9", "--control", "both", "--reweight", "night=2", "--blend", "sea", "night"]
+    main(common)
+    shown = capsys.readouterr()
+    assert shown.out.strip() == str(out)
+    assert "/4 [" in shown.err  # steps of the pairs and of the image with other noise
     with Image.open(out) as sheet:
         assert sheet.width > 4 * 128
+        whole = np.asarray(sheet).astype(int)
+    main([*common, "--low-memory"])  # one P at a time
+    assert "/6 [" in capsys.readouterr().err
+    with Image.open(out) as sheet:
+        assert np.abs(np.asarray(sheet) - whole).max() <= 1
+
+
+def test_the_programs_resolution_and_number_format(tmp_path):
+    save_folder(tiny_model(in_channels=4), tmp_path / "sd")
+    sheets = []
+    for number, dtype in enumerate(("float32", "bfloat16")):
+        out = tmp_path / f"{number}.png"
+        flags = ["--weights", str(tmp_path / "sd"), "--dtype", dtype, "--resolution", "144", "--num", "1"]
+        main(["--source", "a house", "--target", "a sea", "--out", str(out), *flags])
+        sheets.append(np.asarray(Image.open(out)).astype(int))
+    assert sheets[0].shape[1] > 6 * 144
+    assert 0 < np.abs(sheets[1] - sheets[0]).mean() < 10
 
 
 @pytest.mark.parametrize(
@@ -264,14 +286,15 @@ def test_the_program_draws_fig_3(tmp_path, capsys):
         (["--blend", "sea", "sea"], 'does not hold the words "sea"'),
         (["--p", "1.5"], "--p: should be from 0 to 1"),
         (["--device", "abacus"], "no device abacus"),
+        (["--resolution", "100"], "--resolution should be a multiple of 16"),
     ],
 )
 def test_mistakes_are_answered(tmp_path, run_main, wrong, message):
     out = tmp_path / "pair.png"
     source = ["--source", "a house by the sea", "--target", "a house at night"]
-    code, _, (line,) = run_main(p2p, *source, "--out", out, *wrong)
-    assert code == 2
-    assert message in line
+    code, _, lines = run_main(p2p, *source, "--out", out, *wrong)
+    assert (code, len(lines)) == (2, 1 + lines[0].startswith("loading "))
+    assert message in lines[-1]
     assert not out.exists()
 
 

@@ -163,7 +163,7 @@ def trained(data, init, tmp_path_factory):
 
 
 def test_a_run_leaves_an_editor(trained, init):
-    names = {"loss.png", "metrics.jsonl", "model", "samples.png", "settings.json", "states"}
+    names = {"loss.png", "metrics.jsonl", "model", "samples", "samples.png", "settings.json", "states"}
     assert {path.name for path in trained.iterdir()} == names
     model, state = load(trained / "model"), newest_state(trained)
     assert model.sampling == Sampling(steps=3, text_guidance=5.0, image_guidance=1.25, resolution=64)
@@ -175,8 +175,11 @@ def test_a_run_leaves_an_editor(trained, init):
         ours, theirs = getattr(model, part).state_dict(), getattr(before, part).state_dict()
         assert all(torch.equal(ours[name], theirs[name].half().float()) for name in theirs)
     metrics = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in metrics] == [1, 2, 3, 4]
-    assert all(0 < line["loss"] < 100 and 0 < line["validation"] < 100 for line in metrics)
+    assert [line["step"] for line in metrics] == [0, 1, 2, 3, 4]
+    assert all(0 < line["validation"] < 100 for line in metrics)
+    assert all(0 < line["loss"] < 100 for line in metrics[1:])
+    assert sorted(path.name for path in (trained / "samples").iterdir()) == [f"{step:08d}.png" for step in range(5)]
+    assert (trained / "samples" / "00000004.png").read_bytes() == (trained / "samples.png").read_bytes()
 
 
 def test_the_papers_preset(data, init, tmp_path, monkeypatch):
@@ -212,7 +215,9 @@ def test_memory_may_be_saved(data, init, trained, tmp_path, program):
 def test_overfitting_one_pair(data, init, tmp_path, program):
     flags = {"overfit": 1, "max_steps": 100, "batch_size": 4, "lr": 0.01, "ema_decay": 0.9, "eval_every": 50}
     said = "1 edits to train on, 4 pairs a step; 2 more are held out for validation and tests"
-    assert program(*command(data, init, tmp_path / "run", **flags))[:2] == (0, [said, str(tmp_path / "run" / "model")])
+    code, printed, _ = program(*command(data, init, tmp_path / "run", **flags))
+    expected = [said, f"{tmp_path / 'run'}: from step 0", str(tmp_path / "run" / "model")]
+    assert (code, printed[-3:]) == (0, expected)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     losses = [value["validation"] for line in lines if "validation" in (value := json.loads(line))]
     assert losses[-1] < losses[0]
@@ -235,7 +240,7 @@ def test_two_processes_equal_one(data, init, tmp_path, from_disk):
     assert relative_error(*moved) <= MOVED  # of the way that the weights went
     assert max(relative_error(one[name], two[name]) for name in one) <= 1e-5  # of every tensor, at the paper's rate
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in runs]
-    losses = [[json.loads(line)["loss"] for line in run] for run in lines]
+    losses = [[json.loads(line)["loss"] for line in run[1:]] for run in lines]  # behind step 0
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -284,6 +289,38 @@ def test_a_signal_saves_and_ends(data, init, tmp_path, number):
     assert process.returncode == 128 + number
     assert re.search(r"stopped at step \d+; the same command with --resume continues", printed)
     assert "Traceback" not in errors
+    assert errors.count("finishing this step, then saving; once more to stop now") == 1
+
+
+def test_a_run_says_what_it_will_do(data, init, tmp_path, program):
+    """What it loads, all settings, GPU memory and disk; validation at the beginning and the end of so few steps."""
+    flags = {"preset": "12gb", "resolution": 64, "total_batch_size": 3, "max_steps": 3}
+    code, printed, _ = program(*command(data, init, tmp_path / "run", **flags))
+    assert (code, printed[0]) == (0, f"loading {init}")
+    text = " ".join(printed)
+    assert all(f"{name} {value}" in re.sub(" +", " ", text) for name, value in (("lr", 0.001), ("eval-every", 100)))
+    assert "GPU memory: 12gb takes 6 GB for Stable Diffusion 1.5 at 256x256; this run is on cpu" in printed
+    state = newest_state(tmp_path / "run")
+    size, millions = re.search(r"disk: (\S+) GB a state \((\S+) million trained weights\), the newest 2", text).groups()
+    assert float(millions) == round(sum(weight.numel() for weight in state["weights"].values()) / 1e6, 1)
+    assert float(size) * 1e9 == pytest.approx(state_paths(tmp_path / "run")[0].stat().st_size, rel=0.5)
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert ["validation" in line for line in lines] == [True, False, False, True]
+    resumed = program(*command(data, init, tmp_path / "run", "--resume", **flags))
+    assert f"{tmp_path / 'run'}: from step 3" in resumed.out
+
+
+def test_a_reader_that_dies_is_one_line(data, init, tmp_path, program, monkeypatch):
+    """What a process that reads images raises where shared memory is short, as in a container."""
+
+    def short(*_):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr("torch.utils.data._utils.collate.default_collate", short)
+    monkeypatch.setattr("torch.utils.data.dataloader._utils.collate.default_collate", short)
+    flags = {"preset": "12gb", "resolution": 64, "total_batch_size": 3, "workers": 1}
+    line = assert_one_line(program(*command(data, init, tmp_path / "run", **flags)), "try --workers 0")
+    assert "No space left" in line
 
 
 def test_truncated_states_are_skipped(data, init, trained, tmp_path, program):
@@ -313,7 +350,7 @@ def test_nan_ends_in_one_line(data, init, tmp_path, program, monkeypatch):
     usual, calls = train.loss, []
 
     def breaks(*parts):
-        calls.append(1)
+        calls.extend([1] * torch.is_grad_enabled())  # of the steps, not of the evaluation before them
         return usual(*parts) * (math.nan if len(calls) > 2 else 1)
 
     monkeypatch.setattr(train, "loss", breaks)

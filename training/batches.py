@@ -5,6 +5,7 @@ image's latent, then mean and standard deviation of the edited image's, all unsc
 """
 
 import os
+import signal
 
 from cli import UserError
 
@@ -72,8 +73,9 @@ class ImageBatches:
             self.batches = iter(DataLoader(self.dataset, batch_sampler=self.keys(draws.step), **options))
         try:
             before, after, texts = next(self.batches)
-        except UserError as error:  # a worker's comes with its traceback, and its own words last
-            raise UserError(str(error).rpartition("UserError: ")[2]) from error
+        except (UserError, RuntimeError) as error:  # a worker's comes with its traceback, and its own words last
+            died = "" if isinstance(error, UserError) else "a process that reads images failed; try --workers 0: "
+            raise UserError(died + str(error).rpartition("Error: ")[2]) from error
         return self.encode(before, after), texts
 
     def keys(self, start):
@@ -87,8 +89,11 @@ class ImageBatches:
 
 
 def leave_group(worker):
-    """Put a worker into a process group of its own: Ctrl-C ends the training, which needs it until then."""
-    os.setpgrp()
+    """Keep Ctrl-C from a worker, in a process group of its own: the training, which it ends, needs it until then."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    else:  # on Windows
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class LatentBatches:

@@ -1,8 +1,10 @@
 """The command line of train.py: presets, and flags that override them."""
 
 import os
-from argparse import BooleanOptionalAction
+import shutil
+from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
 from pathlib import Path
+from textwrap import fill
 
 from cli import FRACTION, SCALE, STEPS, WHOLE, Parser, UserError, between, check_device, own_device
 
@@ -33,10 +35,16 @@ PRESETS = {
     },  # fmt: skip
 }
 
+# GB for Stable Diffusion 1.5 at 256x256: bench/README.md, and for the paper's 32-bit floats its activations twice
+GPU_MEMORY = {"paper": 42, "24gb": 17, "12gb": 6}
+
 
 def parse(arguments=None):
     """The settings of a training, as a namespace in which every value is decided. Raises UserError."""
-    parser = Parser(prog="train.py", description="Train an editor from a text-to-image model.", allow_abbrev=False)
+    description = "Train an editor from a text-to-image model. To write it to a file: train.py export --help"
+    parser = Parser(prog="train.py", description=description, allow_abbrev=False)
+    parser.formatter_class = RawDescriptionHelpFormatter
+    parser.epilog = "\n".join(["what the presets set:", *map(described, PRESETS)])
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="pairs, as datagen.py images leaves them")
     add("--init", required=True, metavar="PATH", help="Stable Diffusion weights, such as sd15 or mini, or an editor's")
@@ -73,7 +81,7 @@ def parse(arguments=None):
     add("--keep", type=WHOLE, default=2, metavar="K", help="newest states that are kept (default: 2)")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
     add("--threads", type=WHOLE, metavar="N", help="CPU threads (default: all cores)")
-    add("--workers", type=between(0), default=4, metavar="N", help="processes that read images (default: 4)")
+    add("--workers", type=between(0), default=4, metavar="N", help="processes that read images; at most one a core")
     noted = "noted in the model as its default for sampling (default: that of --init)"
     add("--sampling-steps", type=STEPS, metavar="N", help=f"denoising steps, {noted}")
     add("--cfg-text", type=SCALE, metavar="S_T", help=f"text guidance, {noted}")
@@ -81,6 +89,19 @@ def parse(arguments=None):
     options = parser.parse_args(arguments)
     decide(options, int(os.environ.get("WORLD_SIZE", 1)))
     return options
+
+
+def described(name):
+    """What a preset sets, as a paragraph; of the others only what differs from the paper's."""
+    if name == "paper":
+        return paragraph("paper", PAPER)
+    return paragraph(f"{name}, as paper but", {k: value for k, value in PRESETS[name].items() if value != PAPER[k]})
+
+
+def paragraph(title, settings):
+    """Settings {name: value} as text under a title."""
+    text = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in settings.items())
+    return fill(f"{title}: {text}", 100, subsequent_indent="    ", break_on_hyphens=False)
 
 
 def amount(text):
@@ -115,6 +136,8 @@ def decide(options, processes):
 
     for device in {options.device, options.ema_device or options.device}:
         check_device(own_device(device))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    options.workers = min(options.workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if options.compile is None:
         options.compile = torch.device(options.device).type == "cuda"
     if options.mixed_precision == "auto":
@@ -125,7 +148,22 @@ def fast_precision(device):
     """The number format in which a device trains fastest: "bf16" where it can multiply it, else "fp16" or "no"."""
     if torch.device(device).type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
+    known = torch.backends.mkldnn.is_available()  # not on Apple's processors
+    return "bf16" if known and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
+
+
+def outlook(options, trained):
+    """What a run with so many trained weights will do and take, in a few lines. Its folder should be there."""
+    lines, device = [paragraph("settings", vars(options))], torch.device(own_device(options.device))
+    if needed := GPU_MEMORY.get(options.preset):
+        here = f"this run is on {device}"
+        if device.type == "cuda":
+            here = f"{device} has {torch.cuda.get_device_properties(device).total_memory / 1e9:.0f} GB"
+        lines.append(f"GPU memory: {options.preset} takes {needed} GB for Stable Diffusion 1.5 at 256x256; {here}")
+    state, free = 16 * trained / 1e9, shutil.disk_usage(options.out).free / 1e9  # weight, average, AdamW's two moments
+    states = f"{state:.2g} GB a state ({trained / 1e6:.1f} million trained weights), the newest {options.keep} are kept"
+    lines.append(f"disk: {states}; {free:.0f} GB are free; the model at the end is in half precision")
+    return "\n".join(lines)
 
 
 def parse_export(arguments):

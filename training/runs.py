@@ -1,7 +1,6 @@
-"""What a training run needs around its loop: EMA, processes, signals, states to resume from, metrics and their plot."""
+"""What a training run needs around its loop: EMA, processes, signals, states to resume from, metrics."""
 
 import json
-import math
 import os
 import signal
 import time
@@ -13,11 +12,11 @@ from cli import UserError, atomic_write, own_device, reported_as
 
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw
 
-from images import save_png
+from training.plot import draw_losses
 
-LOG_EVERY = 5.0  # seconds between two lines of metrics.jsonl
+LOG_EVERY = 5.0  # seconds between two lines of metrics.jsonl, after those of the first steps
+FIRST_STEPS = 20
 PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # as torchrun sets them
 
 
@@ -79,6 +78,8 @@ def stop_signals():
     received = []
 
     def receive(number, frame):
+        if RANK == 0:  # not by print, which a signal may interrupt
+            os.write(2, b"\nfinishing this step, then saving; once more to stop now\n")
         received.append(number)
         signal.signal(number, usual[number])
 
@@ -103,7 +104,7 @@ def save_state(out, keep, step, seconds, weights, ema, optimizer, scaler):
     full = reported_as(f"cannot write {path}; is the disk full?", RuntimeError)  # torch's own writer raises it
     with full, atomic_write(path) as beside:
         torch.save(state, beside)
-        with open(beside, "rb") as file:
+        with open(beside, "rb+") as file:  # Windows writes nothing out for who may only read
             os.fsync(file.fileno())  # older states are removed only when this one is on the disk
     paths = state_paths(out)
     kept = [other for other in paths if other <= path][-keep:]  # a later one is damaged, or the run had begun there
@@ -129,6 +130,8 @@ def resume(out, weights, ema, optimizer, scaler):
     """Put the newest state into a run; returns the steps that are done and the seconds so far. Raises UserError."""
     state = newest_state(out)
     step, seconds = (state["step"], state["seconds"]) if state else (0, 0.0)
+    if RANK == 0:
+        print(f"{out}: from step {step}")
     if mean_of_processes(step)[0] != step:
         raise UserError("the processes found different states; they need to share the folder of the run")
     if state:
@@ -156,9 +159,9 @@ class Log:
         """What the run took so far."""
         return time.monotonic() - self.began
 
-    def is_due(self):
+    def is_due(self, step):
         """Is it time for a line?"""
-        return time.monotonic() - self.written > LOG_EVERY
+        return step <= FIRST_STEPS or time.monotonic() - self.written > LOG_EVERY
 
     def line(self, step, total):
         """The values of a line: the mean loss since the last one, examples a second (`total` a step), memory."""
@@ -190,28 +193,3 @@ def peak_memory():
     """The most bytes that this process held so far; 0 where Linux does not tell."""
     status = Path("/proc/self/status")
     return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 if status.exists() else 0
-
-
-def draw_losses(lines, path):
-    """Plot the losses of metrics over the steps: of training (blue), of validation (orange)."""
-    curves = {
-        name: [(line["step"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
-        for name in ("loss", "validation")
-    }
-    steps, values = zip(*curves["loss"], *curves["validation"], strict=True)
-    last, low, high = max(steps), min(values), max(values)
-    image = Image.new("RGB", (900, 420), "white")
-    draw = ImageDraw.Draw(image)
-
-    def place(step, value):
-        return 60 + 820 * step / last, 380 - 340 * (value - low) / (high - low or 1)
-
-    for i in range(5):
-        step, value = round(last * i / 4), low + (high - low) * i / 4
-        draw.line([place(0, value), place(last, value)], fill="#e4e4e4")
-        draw.text((52, place(0, value)[1]), f"{value:.3f}", fill="black", anchor="rm")
-        draw.text((place(step, low)[0], 388), f"{step:,}", fill="black", anchor="ma")
-    for x, colour, (name, curve) in zip((70, 170), ("#1f5fae", "#c2571a"), curves.items(), strict=True):
-        draw.text((x, 12), name if curve else "", fill=colour)
-        draw.line([place(*point) for point in curve], fill=colour, width=2)
-    save_png(image, path)
