@@ -3,19 +3,28 @@
 import io
 import json
 import logging
+import sys
 import warnings
+import zlib
+from contextlib import suppress
+from pathlib import Path
 
 from cli import UserError, atomic_write, reported_as
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 # What people have; not every format that Pillow knows, since some (EPS) start other programs. JPEG covers MPO, which
 # many telephones write.
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF", "PPM")
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # it would tell a user what the exception says as well
+SRGB = ImageCms.createProfile("sRGB")
+PNG = b"\x89PNG\r\n\x1a\n"
+# the chunks beside the pixels that matter: transparency, profile, and what may hold the orientation
+NEEDED = b"tRNS", b"iCCP", b"eXIf", b"iTXtXML:com.adobe.xmp", b"tEXtRaw profile", b"zTXtRaw profile"
+PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20  # of a profile, too: a printer's has some megabytes
 SMALLEST_SIDE = 8
 LARGEST_ASPECT = 8
 
@@ -27,9 +36,43 @@ def open_image(path):
     """
     with reported_as(f"{path} cannot be read as an image"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # doubts about damaged metadata; a damaged image raises
-        with Image.open(path, formats=FORMATS) as file:
-            image = to_rgb(file)
+        data = Path(path).read_bytes()
+        data = without_metadata(data) if data.startswith(PNG) else data
+        try:
+            file = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:
+            other = f"damaged, or none of {', '.join(FORMATS)}"
+            other = "HEIC or a video; export it as JPEG" if data[4:8] == b"ftyp" else other
+            raise ValueError(f"it is {other}") from None
+        if file.format == "JPEG" and b"\xff\xd9" not in data[-64:]:
+            file = with_end_marker(data)
+        image = to_rgb(file, path)
     check_size(image, path)
+    return image
+
+
+def without_metadata(data):
+    """The bytes of a PNG without what neither changes its pixels nor turns it, which may be damaged or very large."""
+    parts, place = [PNG], len(PNG)
+    while place + 12 <= len(data):
+        length = int.from_bytes(data[place : place + 4])
+        chunk = data[place : place + 12 + length]  # length, kind, content, checksum
+        damaged = zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:])
+        if chunk[4:5].isupper() or (chunk[4:].startswith(NEEDED) and not damaged):  # upper case: its pixels
+            parts.append(chunk)
+        place += len(chunk)
+    return b"".join(parts)
+
+
+def with_end_marker(data):
+    """Open a JPEG that lacks its end marker. Raises ValueError where more is missing than that.
+
+    A decoder fills in what is missing. So the image is whole if the last bytes there are belong to its last rows.
+    """
+    image, shorter = (Image.open(io.BytesIO(part + b"\xff\xd9")) for part in (data, data[:-2]))
+    changed = np.nonzero(np.asarray(image) != np.asarray(shorter))[0]
+    if len(changed) and changed.min() < image.height - 16:
+        raise ValueError("it is cut off")
     return image
 
 
@@ -42,23 +85,52 @@ def check_size(image, name="the image"):
         raise UserError(f"{name} is {width}x{height}, longer than {LARGEST_ASPECT} times its width; crop it first")
 
 
-def to_rgb(image):
-    """Any PIL image -> upright RGB, transparency over white, the full range of deep images brought to 8 bits."""
-    image = ImageOps.exif_transpose(image)
+def to_rgb(image, name="the image"):
+    """Any PIL image -> upright sRGB, transparency over white, the full range of deep images brought to 8 bits."""
+    with suppress(Exception):  # an orientation that cannot be read
+        image = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":  # deeper than 8 bits; Pillow's own conversion would clip
-        values = np.array(image, dtype=np.float32)
-        if image.mode == "F" and values.min() >= 0 and values.max() <= 1:
-            full = 1.0
-        else:
-            full = 255.0 if values.max() <= 255 and not image.mode.startswith("I;16") else 65535.0
-        if not np.isfinite(values).all():
-            raise ValueError("it holds NaN or Inf")
-        values[values == image.info.get("transparency")] = full  # a 16-bit PNG may name one level
-        values *= 255 / full  # in place, since such images are large
-        image = Image.fromarray(values.clip(0, 255, out=values).round(out=values).astype(np.uint8))
+        image = to_8_bits(image, name)
+    colours = convert_profile(image, profile, name) if profile else image.convert("RGB")
     if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return image.convert("RGB")
+        alpha = image.convert("RGBA").getchannel("A")
+        if alpha.getextrema()[1] == 0:
+            print(f"{name}: all of it is transparent; the transparency is ignored", file=sys.stderr)
+            return colours
+        colours = Image.composite(colours, Image.new("RGB", image.size, "white"), alpha)
+    return colours
+
+
+def to_8_bits(image, name):
+    """A grey image of deeper levels -> 8 bits. What is white is guessed for the formats that do not say it."""
+    values = np.array(image, dtype=np.float32)
+    if not np.isfinite(values).all():
+        raise ValueError("it holds NaN or Inf")
+    low, high = float(values.min()), float(values.max())
+    black, white = 0.0, next((full for full in (1.0, 255.0, 65535.0) if high <= full), high)
+    if image.mode != "F":
+        white = max(white, 65535.0 if image.mode.startswith("I;16") else 255.0)
+    elif low < 0 or high < white / 16 or high > 65535:
+        black, white = low, max(high, low + 1e-6)
+        print(f"{name}: its values, {low:g} to {high:g}, are taken as black to white", file=sys.stderr)
+    values[values == image.info.get("transparency")] = white  # a 16-bit PNG may name one level
+    values -= black  # in place, since such images are large
+    values *= 255 / (white - black)
+    return Image.fromarray(values.clip(0, 255, out=values).round(out=values).astype(np.uint8))
+
+
+def convert_profile(image, profile, name):
+    """An image with an embedded ICC profile -> sRGB: the colours that a viewer shows. A damaged profile is ignored."""
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        mode = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}[profile.profile.xcolor_space.strip()]
+        if (mode == "CMYK") != (image.mode == "CMYK"):
+            raise ValueError("it is for other colours")
+        return ImageCms.profileToProfile(image.convert(mode), profile, SRGB, outputMode="RGB")
+    except Exception as error:  # lcms has its own kinds
+        print(f"{name}: its colour profile is ignored: {error or type(error).__name__}", file=sys.stderr)
+        return image.convert("RGB")
 
 
 def edit_size(width, height, resolution):

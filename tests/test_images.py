@@ -3,6 +3,8 @@
 import errno
 import io
 import math
+import struct
+import zlib
 from fractions import Fraction
 
 from cli import UserError
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import colourful, png_header
-from PIL import Image, TiffImagePlugin
+from PIL import Image, ImageCms, TiffImagePlugin
 
 from images import edit_size, grid, open_image, read_settings, resize_and_crop, save_png, to_image, to_rgb, to_tensor
 
@@ -120,6 +122,112 @@ def test_cmyk_jpeg(tmp_path):
     assert difference(opened(image, tmp_path / "cmyk.tif"), expected) <= 1
 
 
+def icc_profile(name, red, green, blue, gamma):
+    """A minimal RGB profile (ICC, version 2): the primaries as XYZ, and one power as the curve."""
+
+    def fixed(*values):
+        return b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    curve = b"curv" + bytes(4) + struct.pack(">IHH", 1, round(gamma * 256), 0)
+    tags = {b"desc": b"desc" + bytes(4) + struct.pack(">I", len(name) + 1) + name + bytes(80 - len(name) % 4)}
+    tags |= {b"wtpt": b"XYZ " + bytes(4) + fixed(0.9642, 1, 0.8249)}
+    for letter, primary in (b"r", red), (b"g", green), (b"b", blue):
+        tags |= {letter + b"XYZ": b"XYZ " + bytes(4) + fixed(*primary), letter + b"TRC": curve}
+    table, body, start = struct.pack(">I", len(tags)), b"", 132 + 12 * len(tags)
+    for tag, data in tags.items():
+        data += bytes(-len(data) % 4)
+        table, body = table + tag + struct.pack(">II", start + len(body), len(data)), body + data
+    head = struct.pack(">I4sI4s4s4s12x4s28x", start + len(body), b"none", 2 << 24, b"mntr", b"RGB ", b"XYZ ", b"acsp")
+    return (head + fixed(0.9642, 1, 0.8249)).ljust(128, b"\0") + table + body
+
+
+P3 = icc_profile(b"P3", (0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407), 2.2)
+
+
+def test_embedded_profiles_are_converted_to_srgb(tmp_path):
+    image = colourful(40, 30)
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(P3))
+    shown = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"))  # by a viewer
+    assert difference(shown, image) > 40
+    rgba = image.copy()
+    rgba.putalpha(255)
+    for ending, options in [("png", {}), ("tif", {}), ("webp", {"lossless": True})]:
+        assert difference(opened(image, tmp_path / f"x.{ending}", icc_profile=P3, **options), shown) == 0
+        assert difference(opened(rgba, tmp_path / f"rgba.{ending}", icc_profile=P3, **options), shown) == 0
+    assert difference(opened(image, tmp_path / "x.jpg", icc_profile=P3, quality=100, subsampling=0), shown) <= 16
+    palette = image.quantize(64)
+    seen = ImageCms.profileToProfile(palette.convert("RGB"), profile, ImageCms.createProfile("sRGB"))
+    assert difference(opened(palette, tmp_path / "p.png", icc_profile=P3), seen) == 0
+
+
+def test_profiles_that_do_not_fit_are_ignored_and_said(tmp_path, capsys):
+    cmyk = colourful(40, 30).convert("CMYK")
+    cmyk.save(tmp_path / "plain.tif")
+    for image, path, profile in [(cmyk, "c.tif", P3), (colourful(40, 30), "x.png", b"abc" * 99)]:
+        expected = open_image(tmp_path / "plain.tif") if image is cmyk else image
+        assert difference(opened(image, tmp_path / path, icc_profile=profile), expected) == 0
+        assert f"{path}: its colour profile is ignored: " in capsys.readouterr().err
+
+
+def with_chunk(kind, content, damaged=False):
+    """The bytes of a PNG with one more chunk before its pixels."""
+    file = io.BytesIO()
+    colourful(40, 30).save(file, "PNG")
+    checksum = struct.pack(">I", zlib.crc32(kind + content) ^ damaged)
+    added = struct.pack(">I", len(content)) + kind + content + checksum
+    return file.getvalue()[:33] + added + file.getvalue()[33:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "damaged"),
+    [
+        (b"tEXt", b"workflow\0" + b"x" * 2**21, False),
+        (b"zTXt", b"workflow\0\0" + zlib.compress(b"x" * 2**28), False),
+        (b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"x" * 2**21), False),
+        (b"iCCP", b"printer\0\0" + zlib.compress(bytes(2**21)), False),
+        (b"eXIf", b"no EXIF at all", False),
+        (b"eXIf", b"MM\0*\0\0\0\x08\0\1\1\x12\0\3\0\0\0\1\0\6\0\0\0\0\0\0", True),  # which would turn the image
+        (b"tIME", b"", True),
+    ],
+)
+def test_metadata_does_not_stop_an_image(kind, content, damaged, tmp_path):
+    (tmp_path / "x.png").write_bytes(with_chunk(kind, content, damaged))
+    assert difference(open_image(tmp_path / "x.png"), colourful(40, 30)) == 0
+
+
+def test_a_missing_end_marker_does_not_stop_an_image(tmp_path):
+    path = tmp_path / "x"
+    for kind, options in [("PNG", {}), ("JPEG", {}), ("JPEG", {"progressive": True})]:
+        whole = io.BytesIO()
+        colourful(100, 90).save(whole, kind, **options)
+        path.write_bytes(whole.getvalue())
+        expected = open_image(path)
+        path.write_bytes(whole.getvalue()[: -12 if kind == "PNG" else -2])
+        assert difference(open_image(path), expected) == 0
+        path.write_bytes(whole.getvalue()[: len(whole.getvalue()) * 2 // 3])
+        with pytest.raises(UserError, match="cut off|truncated"):
+            open_image(path)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0, 1, False), (0, 255, False), (0, 65535, False), (-1, 1, True), (0, 3.7, True), (-20, 1e6, True)],
+)
+def test_floats_of_any_range_become_black_to_white(low, high, said, tmp_path, capsys):
+    ramp = np.linspace(low, high, 40 * 30, dtype=np.float32).reshape(30, 40)
+    read = opened(Image.fromarray(ramp), tmp_path / "x.tif")
+    assert difference(read[..., 0], np.linspace(0, 255, 40 * 30).reshape(30, 40)) <= 1
+    assert ("taken as black to white" in capsys.readouterr().err) == said
+
+
+def test_an_image_that_is_transparent_everywhere_is_read_as_opaque(tmp_path, capsys):
+    image = colourful(40, 30)
+    image.putalpha(0)
+    for ending in ("png", "tif"):
+        assert difference(opened(image, tmp_path / f"x.{ending}"), image.convert("RGB")) == 0
+        assert "the transparency is ignored" in capsys.readouterr().err
+
+
 def test_what_cannot_be_opened_is_named(tmp_path):
     whole = io.BytesIO()
     colourful(100, 100).save(whole, "PNG")
@@ -129,6 +237,8 @@ def test_what_cannot_be_opened_is_named(tmp_path):
         ("text.png", b"hello, this is no image", "cannot be read"),
         ("script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 90 90\n", "cannot be read"),
         ("bomb.png", png_header(30000, 30000), "exceeds limit of 178956970 pixels"),
+        ("photo.heic", b"\0\0\0\x18ftypheic" + bytes(99), "it is HEIC or a video; export it as JPEG"),
+        ("page.png", b"<!DOCTYPE html><html>", "it is damaged, or none of PNG, JPEG"),
         ("missing.png", None, "cannot be read as an image"),
         ("folder.png", None, "cannot be read as an image"),
     ]:
