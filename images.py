@@ -149,6 +149,28 @@ def resize_and_crop(image, resolution):
     return ImageOps.fit(image, edit_size(*image.size, resolution), method=Image.Resampling.LANCZOS)
 
 
+def fit_mask(mask, images, resolution):
+    """A mask for images of one size, white where they may change -> "L", as large as they are edited.
+
+    Raises UserError where the mask has another size than the images.
+    """
+    for image in images:
+        if mask.size != image.size:
+            sizes = "{}x{}, the image {}x{}".format(*mask.size, *image.size)
+            raise UserError(f"the mask is {sizes}; it should be as large as the image")
+    return resize_and_crop(mask.convert("L"), resolution)
+
+
+def put_back(edited, image):
+    """`image` at its own size, with what `resize_and_crop` made of it, now `edited`, in its place."""
+    scale = min(image.width / edited.width, image.height / edited.height)
+    size = round(edited.width * scale), round(edited.height * scale)
+    place = (image.width - size[0]) // 2, (image.height - size[1]) // 2
+    whole = image.copy()
+    whole.paste(edited.resize(size, Image.Resampling.LANCZOS), place)
+    return whole
+
+
 def to_tensor(image):
     """RGB image -> [3, H, W], float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image.convert("RGB")))

@@ -1,6 +1,6 @@
 """InstructPix2Pix: conditioning, two-fold guidance, the training loss, and the edit itself (Sec. 3.2).
 
-    model = InstructPix2Pix.load("ip2p")
+    model = InstructPix2Pix.load("timbrooks/instruct-pix2pix")
     edited = model.edit(Image.open("x.png"), "make it night", seed=0)
 """
 
@@ -9,16 +9,16 @@ from dataclasses import replace
 
 from cli import UserError, check_instruction, check_sampling, check_seeds, reported_as
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
 from attention import fused
 from diffusion import euler_ancestral, seeded_noise
-from images import check_size, open_image, resize_and_crop, to_image, to_rgb, to_tensor
+from images import check_size, fit_mask, open_image, put_back, resize_and_crop, to_image, to_rgb, to_tensor
 from stable_diffusion import LatentDiffusion
-
-LISTS = (list, tuple, range)  # of seeds, instructions or scales for several edits in one batch
 
 
 def guided_eps(eps_full, eps_image, eps_null, text_guidance, image_guidance):
@@ -61,14 +61,17 @@ class InstructPix2Pix(LatentDiffusion):
     inputs = 2
     kind, advice = "editor", "use InstructPix2Pix weights, such as ip2p or mini"
 
-    def denoiser(self, text, image_latent, text_guidance, image_guidance, low_memory=False, attend=fused):
+    def denoiser(
+        self, text, image_latent, text_guidance, image_guidance, *, null_text=None, low_memory=False, attend=fused
+    ):
         """The sampler's `denoise(x, sigma)` under both guidances (Eq. 3), its three branches as one batch.
 
-        text [B, L, E], image_latent [B, C, h, w], the scales as in `guided_eps`. low_memory: a row at a time.
+        text [B, L, E], image_latent [B, C, h, w], the scales as in `guided_eps`; null_text [1, L, E]: another text
+        than the empty one. low_memory: a row at a time.
         """
-        null_text, null_image = self.null_text.expand_as(text), torch.zeros_like(image_latent)
+        null_text = (self.null_text if null_text is None else null_text).expand_as(text)
         contexts = torch.cat([text, null_text, null_text])
-        images = torch.cat([image_latent, image_latent, null_image])
+        images = torch.cat([image_latent, image_latent, torch.zeros_like(image_latent)])
 
         def guided(z, t):
             z = torch.cat([z.repeat(3, 1, 1, 1), images], dim=1)  # [3B, 2C, h, w]: (I, T), (I, 0), (0, 0)
@@ -80,17 +83,19 @@ class InstructPix2Pix(LatentDiffusion):
     @torch.no_grad()
     def sample(
         self, text, image_latent, seeds, text_guidance, image_guidance, steps,
-        *, sampler=euler_ancestral, low_memory=False, callback=None, attend=fused,
+        *, mask=None, sampler=euler_ancestral, callback=None, **options,
     ):  # fmt: skip
         """Edit B images by B instructions in one batch: `edit` without its files, checks and defaults.
 
         text [B, L, E] from `encode_text`, image_latent [B, C, h, w] from `encode_image`, seeds: B whole numbers, the
-        scales numbers or tensors [B, 1, 1, 1]; the rest as in `edit`. Returns images [B, 3, H, W], about in [-1, 1].
-        Raises UserError where the networks give NaN or Inf.
+        scales numbers or tensors [B, 1, 1, 1], mask as in `keep_outside`, options as in `denoiser`; the rest as in
+        `edit`. Returns images [B, 3, H, W], about in [-1, 1]. Raises UserError where the networks give NaN or Inf.
         """
         sigmas = self.schedule.sigmas(steps)
         noise = seeded_noise(image_latent.shape[1:], seeds, self.device)
-        denoise = self.denoiser(text, image_latent, text_guidance, image_guidance, low_memory, attend)
+        denoise = self.denoiser(text, image_latent, text_guidance, image_guidance, **options)
+        if mask is not None:
+            denoise = keep_outside(denoise, image_latent * self.vae.config.scaling, mask)
         latent = sampler(denoise, next(noise) * sigmas[0].item(), sigmas, noise, callback)
         images = self.decode(latent)
         if not images.isfinite().all():
@@ -101,37 +106,39 @@ class InstructPix2Pix(LatentDiffusion):
     @torch.no_grad()
     def edit(
         self, image, instruction, text_guidance=None, image_guidance=None, steps=None, seed=0, resolution=None,
-        *, sampler=euler_ancestral, low_memory=False, progress=False, callback=None, attend=fused,
+        *, mask=None, negative="", progress=False, callback=None, **options,
     ):  # fmt: skip
         """Edit an image (of PIL's, a file's path, or an array [H, W, 3] of bytes) by a written instruction.
 
-        text_guidance (s_T), image_guidance (s_I), steps and resolution (pixels of the longer side, about) default to
-        the model's own (`self.sampling`). seed: a whole number. With a list of seeds or of instructions a list of
-        images is returned, made in one batch; the scales may then be lists as well. Equal seeds mean equal noise.
-        sampler: from diffusion.py. low_memory: slower, a row of the batch at a time. progress: a bar on stderr.
-        callback(step, sigma, denoised): once a step; denoised [B, C, h, w] is the current guess of the scaled latent.
-        Raises UserError for values out of range or of a wrong type.
+        image, instruction, seed, text_guidance (s_T) and image_guidance (s_I) may be lists of equal length: a list of
+        images is returned, made in one batch, for which the images should be edited at one size. The scales, steps
+        and resolution (pixels of the longer side, about) default to the model's own (`self.sampling`). Equal seeds
+        mean equal noise. mask: an image of the same size, or a list: white may change, black stays. negative: a text
+        that guidance leads away from, in place of the empty one. progress: a bar on stderr. callback(step, sigma,
+        denoised): once a step; denoised [B, C, h, w] is the current guess of the scaled latent. options: the sampler
+        (from diffusion.py), and those of `denoiser`. Raises UserError for values out of range.
         """
         chosen = {"text_guidance": text_guidance, "image_guidance": image_guidance}
         chosen |= {"steps": steps, "resolution": resolution}
         sampling = replace(self.sampling, **{name: value for name, value in chosen.items() if value is not None})
-        several = next((value for value in (seed, instruction) if isinstance(value, LISTS)), None)
-        each = [seed, instruction, sampling.text_guidance, sampling.image_guidance]
-        each = [one_each(value, 1 if several is None else len(several)) for value in each]
-        seeds, instructions, text_scales, image_scales = each
-        check_seeds(seeds)
+        each = image, instruction, seed, sampling.text_guidance, sampling.image_guidance
+        count = max((len(value) for value in each if isinstance(value, LISTS)), default=1)
+        images, instructions, seeds, *scales = (one_each(value, count) for value in each)
+        images = [as_image(one) for one in images]
         for text in instructions:
             check_instruction(text)
-        for scales in zip(text_scales, image_scales, strict=True):
-            check_sampling(sampling.steps, *scales, sampling.resolution)
+        check_seeds(seeds)
         seeds = [int(number) for number in seeds]  # generators take no number of numpy's
-        x = to_tensor(resize_and_crop(as_image(image), sampling.resolution))[None]
-        text = self.encode_text(instructions if isinstance(instruction, LISTS) else [instruction])
-        text = text.expand(len(seeds), -1, -1)
-        image_latent = self.encode_image(x).expand(len(seeds), -1, -1, -1)
-        scales = torch.tensor([text_scales, image_scales], dtype=torch.float32, device=self.device)
-        scales = scales[:, :, None, None, None]  # [2, B, 1, 1, 1]
-
+        for pair in zip(*scales, strict=True):
+            check_sampling(sampling.steps, *pair, sampling.resolution)
+        if mask is not None:
+            masks = [fit_mask(*pair, sampling.resolution) for pair in zip(one_each(mask, count), images, strict=True)]
+            options["mask"] = torch.cat([latent_mask(one, self.vae.config.factor) for one in masks]).to(self.device)
+        before = [resize_and_crop(one, sampling.resolution) for one in images]
+        image_latent = self.encode_image(one_size(before if isinstance(image, LISTS) else before[:1]))
+        image_latent = image_latent.expand(count, -1, -1, -1)
+        text, options["null_text"] = self.encode_text(instructions), self.encode_text([negative])
+        scales = torch.tensor(scales, dtype=torch.float32, device=self.device)[:, :, None, None, None]
         with tqdm(total=sampling.steps, desc="editing", unit="step", disable=not progress, leave=False) as bar:
 
             def step_done(step, sigma, denoised):
@@ -139,20 +146,44 @@ class InstructPix2Pix(LatentDiffusion):
                 if callback:
                     callback(step, sigma, denoised)
 
-            edited = self.sample(
-                text, image_latent, seeds, *scales, sampling.steps,
-                sampler=sampler, low_memory=low_memory, callback=step_done, attend=attend,
-            )  # fmt: skip
+            edited = self.sample(text, image_latent, seeds, *scales, sampling.steps, callback=step_done, **options)
         edited = [to_image(x) for x in edited]
-        return edited[0] if several is None else edited
+        if mask is not None:
+            edited = [Image.composite(*each) for each in zip(edited, before, masks, strict=True)]
+        return edited if any(isinstance(value, LISTS) for value in each) else edited[0]
+
+    @torch.no_grad()
+    def region(self, image, words):
+        """Where "the hat" or other words are in a PIL image: a mask for `edit`, white there, with soft edges.
+
+        Where the predictions with and without the instruction to remove it differ (Couairon et al. 2023, DiffEdit).
+        """
+        small = resize_and_crop(as_image(image), self.sampling.resolution)
+        image_latent = self.encode_image(to_tensor(small)[None])
+        z, noise = image_latent * self.vae.config.scaling, next(seeded_noise(image_latent.shape[1:], [0], self.device))
+        text, total = self.encode_text([f"remove {words}", ""]), 0
+        for t in REGION_TIMES:
+            z_t = self.schedule.add_noise(z, noise, torch.tensor([t], device=self.device))
+            inputs = torch.cat([z_t, image_latent], dim=1).expand(2, -1, -1, -1)
+            eps_full, eps_image = self.predict_eps(inputs, t, text).chunk(2)
+            change = (eps_full - eps_image).abs().mean(1, keepdim=True)
+            total = total + change / change.mean()
+        low, high = total.aminmax()
+        mask = ((total - low) / (high - low) - 0.2) / 0.2  # black below 0.2 of the range, white from 0.4 on
+        mask = F.max_pool2d(mask.clamp(0, 1), 3, 1, 1)  # a little larger, without holes
+        mask = F.interpolate(mask, (small.height, small.width), mode="bilinear")[0].expand(3, -1, -1)
+        return put_back(to_image(2 * mask - 1).convert("L"), Image.new("L", image.size))
+
+
+REGION_TIMES = 300, 500, 700, 850  # of so much noise that details are hidden and things are not
+LISTS = list, tuple, range  # what `edit` takes as one value for each edit
 
 
 def one_each(value, count):
     """A value -> a list of `count` of it; a list of `count` values -> itself. Raises UserError for another length."""
     values = list(value) if isinstance(value, LISTS) else [value] * count
     if len(values) != count or not values:
-        lengths = f"one has {len(values)} values, one {count}"
-        raise UserError(f"lists of seeds, instructions and guidance scales should be equally long; {lengths}")
+        raise UserError(f"the lists of one batch differ in length, or are empty: {len(values)} and {count}")
     return values
 
 
@@ -164,3 +195,25 @@ def as_image(image):
         image = to_rgb(image if isinstance(image, Image.Image) else Image.fromarray(image))
     check_size(image)
     return image
+
+
+def one_size(images):
+    """A list of B images of one size -> tensor [B, 3, H, W]. Raises UserError for other sizes."""
+    if len({image.size for image in images}) > 1:
+        raise UserError("the images of one batch should be edited at one size")
+    return torch.stack([to_tensor(image) for image in images])
+
+
+def keep_outside(denoise, latent, mask):
+    """`denoise` for which only `mask` may change: elsewhere its guess is the input (as in Avrahami et al. 2023).
+
+    latent [B, C, h, w]: the input image's, scaled; mask [B, 1, h, w] in [0, 1]. At the last step, with sigma 0,
+    the guess is the result; so it is the input outside the mask.
+    """
+    return lambda x, sigma: latent + mask * (denoise(x, sigma) - latent)
+
+
+def latent_mask(mask, factor):
+    """An "L" image -> [1, 1, h, w] in [0, 1]: a latent may change as much as any of its pixels."""
+    pixels = torch.from_numpy(np.array(mask)).float()[None, None] / 255
+    return F.max_pool2d(pixels, factor)
