@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from contextlib import contextmanager, suppress
+from glob import glob
 from pathlib import Path
 
 if importlib.util.find_spec("torch") is None:  # every program imports this module before torch
@@ -44,6 +45,30 @@ def between(least, most=math.inf, kind=int):
 
 WHOLE, FRACTION, SEED = between(1), between(0, 1, float), between(0, 10**18)
 STEPS, SCALE, PIXELS = between(1, 1000), between(0, 100, float), between(64, 4096)  # as in `check_sampling`
+
+
+def as_flags(settings):
+    """Settings, as a PNG carries them, as the arguments that give them."""
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is True:
+            yield flag
+        elif value is not None and value is not False:
+            yield from (f"{flag}={one}" for one in (value if isinstance(value, list) else [value]))
+
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}  # taken from a folder
+
+
+def find_images(name):
+    """The image files that a name stands for: itself, those of a folder, or those that match a pattern."""
+    if os.path.isdir(name):
+        found = [str(path) for path in sorted(Path(name).iterdir()) if path.suffix.lower() in SUFFIXES]
+    else:
+        found = [name] if os.path.exists(name) or not set(name) & set("*?[") else sorted(glob(name))
+    if not found:
+        raise UserError(f"there are no images in {name}")
+    return found
 
 
 def run_program(main):

@@ -149,26 +149,36 @@ def resize_and_crop(image, resolution):
     return ImageOps.fit(image, edit_size(*image.size, resolution), method=Image.Resampling.LANCZOS)
 
 
-def fit_mask(mask, images, resolution):
-    """A mask for images of one size, white where they may change -> "L", as large as they are edited.
+def fit_mask(mask, image, resolution):
+    """The mask of an image, white where it may change -> "L", as large as it is edited.
 
-    Raises UserError where the mask has another size than the images.
+    Raises UserError where the mask has another size than the image.
     """
-    for image in images:
-        if mask.size != image.size:
-            sizes = "{}x{}, the image {}x{}".format(*mask.size, *image.size)
-            raise UserError(f"the mask is {sizes}; it should be as large as the image")
+    if mask.size != image.size:
+        sizes = "{}x{}, the image {}x{}".format(*mask.size, *image.size)
+        raise UserError(f"the mask is {sizes}; it should be as large as the image")
     return resize_and_crop(mask.convert("L"), resolution)
 
 
-def put_back(edited, image):
-    """`image` at its own size, with what `resize_and_crop` made of it, now `edited`, in its place."""
+def put_back(edited, image, mask=None):
+    """`image` at its own size, with `edited` where `resize_and_crop` took it from, through the mask."""
     scale = min(image.width / edited.width, image.height / edited.height)
     size = round(edited.width * scale), round(edited.height * scale)
     place = (image.width - size[0]) // 2, (image.height - size[1]) // 2
     whole = image.copy()
     whole.paste(edited.resize(size, Image.Resampling.LANCZOS), place)
-    return whole
+    return Image.composite(whole, image, mask.convert("L")) if mask else whole
+
+
+def outside_dimmed(image, mask, resolution):
+    """An image as it is edited, darker where the mask is black: it shows what may change."""
+    image = resize_and_crop(image, resolution)
+    return Image.composite(image, image.point(lambda level: level // 3), resize_and_crop(mask.convert("L"), resolution))
+
+
+def thumbnail(image, side=256):
+    """An image in the middle of a white square."""
+    return ImageOps.pad(enlarge(image), (side, side), Image.Resampling.LANCZOS, "white")
 
 
 def to_tensor(image):

@@ -7,13 +7,15 @@ import os
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 # torch and the model are imported when the arguments are read, so that --help and mistakes are answered at once
-from cli import PIXELS, SCALE, SEED, STEPS, Parser, UserError, between, check_device, check_instruction, run_program
+import cli
+from cli import PIXELS, SCALE, SEED, STEPS, Parser, UserError, as_flags, between, find_images, run_program
 
-BUNDLED = Path(__file__).resolve().parent / "models" / "mini" / "editor"
 WORLD = 64  # pixels a side of the images that the bundled model was made for
+SHEET = "sheet.png"  # of several edits
 SWEEP_TEXT = (0.4, 0.7, 1, 1.5)  # times --cfg-text: the columns of Fig. 4
 SWEEP_IMAGE = (0.7, 1, 1.4)  # times --cfg-image: its rows
 
@@ -22,17 +24,19 @@ def make_parser():
     """The command line."""
     parser = Parser(
         prog="sample.py",
-        description="Edit an image by a written instruction (InstructPix2Pix).",
+        description="Edit images by written instructions (InstructPix2Pix).",
         epilog="The PNG that is written carries its settings; --again takes them from there.",
     )
     add = parser.add_argument
-    add("--image", metavar="FILE", help="the image to edit")
-    add("--instr", metavar="TEXT", help='what to change, such as "make it night"')
-    add("--out", type=Path, metavar="FILE.png", help="where to write the edited image (default: out.png)")
+    add("--image", nargs="+", metavar="FILE", help="the image to edit; or several, a folder, a pattern in quotes")
+    add("--instr", metavar="TEXT", help='what to change, such as "make it night"; or a text file with one a line')
+    add("--then", action="append", metavar="TEXT", help="another instruction, for the result; may be repeated")
+    add("--out", type=Path, metavar="FILE.png", help="where to write (default: out.png; for several edits: folder out)")
     add("--again", type=Path, metavar="FILE.png", help="repeat the edit that wrote this file; other options change it")
 
     add = parser.add_argument_group("the model").add_argument
-    add("--weights", metavar="PATH", help="a folder, a .safetensors file or a hub id (default: the bundled miniature)")
+    choice = "mini, ip2p, a folder, a .safetensors file or a hub id (default: mini for 64x64 scenes, else ip2p)"
+    add("--weights", metavar="PATH", help=choice)
     add("--tokenizer", metavar="DIR", help="for a single file (default: beside it, else from the hub's cache)")
     add("--vae", metavar="PATH", help="another autoencoder than the one that comes with the weights")
     add("--lora", metavar="FILE[:S]", help="a LoRA to merge into the weights, S times (default: 1)")
@@ -43,50 +47,102 @@ def make_parser():
     add("--steps", type=STEPS, metavar="N", help="denoising steps [100]")
     add("--cfg-text", type=SCALE, metavar="S_T", help="how strongly to follow the instruction [7.5]")
     add("--cfg-image", type=SCALE, metavar="S_I", help="how closely to keep to the image [1.5]")
+    add("--negative", default="", metavar="TEXT", help="what guidance leads away from (default: the empty text)")
     add("--resolution", type=PIXELS, metavar="R", help="pixels of the longer side, about [512]")
     add("--seed", type=SEED, default=0, metavar="S", help="of the noise (default: 0)")
     add("--num", type=between(1, 1000), default=1, metavar="N", help="N variants, seeds S, S+1, ..., and a sheet")
     add("--sweep", action="store_true", help="make a grid over both guidance scales, as in Fig. 4")
 
+    group = parser.add_argument_group("keeping the rest of the image")
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--mask", metavar="FILE", help="an image as large: white may change, black keeps its pixels")
+    add("--region", metavar="TEXT", help='a mask that is found: where "the hat" is; shown in a sheet')
+    add = group.add_argument
+    add("--full-size", action="store_true", help="put what is edited back into the original, at its size")
+    add("--sheet", action="store_true", help="input and result side by side, too, in out_sheet.png")
+
     add = parser.add_argument_group("the machine").add_argument
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
     add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="number format")
+    add("--batch-size", type=between(1), metavar="B", help="edits at once (default: 1 on a CPU, else 4)")
     add("--compile", action="store_true", help="compile the networks first: for many edits on a GPU")
     add("--low-memory", action="store_true", help="slower, in less memory")
     return parser
 
 
 def parse(arguments=None):
-    """The settings of an edit, with --again those of another one as defaults. Raises UserError before any loading."""
+    """The settings, with those of --again as defaults, and what to edit. Raises UserError before any loading.
+
+    Returns (options, jobs), as `make_jobs` gives them.
+    """
     parser = make_parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
     if options.again:
         from images import read_settings
 
-        again, settings = options.again, read_settings(options.again)
-        flags = {f"--{name.replace('_', '-')}": value for name, value in settings.items() if value is not None}
-        then = [flag if value is True else f"{flag}={value}" for flag, value in flags.items() if value is not False]
-        options = parser.parse_args([*then, *arguments])  # what is said now comes last and wins
+        again, settings = options.again, as_flags(read_settings(options.again))
+        options = parser.parse_args([*settings, *arguments])  # what is said now comes last and wins
         options.out = options.out or again.with_name(f"{again.stem}_again.png")
-    options.out = options.out or Path("out.png")
     if not options.image or options.instr is None:
         raise UserError('name the image to edit with --image, and what to change with --instr "make it night"')
-    check_instruction(options.instr)
-    if options.sweep and options.num > 1:
-        raise UserError("--num and --sweep cannot be used together")
-    if options.out.suffix.lower() != ".png" or options.out.is_dir():
-        raise UserError(f"the output {options.out} should be a file that ends in .png, where settings can be kept, too")
-    written = [path for path in (options.out, *variants(options).values()) if path.exists()]
-    if os.path.exists(options.image) and any(path.samefile(options.image) for path in written):
-        raise UserError(f"the output would overwrite the input {options.image}; choose another --out")
-    return options
+    if options.sweep and (options.num > 1 or options.then):
+        raise UserError("--sweep cannot be used together with --num or --then")
+    if options.full_size and not (options.mask or options.region):
+        raise UserError("--full-size needs --mask or --region, which say what to put back into the original")
+    jobs = make_jobs(options)
+    for image, texts, out in jobs:
+        for text in texts:
+            cli.check_instruction(text)
+        if out.suffix.lower() != ".png" or out.is_dir():
+            raise UserError(f"the output {out} should be a file that ends in .png, where settings can be kept, too")
+        written = [path for path in (out, *variants(out, options).values()) if path.exists()]
+        if os.path.exists(image) and any(path.samefile(image) for path in written):
+            raise UserError(f"the output would overwrite the input {image}; choose another --out")
+    return options, jobs
 
 
-def variants(options):
+def make_jobs(options):
+    """A list of (image, [instruction, what --then adds...], output), one an edit."""
+    images = [path for name in options.image for path in find_images(name)]
+    instructions = [options.instr]
+    if os.path.isfile(options.instr):
+        from formats.tables import read_rows, text_of
+
+        instructions = [text_of(row, [""]) for _, row in read_rows(options.instr)]
+    count = max(len(images), len(instructions))
+    if not {len(images), len(instructions)} <= {1, count}:
+        numbers = f"{len(images)} images and {len(instructions)} instructions"
+        raise UserError(f"{numbers} cannot be matched; give one of either, or as many of both")
+    if count == 1:
+        outputs = [options.out or Path("out.png")]
+    else:
+        folder, outputs = options.out or Path("out"), []
+        if folder.suffix or folder.is_file():
+            raise UserError(f"{count} edits are written to a folder, and {folder} is named like a file")
+        for index in range(count):
+            path = images[index % len(images)]
+            names = (f"{Path(path).stem}{number}.png" for number in ("", *(f"_{n}" for n in range(2, count + 2))))
+            outputs.append(next(folder / name for name in names if folder / name not in (*outputs, folder / SHEET)))
+    every = zip(images * (count // len(images)), instructions * (count // len(instructions)), outputs, strict=True)
+    return [(image, [text, *(options.then or ())], out) for image, text, out in every]
+
+
+def variants(out, options):
     """Where the variants of --num are written, by their seeds: out.png -> out_seed7.png."""
     seeds = range(options.seed, options.seed + options.num) if options.num > 1 else ()
-    return {seed: options.out.with_name(f"{options.out.stem}_seed{seed}.png") for seed in seeds}
+    return {seed: out.with_name(f"{out.stem}_seed{seed}.png") for seed in seeds}
+
+
+def choose_weights(jobs):
+    """The short name of the bundled model if all images are as large as its scenes, else that of the public weights."""
+    from images import open_image
+
+    for path, *_ in jobs:
+        with suppress(UserError):  # which is reported when it is this image's turn
+            if open_image(path).size != (WORLD, WORLD):
+                return "ip2p"
+    return "mini"
 
 
 def load_model(options):
@@ -98,60 +154,113 @@ def load_model(options):
 
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
-    check_device(options.device)
+    cli.check_device(options.device)
     if options.dtype == "auto":
         options.dtype = "float16" if options.device.startswith("cuda") else "float32"
     torch.backends.cudnn.deterministic = True  # so that --again gives the same pixels
-    weights, dtype = options.weights or BUNDLED, getattr(torch, options.dtype)
-    say(f"loading {weights}")
+    say(f"loading {options.weights}")
     parts = options.tokenizer, options.vae, options.lora, options.ema
-    model = InstructPix2Pix.load(weights, options.device, dtype, *parts)
+    model = InstructPix2Pix.load(options.weights, options.device, getattr(torch, options.dtype), *parts)
     if options.compile:
         # a CUDA graph leaves every result in the same place, and --low-memory collects several
         compile_model(model, mode=None if options.low_memory else "reduce-overhead")
         say(NOTICE)
     own = {"steps": model.sampling.steps, "resolution": model.sampling.resolution}
     own |= {"cfg_text": model.sampling.text_guidance, "cfg_image": model.sampling.image_guidance}
+    own |= {"batch_size": 1 if options.device == "cpu" else 4}  # in a batch, a CPU's last bits differ
     vars(options).update((name, value) for name, value in own.items() if getattr(options, name) is None)
     return model
 
 
-def edit(model, image, options, seed, cfg_text, cfg_image):
-    """One edit. Raises UserError if memory runs out."""
-    settings = cfg_text, cfg_image, options.steps, seed, options.resolution
-    try:
-        return model.edit(image, options.instr, *settings, low_memory=options.low_memory, progress=True)
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
-            raise UserError("there is not enough memory; try --low-memory, or a smaller --resolution") from error
-        raise
+class Edit:
+    """An image, its instructions, and what comes of them with all seeds or guidance scales that were asked for."""
 
+    def __init__(self, options, image, texts, out, model):
+        """Open the image and the mask. Raises UserError."""
+        from images import open_image, resize_and_crop
 
-def write_edits(model, image, before, options):
-    """One edit; or one for each of --num seeds, and a sheet of them; or a grid over both guidance scales (Fig. 4)."""
-    from images import enlarge, grid, save_png
+        self.options, self.path, self.texts, self.out = options, image, texts, out
+        self.whole = open_image(image)
+        self.before, self.mask = resize_and_crop(self.whole, options.resolution), None
+        if options.mask or options.region:
+            self.mask = open_image(options.mask) if options.mask else model.region(self.whole, options.region)
+        self.rows, self.columns = [options.cfg_image], [options.cfg_text]
+        if options.sweep:
+            self.rows = [min(100, options.cfg_image * factor) for factor in SWEEP_IMAGE]
+            self.columns = [min(100, options.cfg_text * factor) for factor in SWEEP_TEXT]
+        self.seeds = range(options.seed, options.seed + options.num)
+        self.settings = [(s_t, s_i, seed) for s_i in self.rows for s_t in self.columns for seed in self.seeds]
+        self.results = []  # for each of the settings, an image after each instruction
 
-    def write(image, path, **changed):
-        settings = {**vars(options), **changed}  # which repeat it
+    def write(self):
+        """Write the results, and sheets of them."""
+        from images import enlarge, grid
+
+        options, edited = self.options, [stages[-1] for stages in self.results]
+        result, shown = self.full_size(edited[0]), [enlarge(image) for image in (self.before, *edited)]
+        if options.sweep:
+            titles = [f"s_T = {s_t:g}" for s_t in self.columns], [f"s_I = {s_i:g}" for s_i in self.rows]
+            title = f"{self.texts[0]} (seed {options.seed}, {options.steps} steps)"
+            result = grid(shown[1:], len(self.columns), None, *titles, title, beside=("input", shown[0]))
+        elif options.num > 1:
+            for (seed, path), one in zip(variants(self.out, options).items(), edited, strict=True):
+                self.save(self.full_size(one), path, seed=seed, num=1)
+            labels = ["input", *(f"seed {seed}" for seed in self.seeds)]
+            result = grid(shown, min(4, len(shown)), labels, title=" - ".join(self.texts))
+        self.save(result, self.out)
+        if options.sheet or options.region:
+            panels, labels = self.panels()
+            self.save(grid(panels, len(panels), labels), self.out.with_name(f"{self.out.stem}_sheet.png"))
+
+    def panels(self):
+        """What a sheet shows of this edit, images and their labels: the input, the region, the result of each text."""
+        from images import enlarge, outside_dimmed
+
+        images, labels = [self.before], ["input"]
+        if self.mask:
+            region = outside_dimmed(self.whole, self.mask, self.options.resolution)
+            images, labels = [*images, region], [*labels, self.options.region or "mask"]
+        images, labels = [*images, *self.results[0]], [*labels, *self.texts]
+        return [enlarge(image) for image in images], labels
+
+    def full_size(self, edited):
+        """An edited image; with --full-size the whole image, with what was edited in its place."""
+        from images import put_back
+
+        return put_back(edited, self.whole, self.mask) if self.options.full_size else edited
+
+    def save(self, image, path, **changed):
+        """Write a PNG with the settings that repeat it, and print its path."""
+        from images import save_png
+
+        settings = {**vars(self.options), "image": self.path, "instr": self.texts[0], **changed}
         save_png(image, path, {name: value for name, value in settings.items() if name not in ("out", "again")})
         print(path)
 
-    rows, columns, seeds = [options.cfg_image], [options.cfg_text], variants(options) or {options.seed: options.out}
-    if options.sweep:
-        rows = [min(100, options.cfg_image * factor) for factor in SWEEP_IMAGE]
-        columns = [min(100, options.cfg_text * factor) for factor in SWEEP_TEXT]
-    edited = [edit(model, image, options, seed, s_t, s_i) for s_i in rows for s_t in columns for seed in seeds]
-    result, shown = edited[0], [enlarge(x) for x in (before, *edited)]
-    if options.sweep:
-        titles = [f"s_T = {s_t:g}" for s_t in columns], [f"s_I = {s_i:g}" for s_i in rows]
-        title = f"{options.instr} (seed {options.seed}, {options.steps} steps)"
-        result = grid(shown[1:], len(columns), None, *titles, title, beside=("input", shown[0]))
-    elif options.num > 1:
-        for (seed, path), one in zip(seeds.items(), edited, strict=True):
-            write(one, path, seed=seed, num=1)
-        labels = ["input", *(f"seed {seed}" for seed in seeds)]
-        result = grid(shown, min(4, len(shown)), labels, title=options.instr)
-    write(result, options.out)
+
+def run(model, edits, options):
+    """Sample for edits of images of one size, `options.batch_size` at once. Raises UserError if memory runs out."""
+    from images import fit_mask
+
+    runs = [(edit, *settings) for edit in edits for settings in edit.settings]
+    for start in range(0, len(runs), options.batch_size):
+        batch, *scales, seeds = map(list, zip(*runs[start : start + options.batch_size], strict=True))
+        images, masks, stages = [edit.whole for edit in batch], [edit.mask for edit in batch if edit.mask], []
+        more = {"negative": options.negative, "low_memory": options.low_memory, "progress": True}
+        for texts in zip(*(edit.texts for edit in batch), strict=True):
+            settings = *scales, options.steps, seeds, options.resolution
+            try:
+                images = model.edit(images, list(texts), *settings, mask=masks or None, **more)
+            except (RuntimeError, MemoryError) as error:
+                if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+                    advice = "try --low-memory, a smaller --resolution or --batch-size 1"
+                    raise UserError(f"there is not enough memory; {advice}") from error
+                raise
+            if not stages:  # the next edits are of images of this size
+                masks = [fit_mask(edit.mask, edit.whole, options.resolution) for edit in batch if edit.mask]
+            stages.append(images)
+        for edit, results in zip(batch, zip(*stages, strict=True), strict=True):
+            edit.results.append(results)
 
 
 def say(message):
@@ -161,21 +270,47 @@ def say(message):
 
 def main(arguments=None):
     """Read the settings, load the model, edit, write."""
-    options = parse(arguments)
+    options, jobs = parse(arguments)
 
-    from images import open_image, resize_and_crop
+    from images import grid, save_png, thumbnail
 
-    image = open_image(options.image)
-    if not options.weights and image.size != (WORLD, WORLD):
-        say("the bundled model knows only its own world; photographs need --weights timbrooks/instruct-pix2pix")
+    options.weights = options.weights or choose_weights(jobs)
     model = load_model(options)
-    if cut_off := model.tokenizer.cut_off(options.instr):
-        say(f'the instruction is too long; the model does not see its end: "{cut_off}"')
-    before = resize_and_crop(image, options.resolution)
-    say(f"editing at {before.width}x{before.height}, {options.steps} steps, on {options.device}")
-    start = time.monotonic()
-    write_edits(model, image, before, options)
+    start, failed, waiting, shown, labels = time.monotonic(), [], [], [], []
+
+    def finish_waiting():
+        run(model, waiting, options)
+        for edit in waiting:
+            edit.write()
+            images, names = edit.panels()
+            shown.extend(thumbnail(image) for image in images)
+            labels.extend([Path(edit.path).name, *names[1:]])
+        waiting.clear()
+
+    for image, texts, out in jobs:
+        try:
+            edit = Edit(options, image, texts, out, model)
+        except UserError as error:
+            if len(jobs) == 1:
+                raise
+            failed.append(image)
+            say(f"skipped: {error}")
+            continue
+        for cut_off in filter(None, map(model.tokenizer.cut_off, texts)):
+            say(f'the instruction is too long; the model does not see its end: "{cut_off}"')
+        if waiting and (edit.before.size != waiting[0].before.size or len(waiting) >= options.batch_size):
+            finish_waiting()
+        waiting.append(edit)
+        say(f"editing at {edit.before.width}x{edit.before.height}, {options.steps} steps, on {options.device}")
+    if waiting:
+        finish_waiting()
+    if len(jobs) > 1 and shown:
+        columns = len(shown) // (len(jobs) - len(failed))
+        save_png(grid(shown, columns, labels), jobs[0][2].with_name(SHEET))
+        print(jobs[0][2].with_name(SHEET))
     say(f"done in {time.monotonic() - start:.1f} s")
+    if failed:
+        sys.exit(f"sample.py: {len(failed)} of {len(jobs)} images were skipped: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def test_eq_1_equals_a_step_written_with_diffusers():
         ({"image_guidance": float("nan")}, "image guidance"),
         ({"resolution": 8}, "resolution"),
         ({"seed": []}, "seed"),
-        ({"text_guidance": [1, 2], "seed": [1, 2, 3]}, "2 values, one 3"),
+        ({"text_guidance": [1, 2], "seed": [1, 2, 3]}, "lists of one batch differ in length"),
         ({"steps": 2.5}, "steps should be a whole number between 1 and 1000, not 2.5"),
         ({"steps": "2"}, "steps should be a whole number"),
         ({"resolution": (64, 64)}, "resolution should be a whole number"),
@@ -201,13 +201,13 @@ def test_eq_1_equals_a_step_written_with_diffusers():
         ({"seed": None}, "seed"),
         ({"instruction": None}, "should be a text, not NoneType"),
         ({"instruction": ["a", 3]}, "should be a text, not int"),
-        ({"instruction": []}, "one has 0 values"),
-        ({"instruction": ["a", "b"], "seed": [1, 2, 3]}, "one has 2 values, one 3"),
+        ({"instruction": []}, "are empty: 0"),
+        ({"instruction": ["a", "b"], "seed": [1, 2, 3]}, "differ in length"),
         ({"image": None}, "should be one of PIL's, a file's path, or an array"),
-        ({"image": [image_of()] * 2}, "should be one of PIL's, a file's path, or an array"),
         ({"image": np.zeros((64, 64, 3))}, "should be one of PIL's, a file's path, or an array"),
         ({"image": np.zeros((4, 64, 3), np.uint8)}, "at least 8 pixels"),
         ({"image": "no/such.png"}, "no/such.png cannot be read"),
+        ({"mask": image_of(64, 64)}, "the mask is 64x64, the image 192x128"),
     ],
 )
 def test_settings_out_of_range(model, settings, message):
@@ -226,6 +226,65 @@ def test_images_and_instructions_of_other_types(model, tmp_path):
         edited = model.edit(image, [INSTRUCTION, "add a boat"], steps=2, seed=seeds)
         assert difference(edited[0], expected) <= 1
         assert difference(edited[1], model.edit(image, "add a boat", steps=2, seed=3)) <= 1
+
+
+def test_a_batch_of_images_equals_them_one_by_one(model):
+    images, texts = [image_of(), image_of(seed=1)], [INSTRUCTION, "make it winter"]
+    together = model.edit(images, texts, seed=[3, 4])
+    for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+        assert difference(together[number], model.edit(image, text, seed=3 + number)) <= 1
+    with pytest.raises(UserError, match="edited at one size"):
+        model.edit([image_of(), image_of(128, 128)], INSTRUCTION)
+
+
+def test_outside_a_mask_nothing_changes(model):
+    image, mask = image_of(128, 128), Image.new("L", (128, 128))
+    mask.paste(255, (40, 40, 90, 90))
+    edited, black = np.array(model.edit(image, INSTRUCTION, mask=mask)), np.array(mask) == 0
+    assert np.array_equal(edited[black], np.array(image)[black])
+    assert abs(edited.astype(int) - np.array(image))[~black].mean() > 20
+    everywhere = Image.new("L", (128, 128), 255)
+    assert difference(model.edit(image, INSTRUCTION, mask=everywhere), model.edit(image, INSTRUCTION)) <= 1
+    # inside, too, the sampler has seen the input outside the mask
+    assert difference(edited[45:85, 45:85], np.array(model.edit(image, INSTRUCTION))[45:85, 45:85]) > 20
+
+
+def test_the_guess_outside_a_mask_is_the_input(model):
+    latent, mask, guesses = torch.randn(1, 4, 8, 8), torch.zeros(1, 1, 8, 8), []
+    mask[..., :4] = 1
+    text = model.encode_text([INSTRUCTION])
+
+    def callback(step, sigma, denoised):
+        guesses.append(denoised)
+
+    model.sample(text, latent, [0], 7.5, 1.5, 3, mask=mask, callback=callback)
+    for guess in guesses:
+        assert torch.equal(guess[..., 4:], (latent * model.vae.config.scaling)[..., 4:])
+        assert (guess - latent * model.vae.config.scaling)[..., :4].abs().min() > 0
+
+
+def test_a_negative_text_takes_the_place_of_the_empty_one(model):
+    image = image_of(128, 128)
+    usual, negative = model.edit(image, INSTRUCTION), model.edit(image, INSTRUCTION, negative="the ship of the fog")
+    assert difference(usual, negative) > 20
+    assert difference(model.edit(image, INSTRUCTION, negative=""), usual) == 0
+    # guidance by 1 and 1 is the full prediction alone, whatever is empty
+    alike = [model.edit(image, INSTRUCTION, 1, 1, negative=text) for text in ("", "the ship of the fog")]
+    assert difference(*alike) <= 1
+
+
+def test_a_region_is_where_removing_the_words_changes_the_prediction(model, monkeypatch):
+    def predict_eps(z, t, text, *others):
+        eps = torch.zeros_like(z[:, :4])
+        if torch.equal(text[0], model.encode_text(["remove the hat"])[0]):
+            eps[0, :, : z.shape[2] // 2, : z.shape[3] // 6] = 1.0
+        return eps
+
+    monkeypatch.setattr(model, "predict_eps", predict_eps)
+    region = np.array(model.region(image_of(), "the hat"))
+    assert region.shape == (128, 192)
+    assert (region[:56, :28] == 255).all()
+    assert (region[:, 96:] == 0).all()
 
 
 @pytest.mark.gpu

@@ -13,6 +13,8 @@ import sys
 import threading
 from functools import partial
 
+from cli import UserError
+
 import numpy as np
 import pytest
 import torch
@@ -379,9 +381,9 @@ def test_one_edit(edit, photo, model_folder, tmp_path):
     note = read_settings(out)
     expected = {"image": str(photo), "instr": "make it night", "weights": str(model_folder), "tokenizer": None}
     expected |= {"steps": 3, "cfg_text": 5.0, "cfg_image": 1.5, "resolution": 64, "seed": 3, "num": 1, "sweep": False}
-    expected |= {"vae": None, "lora": None, "ema": None}
+    expected |= {"vae": None, "lora": None, "ema": None, "then": None, "negative": "", "mask": None, "region": None}
     expected |= {"device": note["device"], "dtype": note["dtype"], "compile": False, "low_memory": False}
-    assert note == expected
+    assert note == {**expected, "full_size": False, "sheet": False, "batch_size": 1}
     model = InstructPix2Pix.load(model_folder)
     assert np.array_equal(pixels(out), model.edit(open_image(photo), "make it night", 5.0, 1.5, 3, seed=3))
     assert list((tmp_path / "out").iterdir()) == [out]
@@ -434,6 +436,102 @@ def test_sweep(edit, tmp_path):
     assert sheet.shape[1] > (1 + len(sample.SWEEP_TEXT)) * width
     assert sheet.shape[0] > len(sample.SWEEP_IMAGE) * height
     assert [note[key] for key in ("sweep", "steps", "cfg_image", "resolution")] == [True, 2, 1.5, 64]  # the model's own
+
+
+# ---- the rest of the image ----
+
+
+def test_full_size_puts_the_edit_back_through_the_mask(edit, refused, photo, tmp_path):
+    mask = Image.new("L", (60, 50))
+    mask.paste(255, (0, 0, 30, 50))
+    mask.save(tmp_path / "mask.png")
+    assert edit("--full-size", mask=tmp_path / "mask.png").code == 0
+    result, whole = pixels(tmp_path / "out" / "x.png"), pixels(photo)
+    assert np.array_equal(result[:, 30:], whole[:, 30:])
+    assert abs(result.astype(int) - whole)[:, :30].mean() > 10
+    mask.resize((30, 25)).save(tmp_path / "small.png")
+    refused("the mask is 30x25, the image 60x50", mask=tmp_path / "small.png")
+    refused("--full-size needs --mask or --region", "--full-size")
+    refused("not allowed with argument", mask=tmp_path / "mask.png", region="the hat")
+
+
+def test_a_region_is_shown_in_a_sheet(edit, tmp_path):
+    out = tmp_path / "out"
+    assert edit(region="the hat").out == [str(out / "x.png"), str(out / "x_sheet.png")]
+    width, height = edit_size(60, 50, 64)
+    assert pixels(out / "x_sheet.png").shape[1] > 3 * width
+    assert edit("--sheet").out == [str(out / "x.png"), str(out / "x_sheet.png")]
+
+
+def test_then_edits_the_result(edit, run_sample, model_folder, tmp_path):
+    out = tmp_path / "out"
+    assert edit("--then=the thing", "--then=the sea").code == 0
+    model, image = InstructPix2Pix.load(model_folder), open_image(tmp_path / "in" / "photo.png")
+    for text in ("make it night", "the thing", "the sea"):
+        image = model.edit(image, text, steps=2)
+    assert np.array_equal(pixels(out / "x.png"), image)
+    assert run_sample("--again", out / "x.png").code == 0
+    assert np.array_equal(pixels(out / "x_again.png"), image)
+
+
+# ---- many images ----
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder with 7 images of 2 sizes in 3 formats, and a broken one."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(7):
+        ending = ("png", "JPG", "webp")[number % 3]
+        colourful(60, (50, 30)[number // 4], seed=number).save(folder / f"{number}.{ending}", quality=95)
+    (folder / "3b.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no image either")
+    return folder
+
+
+def test_many_images_equal_single_edits(run_sample, photos, model_folder, tmp_path, monkeypatch):
+    """And a broken one is skipped."""
+    loaded, load = [], InstructPix2Pix.load
+    monkeypatch.setattr(InstructPix2Pix, "load", lambda *arguments: loaded.append(1) or load(*arguments))
+    settings = "--instr", "make it night", "--weights", model_folder, "--steps", 2
+    result = run_sample("--image", photos, *settings, "--out", tmp_path / "many")
+    assert result.code == f"sample.py: 1 of 8 images were skipped: {photos / '3b.png'}"  # exit code 1
+    assert loaded == [1]
+    names = [*(f"{number}.png" for number in range(7)), "sheet.png"]
+    assert result.out == [str(tmp_path / "many" / name) for name in names]
+    for path in sorted(photos.glob("[0-9].*")):
+        assert run_sample("--image", path, *settings, "--out", tmp_path / "one.png").code == 0
+        assert np.array_equal(pixels(tmp_path / "many" / f"{path.stem}.png"), pixels(tmp_path / "one.png"))
+        assert read_settings(tmp_path / "many" / f"{path.stem}.png") == read_settings(tmp_path / "one.png")
+
+
+def test_images_and_instructions_are_matched(run_sample, photos, model_folder, tmp_path):
+    (tmp_path / "texts.txt").write_text("\ufeffmake it night\r\n\r\nthe thing\r\n", encoding="utf-8")
+    settings = "--instr", tmp_path / "texts.txt", "--weights", model_folder, "--steps", 1, "--out", tmp_path / "out"
+    assert run_sample("--image", photos / "0.png", *settings).code == 0
+    notes = [read_settings(tmp_path / "out" / name) for name in ("0.png", "0_2.png")]
+    assert [note["instr"] for note in notes] == ["make it night", "the thing"]
+    assert run_sample("--image", photos / "[03].png", *settings, "--batch-size", 2).code == 0
+    notes = [read_settings(tmp_path / "out" / name) for name in ("0.png", "3.png")]
+    assert [note["instr"] for note in notes] == ["make it night", "the thing"]
+    check_refusal(run_sample("--image", photos / "[036].png", *settings), "3 images and 2 instructions")
+    check_refusal(run_sample("--image", photos / "x*.png", *settings), "there are no images in")
+    check_refusal(run_sample("--image", photos, *settings, "--out", tmp_path / "x.png", "--instr", "a"), "named like a")
+
+
+def test_the_model_fits_the_images(run_sample, photo, tmp_path, monkeypatch):
+    colourful(64, 64).save(tmp_path / "scene.png")
+    named = []
+
+    def load(path, *arguments):
+        named.append(path)
+        raise UserError("not loaded")
+
+    monkeypatch.setattr(InstructPix2Pix, "load", load)
+    for images in ([tmp_path / "scene.png"], [photo], [tmp_path / "scene.png", photo]):
+        check_refusal(run_sample("--image", *images, "--instr", "make it night"), "not loaded")
+    assert named == ["mini", "ip2p", "ip2p"]
 
 
 # ---- --again ----
