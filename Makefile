@@ -12,9 +12,9 @@ RUN = .venv/bin/python
 demo: .venv/installed
 	$(RUN) examples/demo.py
 	@echo "runs/demo.png is there: a scene and seven edits of it. An edit of your own:"
-	@echo '  $(RUN) sample.py --image examples/scene.png --instr "make it night"'
+	@echo '  $(RUN) sample.py --image examples/scene.png --instr "make it night" --weights mini'
 	@echo "For edits of photographs, with the public weights (about 4 GB, fetched once):"
-	@echo '  $(RUN) sample.py --image x.png --instr "make it night" --weights timbrooks/instruct-pix2pix'
+	@echo '  $(RUN) sample.py --image x.png --instr "make it night"'
 
 test: .venv/installed-dev
 	$(RUN) -m ruff check .

@@ -7,6 +7,7 @@ import json
 import math
 import numbers
 import os
+import re
 import shutil
 import sys
 from contextlib import contextmanager, suppress
@@ -71,6 +72,16 @@ def find_images(name):
     return found
 
 
+def name_outputs(folder, paths, *taken):
+    """A PNG in a folder for each of some files; those of equal names are numbered, and no name is `taken`."""
+    names = []
+    for path in paths:
+        numbers = ("", *(f"_{number}" for number in range(2, len(paths) + 2)))
+        own = (f"{Path(path).stem}{number}.png" for number in numbers)
+        names.append(next(name for name in own if name not in (*taken, *names)))
+    return [Path(folder) / name for name in names]
+
+
 def run_program(main):
     """Call `main()`; a mistake or what the system refuses ends in one line and exit code 2, Ctrl-C in a quiet 130."""
     name = Path(sys.argv[0]).name
@@ -104,6 +115,17 @@ def reported_as(sentence, kinds=Exception):
     except kinds as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{sentence}: {reason}") from error
+
+
+@contextmanager
+def memory_reported(advice):
+    """Turn the exceptions that mean that memory ran out into a UserError with this advice."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
+            raise UserError(f"there is not enough memory; {advice}") from error
+        raise
 
 
 @contextmanager

@@ -170,10 +170,9 @@ def put_back(edited, image, mask=None):
     return Image.composite(whole, image, mask.convert("L")) if mask else whole
 
 
-def outside_dimmed(image, mask, resolution):
-    """An image as it is edited, darker where the mask is black: it shows what may change."""
-    image = resize_and_crop(image, resolution)
-    return Image.composite(image, image.point(lambda level: level // 3), resize_and_crop(mask.convert("L"), resolution))
+def outside_dimmed(image, mask):
+    """An image, darker where its mask "L" is black: it shows what may change."""
+    return Image.composite(image, image.point(lambda level: level // 3), mask)
 
 
 def thumbnail(image, side=256):

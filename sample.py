@@ -1,10 +1,9 @@
 """Edit an image by a written instruction (Sec. 3.2).
 
-    python sample.py --image x.png --instr "make it night" --weights timbrooks/instruct-pix2pix
+    python sample.py --image x.png --instr "make it night"
 """
 
 import os
-import re
 import sys
 import time
 from contextlib import suppress
@@ -14,8 +13,7 @@ from pathlib import Path
 import cli
 from cli import PIXELS, SCALE, SEED, STEPS, Parser, UserError, as_flags, between, find_images, run_program
 
-WORLD = 64  # pixels a side of the images that the bundled model was made for
-SHEET = "sheet.png"  # of several edits
+WORLD, SHEET = 64, "sheet.png"  # pixels a side of the bundled model's images; the sheet of several edits
 SWEEP_TEXT = (0.4, 0.7, 1, 1.5)  # times --cfg-text: the columns of Fig. 4
 SWEEP_IMAGE = (0.7, 1, 1.4)  # times --cfg-image: its rows
 
@@ -71,10 +69,7 @@ def make_parser():
 
 
 def parse(arguments=None):
-    """The settings, with those of --again as defaults, and what to edit. Raises UserError before any loading.
-
-    Returns (options, jobs), as `make_jobs` gives them.
-    """
+    """The settings, with those of --again as defaults, and what `make_jobs` makes of them. Raises UserError."""
     parser = make_parser()
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser.parse_args(arguments)
@@ -117,13 +112,10 @@ def make_jobs(options):
     if count == 1:
         outputs = [options.out or Path("out.png")]
     else:
-        folder, outputs = options.out or Path("out"), []
+        folder = options.out or Path("out")
         if folder.suffix or folder.is_file():
             raise UserError(f"{count} edits are written to a folder, and {folder} is named like a file")
-        for index in range(count):
-            path = images[index % len(images)]
-            names = (f"{Path(path).stem}{number}.png" for number in ("", *(f"_{n}" for n in range(2, count + 2))))
-            outputs.append(next(folder / name for name in names if folder / name not in (*outputs, folder / SHEET)))
+        outputs = cli.name_outputs(folder, images * (count // len(images)), SHEET)
     every = zip(images * (count // len(images)), instructions * (count // len(instructions)), outputs, strict=True)
     return [(image, [text, *(options.then or ())], out) for image, text, out in every]
 
@@ -177,13 +169,14 @@ class Edit:
 
     def __init__(self, options, image, texts, out, model):
         """Open the image and the mask. Raises UserError."""
-        from images import open_image, resize_and_crop
+        from images import fit_mask, open_image, resize_and_crop
 
         self.options, self.path, self.texts, self.out = options, image, texts, out
         self.whole = open_image(image)
         self.before, self.mask = resize_and_crop(self.whole, options.resolution), None
         if options.mask or options.region:
             self.mask = open_image(options.mask) if options.mask else model.region(self.whole, options.region)
+            self.small_mask = fit_mask(self.mask, self.whole, options.resolution)
         self.rows, self.columns = [options.cfg_image], [options.cfg_text]
         if options.sweep:
             self.rows = [min(100, options.cfg_image * factor) for factor in SWEEP_IMAGE]
@@ -218,10 +211,9 @@ class Edit:
 
         images, labels = [self.before], ["input"]
         if self.mask:
-            region = outside_dimmed(self.whole, self.mask, self.options.resolution)
-            images, labels = [*images, region], [*labels, self.options.region or "mask"]
-        images, labels = [*images, *self.results[0]], [*labels, *self.texts]
-        return [enlarge(image) for image in images], labels
+            images.append(outside_dimmed(self.before, self.small_mask))
+            labels.append(self.options.region or "mask")
+        return [enlarge(image) for image in (*images, *self.results[0])], [*labels, *self.texts]
 
     def full_size(self, edited):
         """An edited image; with --full-size the whole image, with what was edited in its place."""
@@ -240,8 +232,6 @@ class Edit:
 
 def run(model, edits, options):
     """Sample for edits of images of one size, `options.batch_size` at once. Raises UserError if memory runs out."""
-    from images import fit_mask
-
     runs = [(edit, *settings) for edit in edits for settings in edit.settings]
     for start in range(0, len(runs), options.batch_size):
         batch, *scales, seeds = map(list, zip(*runs[start : start + options.batch_size], strict=True))
@@ -249,15 +239,9 @@ def run(model, edits, options):
         more = {"negative": options.negative, "low_memory": options.low_memory, "progress": True}
         for texts in zip(*(edit.texts for edit in batch), strict=True):
             settings = *scales, options.steps, seeds, options.resolution
-            try:
+            with cli.memory_reported("try --low-memory, a smaller --resolution or --batch-size 1"):
                 images = model.edit(images, list(texts), *settings, mask=masks or None, **more)
-            except (RuntimeError, MemoryError) as error:
-                if isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):
-                    advice = "try --low-memory, a smaller --resolution or --batch-size 1"
-                    raise UserError(f"there is not enough memory; {advice}") from error
-                raise
-            if not stages:  # the next edits are of images of this size
-                masks = [fit_mask(edit.mask, edit.whole, options.resolution) for edit in batch if edit.mask]
+            masks = [edit.small_mask for edit in batch if edit.mask]  # as large as these images
             stages.append(images)
         for edit, results in zip(batch, zip(*stages, strict=True), strict=True):
             edit.results.append(results)
@@ -271,7 +255,6 @@ def say(message):
 def main(arguments=None):
     """Read the settings, load the model, edit, write."""
     options, jobs = parse(arguments)
-
     from images import grid, save_png, thumbnail
 
     options.weights = options.weights or choose_weights(jobs)
@@ -302,8 +285,7 @@ def main(arguments=None):
             finish_waiting()
         waiting.append(edit)
         say(f"editing at {edit.before.width}x{edit.before.height}, {options.steps} steps, on {options.device}")
-    if waiting:
-        finish_waiting()
+    finish_waiting()
     if len(jobs) > 1 and shown:
         columns = len(shown) // (len(jobs) - len(failed))
         save_png(grid(shown, columns, labels), jobs[0][2].with_name(SHEET))

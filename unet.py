@@ -191,7 +191,8 @@ class Transformer(nn.Module):
         h = h + self.self_attention(own, own, attend, Layer(self.index, self.place, False, size))
         h = h + self.cross_attention(self.norm2(h), context, attend, Layer(self.index, self.place, True, size))
         h = h + self.feed_forward(self.norm3(h))
-        h = h.transpose(1, 2).unflatten(2, size)  # [B, C, H, W]
+        # [B, C, H, W]; contiguous: else on a GPU proj_out's gradient has strides that DistributedDataParallel warns of
+        h = h.transpose(1, 2).unflatten(2, size).contiguous()
         return x + self.proj_out(h)
 
 

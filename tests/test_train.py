@@ -299,7 +299,7 @@ def test_a_run_says_what_it_will_do(data, init, tmp_path, program):
     assert (code, printed[0]) == (0, f"loading {init}")
     text = " ".join(printed)
     assert all(f"{name} {value}" in re.sub(" +", " ", text) for name, value in (("lr", 0.001), ("eval-every", 100)))
-    assert "GPU memory: 12gb takes 6 GB for Stable Diffusion 1.5 at 256x256; this run is on cpu" in printed
+    assert "GPU memory: 12gb takes 6 GB for Stable Diffusion 1.5 at 256x256; this run is on cpu, see --device" in text
     state = newest_state(tmp_path / "run")
     size, millions = re.search(r"disk: (\S+) GB a state \((\S+) million trained weights\), the newest 2", text).groups()
     assert float(millions) == round(sum(weight.numel() for weight in state["weights"].values()) / 1e6, 1)

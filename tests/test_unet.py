@@ -44,6 +44,18 @@ def test_small_networks_agree_with_diffusers(name, size):
     assert relative_error(unet(z, TIMES, context), theirs) <= 1e-5
 
 
+def test_convolutions_see_contiguous_images():
+    """On a GPU the gradient of a 1x1 convolution has its input's strides; another layout is copied and warned of."""
+    unet, seen = UNet(SMALL["two levels"]), []
+    for layer in unet.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(lambda layer, inputs, output: seen.append(inputs[0].is_contiguous()))
+    z, context = inputs(unet.config, 8, 8)
+    unet(z, TIMES, context)
+    assert len(seen) > 10
+    assert all(seen)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [STABLE_DIFFUSION, INSTRUCT_PIX2PIX], ids=["4 channels", "8 channels"])
 @torch.no_grad()

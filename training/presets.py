@@ -156,13 +156,15 @@ def outlook(options, trained):
     """What a run with so many trained weights will do and take, in a few lines. Its folder should be there."""
     lines, device = [paragraph("settings", vars(options))], torch.device(own_device(options.device))
     if needed := GPU_MEMORY.get(options.preset):
-        here = f"this run is on {device}"
+        here = f"this run is on {device}, see --device"
         if device.type == "cuda":
-            here = f"{device} has {torch.cuda.get_device_properties(device).total_memory / 1e9:.0f} GB"
+            memory = torch.cuda.get_device_properties(device).total_memory / 1e9
+            here = f"{device} has {memory:.0f} GB, {'enough' if memory > needed else 'too little'}"
         lines.append(f"GPU memory: {options.preset} takes {needed} GB for Stable Diffusion 1.5 at 256x256; {here}")
     state, free = 16 * trained / 1e9, shutil.disk_usage(options.out).free / 1e9  # weight, average, AdamW's two moments
     states = f"{state:.2g} GB a state ({trained / 1e6:.1f} million trained weights), the newest {options.keep} are kept"
-    lines.append(f"disk: {states}; {free:.0f} GB are free; the model at the end is in half precision")
+    enough = "enough" if free > (options.keep + 1) * state else "too little"
+    lines.append(f"disk: {states}; {free:.0f} GB are free, {enough}; the model at the end is in half precision")
     return "\n".join(lines)
 
 
