@@ -204,7 +204,8 @@ def sample_pairs(
 def figure(options):
     """A sheet: the source's image, and the target's with other noise, with the same noise, and with rising p."""
     print(f"loading {options.weights}", file=sys.stderr)
-    parts = checkpoint.load(options.weights, options.device, getattr(torch, options.dtype), vae=options.vae)
+    dtype = getattr(torch, options.dtype)
+    parts = checkpoint.load(options.weights, options.device, dtype, vae=options.vae, kind="sd")
     model, resolution = StableDiffusion(parts), options.resolution or parts.sampling.resolution
     model.vae.float()  # a small part of the work, and bfloat16 has fewer levels than an image
     if resolution % parts.side_multiple:
