@@ -183,7 +183,8 @@ def one_each(value, count):
     """A value -> a list of `count` of it; a list of `count` values -> itself. Raises UserError for another length."""
     values = list(value) if isinstance(value, LISTS) else [value] * count
     if len(values) != count or not values:
-        raise UserError(f"the lists of one batch differ in length, or are empty: {len(values)} and {count}")
+        wanted = "lists of images, instructions, seeds and guidance scales should be equally long, and not empty"
+        raise UserError(f"{wanted}: one has {len(values)}, another {count}")
     return values
 
 

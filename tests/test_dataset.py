@@ -415,7 +415,7 @@ def test_killed_twenty_times_it_ends_in_the_same_files(tmp_path, capfd):
     dataset.main(arguments)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert not list(tmp_path.glob("out/.*"))
-    assert len(done) > 4
+    assert len(done) > 1  # it was stopped between its rows, too
 
 
 def test_check_says_what_is_there(root, program):
