@@ -1,6 +1,7 @@
 """The bundled miniature: it draws and edits as told, diffusers opens it, and the whole chain can be made again."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -73,14 +74,16 @@ def test_diffusers_opens_the_bundled_editor_and_edits_alike(editor):
         assert np.abs(ours - theirs).max() <= 1
 
 
-def test_other_images_are_accepted_with_a_note(tmp_path):
-    """Of any size and kind: resized, and the user is told what the bundled model knows, and what to do."""
+def test_a_photograph_is_given_to_the_public_weights_and_never_to_this_world(tmp_path):
+    """Where the hub cannot be reached, one line says what to do; with --weights mini it is edited, resized."""
     photo, out = tmp_path / "photo.jpg", tmp_path / "out.png"
     Image.effect_noise((300, 170), 80).save(photo)
     command = [sys.executable, ROOT / "sample.py", "--image", photo, "--instr", "make it night", "--out", out]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    assert "knows only its own world" in done.stderr
-    assert "--weights timbrooks/instruct-pix2pix" in done.stderr
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, out.exists()) == (2, False)
+    assert "--weights mini" in done.stderr.splitlines()[-1]
+    subprocess.run([*command, "--weights", "mini"], env=environment, check=True, capture_output=True)
     with Image.open(out) as edited:
         assert edited.size == (64, 64)
 

@@ -157,8 +157,8 @@ def test_a_stage_that_was_stopped_in_its_last_moments(trained, program, tmp_path
     (folder / stage / "results.json").unlink()
     code, out, errors = program(stage, "--out", folder, *TOY)
     assert (code, errors) == (0, [])
-    assert len(out) == 1
-    assert out[0].startswith(f"{stage}: ")
+    assert out[0].startswith(str(folder / stage))
+    assert out[1].startswith(f"{stage}: ")
     assert results_of(folder, stage) == pytest.approx(results_of(trained, stage))
 
 
