@@ -32,7 +32,8 @@ LARGEST_ASPECT = 8
 def open_image(path):
     """An image file as an upright RGB image: EXIF orientation applied, transparency over white, first frame.
 
-    path: of the file, or its bytes as a BytesIO. Grey, palette, 16-bit and CMYK images are converted. Raises UserError for what cannot be read or edited.
+    path: of the file, or its bytes as a BytesIO. Grey, palette, 16-bit and CMYK images are converted. Raises
+    UserError for what cannot be read or edited.
     """
     with reported_as(f"{path} cannot be read as an image"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # doubts about damaged metadata; a damaged image raises
