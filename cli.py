@@ -58,7 +58,7 @@ def as_flags(settings):
             yield from (f"{flag}={one}" for one in (value if isinstance(value, list) else [value]))
 
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}  # taken from a folder
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm"}  # of images
 
 
 def find_images(name):

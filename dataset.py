@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 from formats.configs import Config
 from formats.pairs import read_pairs
-from images import enlarge, grid, open_image, save_png, to_jpeg, to_tensor
+from images import grid, open_image, save_png, thumbnail, to_jpeg, to_tensor
 
 SPLITS = {"train": (0.0, 0.9), "val": (0.9, 0.9 + 0.05), "test": (0.9 + 0.05, 1.0), "all": (0.0, 1.0)}
 TOLERATED = 3, 0.01  # so many pairs, or this fraction of all, may be missing or damaged
-SAMPLES, SIDE = 10, 256  # on the sheet of `check`, and pixels a side
+SAMPLES = 10  # on the sheet of `check`
 # two PIL images, and their line of metadata.jsonl, a dict: seed, p2p_threshold, cfg_scale, clip_sim_*
 Pair = namedtuple("Pair", ["before", "after", "metadata"])
 
@@ -303,7 +303,7 @@ def check(options):
     print(f"duplicates: {seen.total() - len(seen)} pairs repeat an earlier one; in {unchanged} both images are equal")
     print(f"longest instruction, {len(longest.split())} words (CLIP reads 75 tokens, about 55 words): {longest}")
     if samples:
-        images = [ImageOps.pad(enlarge(image, SIDE), (SIDE, SIDE), color="white") for image, _ in samples]
+        images = [thumbnail(image) for image, _ in samples]
         save_png(grid(images, 4, [label for _, label in samples]), out := options.out or root / "check.png")
         print(f"{out}: {len(samples) // 2} samples")
 

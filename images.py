@@ -178,7 +178,7 @@ def outside_dimmed(image, mask):
 
 def thumbnail(image, side=256):
     """An image in the middle of a white square."""
-    return ImageOps.pad(enlarge(image), (side, side), Image.Resampling.LANCZOS, "white")
+    return ImageOps.pad(enlarge(image, side), (side, side), Image.Resampling.LANCZOS, "white")
 
 
 def to_tensor(image):

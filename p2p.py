@@ -218,7 +218,11 @@ def figure(options):
     with tqdm(total=total, desc="sampling", unit="step", leave=False) as bar:
 
         def sampler(denoise, *others):
-            return euler_ancestral(lambda x, sigma: (bar.update(), denoise(x, sigma))[1], *others)
+            def counted(x, sigma):
+                bar.update()
+                return denoise(x, sigma)
+
+            return euler_ancestral(counted, *others)
 
         for seed in seeds:
             rows = [sample_row(model, options, seed, p, resolution, steps, guidance, sampler) for p in groups]

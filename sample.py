@@ -55,9 +55,8 @@ def make_parser():
     add = group.add_mutually_exclusive_group().add_argument
     add("--mask", metavar="FILE", help="an image as large: white may change, black keeps its pixels")
     add("--region", metavar="TEXT", help='a mask that is found: where "the hat" is; shown in a sheet')
-    add = group.add_argument
-    add("--full-size", action="store_true", help="put what is edited back into the original, at its size")
-    add("--sheet", action="store_true", help="input and result side by side, too, in out_sheet.png")
+    group.add_argument("--full-size", action="store_true", help="put the edit back into the original, at its size")
+    group.add_argument("--sheet", action="store_true", help="input and result side by side, too, in out_sheet.png")
 
     add = parser.add_argument_group("the machine").add_argument
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
@@ -76,9 +75,9 @@ def parse(arguments=None):
     if options.again:
         from images import read_settings
 
-        again, settings = options.again, as_flags(read_settings(options.again))
-        options = parser.parse_args([*settings, *arguments])  # what is said now comes last and wins
-        options.out = options.out or again.with_name(f"{again.stem}_again.png")
+        settings = read_settings(options.again)
+        options = parser.parse_args([*as_flags(settings), *arguments])  # what is said now comes last and wins
+        options.out = options.out or options.again.with_name(f"{options.again.stem}_again.png")
     if not options.image or options.instr is None:
         raise UserError('name the image to edit with --image, and what to change with --instr "make it night"')
     if options.sweep and (options.num > 1 or options.then):
@@ -107,13 +106,13 @@ def make_jobs(options):
         instructions = [text_of(row, [""]) for _, row in read_rows(options.instr)]
     count = max(len(images), len(instructions))
     if not {len(images), len(instructions)} <= {1, count}:
-        numbers = f"{len(images)} images and {len(instructions)} instructions"
-        raise UserError(f"{numbers} cannot be matched; give one of either, or as many of both")
+        found = f"there are {len(images)} images and {len(instructions)} instructions"
+        raise UserError(f"{found}; give one of either, or as many of both")
     if count == 1:
         outputs = [options.out or Path("out.png")]
     else:
         folder = options.out or Path("out")
-        if folder.suffix or folder.is_file():
+        if folder.suffix.lower() == ".png" or folder.is_file():
             raise UserError(f"{count} edits are written to a folder, and {folder} is named like a file")
         outputs = cli.name_outputs(folder, images * (count // len(images)), SHEET)
     every = zip(images * (count // len(images)), instructions * (count // len(instructions)), outputs, strict=True)
@@ -126,15 +125,22 @@ def variants(out, options):
     return {seed: out.with_name(f"{out.stem}_seed{seed}.png") for seed in seeds}
 
 
-def choose_weights(jobs):
-    """The short name of the bundled model if all images are as large as its scenes, else that of the public weights."""
-    from images import open_image
+def choose_weights(options, jobs):
+    """The weights that were named; else mini if all images are as large as its scenes; else ip2p.
 
+    Raises UserError for a mask, or an image that is alone, that cannot be used: before a model is loaded.
+    """
+    from images import fit_mask, open_image
+
+    mask = open_image(options.mask) if options.mask else None
     for path, *_ in jobs:
-        with suppress(UserError):  # which is reported when it is this image's turn
-            if open_image(path).size != (WORLD, WORLD):
-                return "ip2p"
-    return "mini"
+        with suppress(*[UserError] * (len(jobs) > 1)):  # one of many is reported when it is its turn
+            image = open_image(path)
+            if mask:
+                fit_mask(mask, image, WORLD)
+            if image.size != (WORLD, WORLD):
+                return options.weights or "ip2p"
+    return options.weights or "mini"
 
 
 def load_model(options):
@@ -157,9 +163,9 @@ def load_model(options):
         # a CUDA graph leaves every result in the same place, and --low-memory collects several
         compile_model(model, mode=None if options.low_memory else "reduce-overhead")
         say(NOTICE)
-    own = {"steps": model.sampling.steps, "resolution": model.sampling.resolution}
-    own |= {"cfg_text": model.sampling.text_guidance, "cfg_image": model.sampling.image_guidance}
-    own |= {"batch_size": 1 if options.device == "cpu" else 4}  # in a batch, a CPU's last bits differ
+    sampling, batch_size = model.sampling, 1 if options.device == "cpu" else 4  # in a batch, a CPU's last bits differ
+    own = {"steps": sampling.steps, "resolution": sampling.resolution, "batch_size": batch_size}
+    own |= {"cfg_text": sampling.text_guidance, "cfg_image": sampling.image_guidance}
     vars(options).update((name, value) for name, value in own.items() if getattr(options, name) is None)
     return model
 
@@ -171,33 +177,34 @@ class Edit:
         """Open the image and the mask. Raises UserError."""
         from images import fit_mask, open_image, resize_and_crop
 
-        self.options, self.path, self.texts, self.out = options, image, texts, out
-        self.whole = open_image(image)
+        self.options, self.path, self.texts, self.out, self.whole = options, image, texts, out, open_image(image)
         self.before, self.mask = resize_and_crop(self.whole, options.resolution), None
         if options.mask or options.region:
             self.mask = open_image(options.mask) if options.mask else model.region(self.whole, options.region)
             self.small_mask = fit_mask(self.mask, self.whole, options.resolution)
-        self.rows, self.columns = [options.cfg_image], [options.cfg_text]
-        if options.sweep:
-            self.rows = [min(100, options.cfg_image * factor) for factor in SWEEP_IMAGE]
-            self.columns = [min(100, options.cfg_text * factor) for factor in SWEEP_TEXT]
+        image_factors, text_factors = (SWEEP_IMAGE, SWEEP_TEXT) if options.sweep else ([1], [1])
+        self.rows = [min(100, options.cfg_image * factor) for factor in image_factors]
+        self.columns = [min(100, options.cfg_text * factor) for factor in text_factors]
         self.seeds = range(options.seed, options.seed + options.num)
         self.settings = [(s_t, s_i, seed) for s_i in self.rows for s_t in self.columns for seed in self.seeds]
         self.results = []  # for each of the settings, an image after each instruction
 
     def write(self):
         """Write the results, and sheets of them."""
-        from images import enlarge, grid
+        from images import enlarge, grid, put_back
 
         options, edited = self.options, [stages[-1] for stages in self.results]
-        result, shown = self.full_size(edited[0]), [enlarge(image) for image in (self.before, *edited)]
+        shown = [enlarge(image) for image in (self.before, *edited)]
+        if options.full_size:
+            edited = [put_back(image, self.whole, self.mask) for image in edited]
+        result = edited[0]
         if options.sweep:
             titles = [f"s_T = {s_t:g}" for s_t in self.columns], [f"s_I = {s_i:g}" for s_i in self.rows]
             title = f"{self.texts[0]} (seed {options.seed}, {options.steps} steps)"
             result = grid(shown[1:], len(self.columns), None, *titles, title, beside=("input", shown[0]))
         elif options.num > 1:
             for (seed, path), one in zip(variants(self.out, options).items(), edited, strict=True):
-                self.save(self.full_size(one), path, seed=seed, num=1)
+                self.save(one, path, seed=seed, num=1)
             labels = ["input", *(f"seed {seed}" for seed in self.seeds)]
             result = grid(shown, min(4, len(shown)), labels, title=" - ".join(self.texts))
         self.save(result, self.out)
@@ -214,12 +221,6 @@ class Edit:
             images.append(outside_dimmed(self.before, self.small_mask))
             labels.append(self.options.region or "mask")
         return [enlarge(image) for image in (*images, *self.results[0])], [*labels, *self.texts]
-
-    def full_size(self, edited):
-        """An edited image; with --full-size the whole image, with what was edited in its place."""
-        from images import put_back
-
-        return put_back(edited, self.whole, self.mask) if self.options.full_size else edited
 
     def save(self, image, path, **changed):
         """Write a PNG with the settings that repeat it, and print its path."""
@@ -257,7 +258,7 @@ def main(arguments=None):
     options, jobs = parse(arguments)
     from images import grid, save_png, thumbnail
 
-    options.weights = options.weights or choose_weights(jobs)
+    options.weights = choose_weights(options, jobs)
     model = load_model(options)
     start, failed, waiting, shown, labels = time.monotonic(), [], [], [], []
 
@@ -287,8 +288,7 @@ def main(arguments=None):
         say(f"editing at {edit.before.width}x{edit.before.height}, {options.steps} steps, on {options.device}")
     finish_waiting()
     if len(jobs) > 1 and shown:
-        columns = len(shown) // (len(jobs) - len(failed))
-        save_png(grid(shown, columns, labels), jobs[0][2].with_name(SHEET))
+        save_png(grid(shown, len(shown) // (len(jobs) - len(failed)), labels), jobs[0][2].with_name(SHEET))
         print(jobs[0][2].with_name(SHEET))
     say(f"done in {time.monotonic() - start:.1f} s")
     if failed:

@@ -9,13 +9,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from cli import UserError, reported_as
+from cli import SUFFIXES, UserError, reported_as
 
 from PIL import Image
 
 from formats.hub import WAIT, in_time
 from formats.tables import read_rows, text_of
-from images import FORMATS, open_image
+from images import open_image
 
 # What the columns are called, best first, without words of FILLER: "before_image", "image before", "before" are alike.
 STEMS = {
@@ -30,7 +30,6 @@ FILLER = {"image", "images", "img", "file", "name", "filename", "path"}
 FILE_NAME = ("", "before", "input", "id", "key")  # what names an image beside its instruction
 NEEDED = ("before", "after", "edit")
 HEADERS = [stem.replace(" ", "_") for stems in STEMS.values() for stem in stems if stem]
-SUFFIXES = {suffix for suffix, kind in Image.registered_extensions().items() if kind in FORMATS}
 TEXTS = r"(?!readme|license|dataset_info|state)[^/]*\.(txt|csv|tsv|jsonl?)"
 KINDS = (r".*\.parquet", r"(.*/)?metadata\.(jsonl|csv)", TEXTS)
 

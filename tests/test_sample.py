@@ -532,6 +532,10 @@ def test_the_model_fits_the_images(run_sample, photo, tmp_path, monkeypatch):
     for images in ([tmp_path / "scene.png"], [photo], [tmp_path / "scene.png", photo]):
         check_refusal(run_sample("--image", *images, "--instr", "make it night"), "not loaded")
     assert named == ["mini", "ip2p", "ip2p"]
+    for wrong in (["--image", tmp_path / "no.png"], ["--image", photo, "--mask", tmp_path / "no.png"],
+                  ["--image", photo, "--mask", tmp_path / "scene.png"]):  # told before a model is loaded
+        check_refusal(run_sample(*wrong, "--instr", "make it night", "--weights", "x"), "")
+    assert len(named) == 3
 
 
 # ---- --again ----
