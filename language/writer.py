@@ -39,7 +39,7 @@ WAYS = (  # what a request asks for: each time the first that the endpoint accep
 LIMITS = (256, 1024, 4096)  # tokens of an answer: as in the paper, and for models that think before they answer
 MAX_LETTERS = 400  # of an edit or a caption
 ATTEMPTS = 4  # requests for one caption, at most, as in the released code
-IN_ROW = 10  # captions that failed, one after another, end the run
+IN_ROW = 10  # captions that failed, or responses without an answer, one after another, end the run
 REFUSED = "the model refused", "the endpoint refused the caption"  # reasons not to ask again
 FILTERS = "content_filter", "content_policy_violation", "data_inspection_failed"
 
@@ -57,14 +57,18 @@ class Writer:
         self.examples = read_edits(options.examples) if options.few_shot else []
         self.ways, self.limit = [list(way) for way in WAYS], LIMITS[0]
         self.read = self.written = self.reserved = 0
-        self.failed_in_row = self.useless_in_row = 0
+        self.failed_in_row = self.empty_in_row = self.useless_in_row = 0
         self.told = False
 
     async def check(self, response):
         """Turn what is no answer into a failure, which the client asks again; tell the first one."""
         await response.aread()
-        if response.is_success and not is_answer(response):
-            response.status_code = NO_ANSWER
+        if response.is_success:
+            self.empty_in_row = 0 if is_answer(response) else self.empty_in_row + 1
+            if self.empty_in_row:
+                response.status_code = NO_ANSWER
+            if self.empty_in_row >= IN_ROW:
+                response.headers["x-should-retry"] = "false"  # which the client obeys
         if not self.told and (response.status_code >= 500 or response.status_code == 429):
             self.told = True
             tqdm.write(f"{describe(response.request, response)}; asking again, ever more slowly")
@@ -205,7 +209,7 @@ async def write_all(writer, captions, files, counts, bar):
             except FAILURES as error:
                 counts["failed"] += 1
                 writer.failed_in_row, reason = writer.failed_in_row + 1, error
-                if writer.failed_in_row == IN_ROW or error.code == "insufficient_quota":
+                if max(writer.failed_in_row, writer.empty_in_row) >= IN_ROW or error.code == "insufficient_quota":
                     raise
             else:
                 writer.failed_in_row = 0

@@ -479,13 +479,13 @@ def test_then_edits_the_result(edit, run_sample, model_folder, tmp_path):
 
 @pytest.fixture
 def photos(tmp_path):
-    """A folder with 7 images of 2 sizes in 3 formats, and a broken one."""
+    """A folder with 20 images of 3 sizes in 3 formats, and a broken one."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    for number in range(7):
+    for number in range(20):
         ending = ("png", "JPG", "webp")[number % 3]
-        colourful(60, (50, 30)[number // 4], seed=number).save(folder / f"{number}.{ending}", quality=95)
-    (folder / "3b.png").write_bytes(b"no image")
+        colourful(60, (50, 30, 70)[number // 7], seed=number).save(folder / f"{number:02d}.{ending}", quality=95)
+    (folder / "13b.png").write_bytes(b"no image")
     (folder / "notes.txt").write_text("no image either")
     return folder
 
@@ -494,13 +494,13 @@ def test_many_images_equal_single_edits(run_sample, photos, model_folder, tmp_pa
     """And a broken one is skipped."""
     loaded, load = [], InstructPix2Pix.load
     monkeypatch.setattr(InstructPix2Pix, "load", lambda *arguments: loaded.append(1) or load(*arguments))
-    settings = "--instr", "make it night", "--weights", model_folder, "--steps", 2
+    settings = "--instr", "make it night", "--weights", model_folder, "--steps", 1
     result = run_sample("--image", photos, *settings, "--out", tmp_path / "many")
-    assert result.code == f"sample.py: 1 of 8 images were skipped: {photos / '3b.png'}"  # exit code 1
+    assert result.code == f"sample.py: 1 of 21 images were skipped: {photos / '13b.png'}"  # exit code 1
     assert loaded == [1]
-    names = [*(f"{number}.png" for number in range(7)), "sheet.png"]
+    names = [*(f"{number:02d}.png" for number in range(20)), "sheet.png"]
     assert result.out == [str(tmp_path / "many" / name) for name in names]
-    for path in sorted(photos.glob("[0-9].*")):
+    for path in sorted(photos.glob("[0-9][0-9].*")):
         assert run_sample("--image", path, *settings, "--out", tmp_path / "one.png").code == 0
         assert np.array_equal(pixels(tmp_path / "many" / f"{path.stem}.png"), pixels(tmp_path / "one.png"))
         assert read_settings(tmp_path / "many" / f"{path.stem}.png") == read_settings(tmp_path / "one.png")
@@ -509,13 +509,13 @@ def test_many_images_equal_single_edits(run_sample, photos, model_folder, tmp_pa
 def test_images_and_instructions_are_matched(run_sample, photos, model_folder, tmp_path):
     (tmp_path / "texts.txt").write_text("\ufeffmake it night\r\n\r\nthe thing\r\n", encoding="utf-8")
     settings = "--instr", tmp_path / "texts.txt", "--weights", model_folder, "--steps", 1, "--out", tmp_path / "out"
-    assert run_sample("--image", photos / "0.png", *settings).code == 0
-    notes = [read_settings(tmp_path / "out" / name) for name in ("0.png", "0_2.png")]
+    assert run_sample("--image", photos / "00.png", *settings).code == 0
+    notes = [read_settings(tmp_path / "out" / name) for name in ("00.png", "00_2.png")]
     assert [note["instr"] for note in notes] == ["make it night", "the thing"]
-    assert run_sample("--image", photos / "[03].png", *settings, "--batch-size", 2).code == 0
-    notes = [read_settings(tmp_path / "out" / name) for name in ("0.png", "3.png")]
+    assert run_sample("--image", photos / "0[03].png", *settings, "--batch-size", 2).code == 0
+    notes = [read_settings(tmp_path / "out" / name) for name in ("00.png", "03.png")]
     assert [note["instr"] for note in notes] == ["make it night", "the thing"]
-    check_refusal(run_sample("--image", photos / "[036].png", *settings), "3 images and 2 instructions")
+    check_refusal(run_sample("--image", photos / "0[036].png", *settings), "3 images and 2 instructions")
     check_refusal(run_sample("--image", photos / "x*.png", *settings), "there are no images in")
     check_refusal(run_sample("--image", photos, *settings, "--out", tmp_path / "x.png", "--instr", "a"), "named like a")
 

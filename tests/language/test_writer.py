@@ -244,14 +244,12 @@ def test_json_is_found_where_it_is(write, wrapped):
 
 
 @pytest.mark.parametrize("fault", NO_ANSWERS)
-def test_an_endpoint_that_never_answers_ends_the_run_and_uses_up_no_caption(write, tmp_path, monkeypatch, fault):
-    monkeypatch.setattr("language.endpoint.RETRIES", 1)
+def test_an_endpoint_that_never_answers_ends_the_run_and_uses_up_no_caption(write, fault):
     captions = [f"caption {number}" for number in range(50)]
     with LanguageModel(lambda caption, time: fault) as model:
         with pytest.raises(SystemExit, match="/v1/chat/completions gave no answer .is OPENAI_BASE_URL right") as error:
             write(model, captions, "--concurrency", "2")
-        assert len(model.asked) <= 12
-        assert model.asked.total() <= 14  # only the first two are asked again
+        assert 10 <= model.asked.total() <= 12
         body = NO_ANSWERS[fault].decode("utf-8", "replace").strip()[:20]
         assert body.isprintable() == (body in str(error.value))
         model.behave = lambda caption, time: "good"
