@@ -196,7 +196,17 @@ def parse(arguments=None):
     """The command line."""
     parser = cli.Parser(prog="datagen.py", description="Generate training data: instructions, then pairs of images.")
     commands = parser.add_subparsers(dest="command", required=True)
+    add_text_commands(commands)
+    add_image_commands(commands)
+    own = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"  # set by torchrun
+    for name in ("text", "images"):
+        add = commands.choices[name].add_argument
+        add("--shard", type=shard, default=own, metavar="I/N", help="do part I of N: 0/N, 1/N, ...")
+    return parser.parse_args(arguments)
 
+
+def add_text_commands(commands):
+    """`text` and `finetune`."""
     text = commands.add_parser("text", help="captions -> instructions and captions after the edit")
     add = text.add_argument
     add("--captions", type=Path, required=True, metavar="FILE", help="a caption a line, CSV or JSON lines")
@@ -219,6 +229,9 @@ def parse(arguments=None):
         triplets = ROOT / "data/edit_examples.jsonl"
         command.add_argument("--examples", type=Path, default=triplets, metavar="FILE", help="triplets to show")
 
+
+def add_image_commands(commands):
+    """`images`, `calibrate` and `browse`."""
     images = commands.add_parser("images", help="pairs of images for such edits, filtered by CLIP")
     images.set_defaults(run=make_images)
     add = images.add_argument
@@ -243,9 +256,6 @@ def parse(arguments=None):
     add("--count", type=cli.WHOLE, default=2000, metavar="N", help="pairs to show, spread over all (default: 2000)")
     add("--out", type=Path, metavar="FILE.html", help="(default: DIR/index.html)")
 
-    own = f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"  # set by torchrun
-    for command in (text, images):
-        command.add_argument("--shard", type=shard, default=own, metavar="I/N", help="do part I of N: 0/N, 1/N, ...")
     for command in (images, thresholds):
         add = command.add_argument
         add("--edits", type=Path, nargs="+", required=True, metavar="FILE", help="of datagen.py text, joined")
@@ -262,7 +272,6 @@ def parse(arguments=None):
         add("--device", default="cpu", metavar="D", help="cpu or cuda, under torchrun a GPU for each process")
         add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
         add("--threads", type=cli.WHOLE, metavar="N", help="CPU threads (default: all cores)")
-    return parser.parse_args(arguments)
 
 
 def main(arguments=None):
