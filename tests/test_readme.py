@@ -1,7 +1,7 @@
 """The README is true: its commands and snippets run as printed, its names, links and line counts are those of the code.
 
-Blocks marked `sh` and `python` run, in their order, in one copy of the checkout; what needs a download, a GPU, a key or
-more than seconds is marked `text`.
+Blocks marked `sh` and `python` run, in their order, in one copy of the checkout (a training is among the slow tests);
+what needs a download, a GPU, a key or more than a minute is marked `text`.
 """
 
 import os
@@ -16,7 +16,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", README, flags=re.M | re.S)
+BLOCKS = [
+    pytest.param(language, code, marks=[pytest.mark.slow] * ("train.py" in code), id=code.splitlines()[0][:40])
+    for language, code in re.findall(r"^```(sh|python)\n(.*?)^```$", README, flags=re.M | re.S)
+]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,7 @@ def checkout(tmp_path_factory):
     return shutil.copytree(ROOT, tmp_path_factory.mktemp("readme") / "ip2p", ignore=ignored)
 
 
-@pytest.mark.parametrize(("language", "code"), BLOCKS, ids=lambda part: part.splitlines()[0][:40])
+@pytest.mark.parametrize(("language", "code"), BLOCKS)
 def test_commands_and_snippets_run_as_printed(checkout, language, code):
     shell = ["bash", "-e", "-c"] if language == "sh" else ["python", "-c"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

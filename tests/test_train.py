@@ -255,9 +255,10 @@ def test_resumed_from_images_on_disk(data, init, tmp_path):
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_and_resumed(data, init, tmp_path, times):
-    """SIGKILL at random moments, and resumed: the weights of a run that was left alone, to the last bit."""
+@pytest.mark.slow
+def test_killed_at_any_moment_and_resumed(data, init, tmp_path):
+    """SIGKILL at thirty random moments, and resumed: the weights of a run that was left alone, to the last bit."""
+    times = 30
     flags = {"max_steps": 5 * times, "save_every": 1, "eval_every": 5 * times}
     train.main(command(data, init, tmp_path / "whole", **flags))
     out, kills, generator = tmp_path / "killed", 0, random.Random(0)
