@@ -10,7 +10,9 @@ sigma = sqrt((1 - abar) / abar): the clean latent, with noise of standard deviat
     callback(step, sigma, denoised): called once a step, if given
 """
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -24,6 +26,8 @@ class Sampling:
     text_guidance: float = 7.5  # s_T of Eq. 3: how strongly to follow the instruction
     image_guidance: float = 1.5  # s_I of Eq. 3: how closely to keep to the image
     resolution: int = 512  # pixels of the longer side, about
+    sampler: str = "euler_ancestral"  # one of SAMPLERS
+    schedule: str = "authors"  # of noise levels, one of SCHEDULES
 
 
 class NoiseSchedule:
@@ -48,10 +52,17 @@ class NoiseSchedule:
         below, above = self.log_sigmas[low], self.log_sigmas[low + 1]
         return low + ((log_sigma - below) / (above - below)).clamp(0, 1)
 
-    def sigmas(self, n):
-        """The authors' n noise levels, at evenly spaced fractional times, and a closing 0: [n + 1], float64."""
-        t = torch.linspace(len(self.log_sigmas) - 1, 0, n, dtype=torch.float64)
-        return torch.cat([self.sigma(t), torch.zeros(1, dtype=torch.float64)])
+    def sigmas(self, n, schedule="authors"):
+        """n noise levels and a closing 0: [n + 1], float64. schedule, one of SCHEDULES: how they are spaced.
+
+        "authors": at evenly spaced fractional times. "karras": evenly in sigma^(1/7) (Karras et al. 2022, Eq. 5).
+        """
+        if schedule == "karras":
+            first, last = self.log_sigmas[[-1, 0]].exp() ** (1 / 7)
+            sigmas = torch.lerp(first, last, torch.linspace(0, 1, n, dtype=torch.float64)) ** 7
+        else:
+            sigmas = self.sigma(torch.linspace(len(self.log_sigmas) - 1, 0, n, dtype=torch.float64))
+        return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
 
     def add_noise(self, z, noise, t):
         """z_t = sqrt(abar_t) z + sqrt(1 - abar_t) noise, for z and noise [B, C, H, W] and whole times t [B]."""
@@ -125,3 +136,76 @@ def euler(denoise, x, sigmas, noise=None, callback=None):
             callback(step, sigma, denoised)
         x = x + (x - denoised) / sigma * (next_sigma - sigma)
     return x
+
+
+def heun(denoise, x, sigmas, noise=None, callback=None):
+    """Heun's second-order method (Karras et al. 2022, Alg. 1): two evaluations a step, but for the last. No noise."""
+    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        if callback:
+            callback(step, sigma, denoised)
+        slope = (x - denoised) / sigma
+        there = x + slope * (next_sigma - sigma)
+        if next_sigma > 0:
+            slope = (slope + (there - denoise(there, next_sigma)) / next_sigma) / 2
+            there = x + slope * (next_sigma - sigma)
+        x = there
+    return x
+
+
+# The next ones solve the same equation over lambda = -log sigma, where its linear part is exact: in a step of h, x goes
+# 1 - exp(-h) of the way to the clean guess D. A step to sigma 0 ends there.
+
+
+def dpm_solver_2m(denoise, x, sigmas, noise=None, callback=None, eta=0.0):
+    """DPM-Solver++(2M) (Lu et al. 2022, Alg. 2): second order from the guess of the step before. eta 1: its SDE."""
+    last = None  # the guess of the step before, and its h
+    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        if callback:
+            callback(step, sigma, denoised)
+        if next_sigma == 0:
+            return denoised
+        h, guess = math.log(sigma / next_sigma), denoised
+        if last:
+            guess = denoised + h / (2 * last[1]) * (denoised - last[0])  # with r = h' / h: (1 + 1 / 2r) D - 1 / 2r D'
+        x = math.exp(-(1 + eta) * h) * x - math.expm1(-(1 + eta) * h) * guess
+        if eta:
+            x = x + next_sigma * math.sqrt(-math.expm1(-2 * eta * h)) * next(noise)
+        last = denoised, h
+    return x
+
+
+def unipc(denoise, x, sigmas, noise=None, callback=None):
+    """UniPC of order 2 with B(h) = exp(h) - 1 (Zhao et al. 2023): DPM-Solver++(2M) with corrected steps.
+
+    Once D at the end of a step is known, the step is made again from its beginning, D' and, before it, D''.
+    """
+    before = older = None  # the last steps: (x, guess, h)
+    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas.tolist())):
+        denoised = denoise(x, sigma)
+        if callback:
+            callback(step, sigma, denoised)
+        if before:
+            (start, guess, h), to_last, weight = before, 0.0, 0.5
+            if older:
+                r, phi = -older[2] / h, math.expm1(-h) / -h - 1
+                first, second = phi / math.expm1(-h), 2 * (phi / -h - 0.5) / math.expm1(-h)
+                to_last = (first - second) / (1 - r) * (older[1] - guess) / r
+                weight = first - (first - second) / (1 - r)
+            x = math.exp(-h) * start - math.expm1(-h) * (guess + weight * (denoised - guess) + to_last)
+        if next_sigma == 0:
+            return denoised
+        h, guess = math.log(sigma / next_sigma), denoised
+        if before:
+            guess = denoised + h / (2 * before[2]) * (denoised - before[1])
+        older, before = before, (x, denoised, h)
+        x = math.exp(-h) * x - math.expm1(-h) * guess
+    return x
+
+
+SAMPLERS = {
+    "euler_ancestral": euler_ancestral, "euler": euler, "heun": heun, "dpm_solver_2m": dpm_solver_2m,
+    "dpm_solver_2m_sde": partial(dpm_solver_2m, eta=1.0), "unipc": unipc,
+}  # fmt: skip
+SCHEDULES = "authors", "karras"

@@ -1,18 +1,16 @@
 """Noise schedule and samplers, against closed forms and diffusers' schedulers."""
 
-import warnings
+import sys
+from functools import partial
+from itertools import pairwise
 
 import diffusers
 import pytest
 import torch
 from reference import relative_error
+from torch import nn
 
-from diffusion import (
-    NoiseSchedule,
-    euler,
-    euler_ancestral,
-    seeded_noise,
-)
+from diffusion import SAMPLERS, SCHEDULES, NoiseSchedule, seeded_noise
 
 SCHEDULE = NoiseSchedule()
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -76,35 +74,64 @@ def test_denoiser_scales_its_input_and_gives_the_fractional_time():
     assert seen[0][1] == pytest.approx(250.25)
 
 
-@pytest.mark.parametrize("sampler", [euler_ancestral, euler])
-def test_euler_samplers_agree_with_diffusers(sampler):
-    kind = diffusers.EulerAncestralDiscreteScheduler if sampler is euler_ancestral else diffusers.EulerDiscreteScheduler
-    theirs = kind(**BETAS)
-    theirs.set_timesteps(9)
-    sigmas, denoise = theirs.sigmas.double(), gaussian_denoiser()
-    first, *rest = [draw for draw, _ in zip(draws(), range(10), strict=False)]
-    expected = first * sigmas[0].float()
-    for step, t in enumerate(theirs.timesteps):
-        theirs.scale_model_input(expected, t)
-        sigma = sigmas[step].item()
-        eps = (expected - denoise(expected, sigma)) / sigma
-        with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
-            warnings.simplefilter("ignore")
-            module = __import__(kind.__module__, fromlist=["randn_tensor"])
-            patch.setattr(module, "randn_tensor", lambda *_, step=step, **__: rest[step])
+THEIRS = {  # diffusers' schedulers
+    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler, "euler": diffusers.EulerDiscreteScheduler,
+    "heun": diffusers.HeunDiscreteScheduler, "dpm_solver_2m": diffusers.DPMSolverMultistepScheduler,
+    "dpm_solver_2m_sde": partial(diffusers.DPMSolverMultistepScheduler, algorithm_type="sde-dpmsolver++"),
+    "unipc": diffusers.UniPCMultistepScheduler,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [5, 10, 20, 50])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_agree_with_diffusers(name, steps, monkeypatch):
+    """With equal noise, on a small network."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.SiLU(), nn.Conv2d(16, 4, 3, padding=1)).double()
+    first, *noise = [draw.double() for draw, _ in zip(draws(), range(steps + 1), strict=False)]
+    theirs, fresh = THEIRS[name](**BETAS), iter(noise)
+    monkeypatch.setattr(sys.modules[type(theirs).__module__], "randn_tensor", lambda *_, **__: next(fresh), False)
+    theirs.set_timesteps(steps)
+    sigmas = theirs.sigmas.double().unique_consecutive()  # Heun's come twice
+    x = first * sigmas[0]
+    scaled = theirs.scale_model_input(x, theirs.timesteps[0]) is x  # theirs works on z_t
+    expected = x / (sigmas[0] ** 2 + 1) ** (0.5 * scaled)
+    with torch.no_grad():
+        for t in theirs.timesteps:
+            eps = network(theirs.scale_model_input(expected, t)) + t / 1000
             expected = theirs.step(eps, t, expected).prev_sample
-    ours = sampler(denoise, first * sigmas[0].float(), sigmas, iter(rest))
+        denoise = SCHEDULE.denoiser(lambda z, t: network(z) + t / 1000)
+        ours = SAMPLERS[name](denoise, x, sigmas, iter(noise))
     assert relative_error(ours, expected) <= 1e-5
 
 
-@pytest.mark.parametrize("sampler", [euler_ancestral, euler])
-def test_samplers_reach_the_data(sampler):
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_samplers_reach_the_data(name, schedule):
     """From pure noise to the distribution that the denoiser knows."""
-    sigmas = SCHEDULE.sigmas(400)
+    sigmas = SCHEDULE.sigmas(400, schedule)
     x = 0.7 + next(draws((8, 4, 32, 32))) * (sigmas[0].item() ** 2 + 0.5**2) ** 0.5
-    out = sampler(gaussian_denoiser(0.7, 0.5), x, sigmas, draws((8, 4, 32, 32), seed=50))
+    out = SAMPLERS[name](gaussian_denoiser(0.7, 0.5), x, sigmas, draws((8, 4, 32, 32), seed=50))
     assert out.mean().item() == pytest.approx(0.7, abs=0.02)
     assert out.std().item() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2), ("dpm_solver_2m", 2), ("unipc", 3)])
+def test_order_of_convergence(name, order):
+    """On normal data, where the end of the path is known: twice the steps, 1 / 2^order of the error."""
+    x, errors = torch.full((1, 1, 1, 1), 9.0, dtype=torch.float64), []
+    for steps in (40, 80, 160):
+        sigmas = torch.logspace(1, -2, steps + 1, dtype=torch.float64)  # not to 0: its step has no end in lambda
+        exact = 0.7 + (x - 0.7) * ((0.5**2 + 1e-4) / (0.5**2 + 100)) ** 0.5
+        errors.append((SAMPLERS[name](gaussian_denoiser(), x, sigmas) - exact).abs().item())
+    for coarse, fine in pairwise(errors):
+        assert 0.8 * 2**order < coarse / fine < 1.4 * 2**order
+
+
+def test_karras_sigmas_are_those_of_diffusers():
+    theirs = diffusers.EulerDiscreteScheduler(**BETAS, use_karras_sigmas=True)
+    theirs.set_timesteps(10)
+    torch.testing.assert_close(SCHEDULE.sigmas(10, "karras"), theirs.sigmas.double(), rtol=1e-4, atol=0)
 
 
 def test_seeded_noise_is_the_stream_of_a_lone_seed():
