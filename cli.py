@@ -45,7 +45,15 @@ def between(least, most=math.inf, kind=int):
 
 
 WHOLE, FRACTION, SEED = between(1), between(0, 1, float), between(0, 10**18)
+SAMPLERS = "euler_ancestral", "euler", "heun", "dpm_solver_2m", "dpm_solver_2m_sde", "unipc"  # of diffusion.py
+SCHEDULES = "authors", "karras"  # of noise levels, see `NoiseSchedule.sigmas`
 STEPS, SCALE, PIXELS = between(1, 1000), between(0, 100, float), between(64, 4096)  # as in `check_sampling`
+
+
+def add_sampler(add):
+    """Add --sampler and --schedule to a command line, by its `add_argument`."""
+    add("--sampler", choices=SAMPLERS, help="(default: the model's own; the authors': euler_ancestral)")
+    add("--schedule", choices=SCHEDULES, help="how the noise levels are spaced (default: the model's own)")
 
 
 def as_flags(settings):
@@ -178,8 +186,11 @@ def keep_settings(path, settings, noted=()):
         beside.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def check_sampling(steps, text_guidance, image_guidance, resolution):
+def check_sampling(steps, text_guidance, image_guidance, resolution, sampler, schedule):
     """Raise UserError for a value that is out of range, or no number, or no whole number where one is needed."""
+    for value, names in ((sampler, SAMPLERS), (schedule, SCHEDULES)):
+        if value not in names:
+            raise UserError(f"{value!r} should be one of {', '.join(names)}")
     for name, value, kind, least, most in [
         ("steps", steps, numbers.Integral, 1, 1000), ("resolution", resolution, numbers.Integral, 64, 4096),
         ("text guidance", text_guidance, numbers.Real, 0, 100),

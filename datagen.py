@@ -59,6 +59,7 @@ class Sampler:
         self.edits, self.options, own = edits, options, model.sampling
         options.steps = options.steps or own.steps
         options.resolution = options.resolution or own.resolution
+        options.sampler, options.schedule = options.sampler or own.sampler, options.schedule or own.schedule
         options.guidance = options.guidance or [own.text_guidance, 2 * own.text_guidance]  # the range to draw from
         if options.resolution % parts.side_multiple:
             raise cli.UserError(f"--resolution should be a multiple of {parts.side_multiple} for this model")
@@ -71,7 +72,8 @@ class Sampler:
         shape, seeds = (model.vae.config.latent_channels, side, side), [seed for _, seed in jobs]
         noise = PairNoise(seeds, shape, options.guidance, device=model.device)
         # x: twice [B, 3, H, W]
-        x = sample_pairs(model, before, after, noise, options.steps, control=options.control)
+        how = options.steps, options.sampler, options.schedule
+        x = sample_pairs(model, before, after, noise, *how, control=options.control)
         if not all(half.isfinite().all() for half in x):
             raise cli.UserError("the networks gave NaN or Inf: damaged weights, or --dtype float16 is too narrow")
         images = [[to_image(image) for image in half] for half in x]
@@ -146,7 +148,7 @@ def make_group(sampler, group, missing, wanted, options):
 def settings_of(sampler, *more):
     """What sampling depends on: the texts of the edits, the models' weights, and numbers, `more` of them."""
     options = sampler.options
-    names = ("steps", "resolution", "control", "guidance", "seed", "dtype", *more)
+    names = ("steps", "sampler", "schedule", "resolution", "control", "guidance", "seed", "dtype", *more)
     return {
         "model_fingerprint": sampler.fingerprint,
         "clip_fingerprint": fingerprint(sampler.clip),
@@ -264,6 +266,7 @@ def add_image_commands(commands):
         add("--clip", default="mini", metavar="PATH", help="the CLIP that filters, such as clip (default: mini)")
         add("--control", choices=CONTROLS, default="self", help="what Prompt-to-Prompt shares (default: self)")
         add("--steps", type=cli.STEPS, metavar="N", help="denoising steps (default: the model's)")
+        cli.add_sampler(add)
         add("--guidance", type=cli.SCALE, nargs=2, metavar=("LOW", "HIGH"), help="(default: 1 to 2 times the model's)")
         add("--resolution", type=cli.PIXELS, metavar="R", help="pixels a side (default: the model's)")
         add("--batch-size", type=cli.WHOLE, default=16, metavar="B", help="pairs sampled at once (default: 16)")

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
+import cli
+
 import torch
 
 
@@ -27,7 +29,7 @@ class Sampling:
     image_guidance: float = 1.5  # s_I of Eq. 3: how closely to keep to the image
     resolution: int = 512  # pixels of the longer side, about
     sampler: str = "euler_ancestral"  # one of SAMPLERS
-    schedule: str = "authors"  # of noise levels, one of SCHEDULES
+    schedule: str = "authors"  # of the noise levels, see `NoiseSchedule.sigmas`
 
 
 class NoiseSchedule:
@@ -53,7 +55,7 @@ class NoiseSchedule:
         return low + ((log_sigma - below) / (above - below)).clamp(0, 1)
 
     def sigmas(self, n, schedule="authors"):
-        """n noise levels and a closing 0: [n + 1], float64. schedule, one of SCHEDULES: how they are spaced.
+        """n noise levels and a closing 0: [n + 1], float64. schedule: how they are spaced.
 
         "authors": at evenly spaced fractional times. "karras": evenly in sigma^(1/7) (Karras et al. 2022, Eq. 5).
         """
@@ -204,8 +206,5 @@ def unipc(denoise, x, sigmas, noise=None, callback=None):
     return x
 
 
-SAMPLERS = {
-    "euler_ancestral": euler_ancestral, "euler": euler, "heun": heun, "dpm_solver_2m": dpm_solver_2m,
-    "dpm_solver_2m_sde": partial(dpm_solver_2m, eta=1.0), "unipc": unipc,
-}  # fmt: skip
-SCHEDULES = "authors", "karras"
+FUNCTIONS = euler_ancestral, euler, heun, dpm_solver_2m, partial(dpm_solver_2m, eta=1.0), unipc
+SAMPLERS = dict(zip(cli.SAMPLERS, FUNCTIONS, strict=True))

@@ -16,7 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from attention import fused
-from diffusion import euler_ancestral, seeded_noise
+from diffusion import seeded_noise
 from images import check_size, fit_mask, open_image, put_back, resize_and_crop, to_image, to_rgb, to_tensor
 from stable_diffusion import LatentDiffusion
 
@@ -83,15 +83,16 @@ class InstructPix2Pix(LatentDiffusion):
     @torch.no_grad()
     def sample(
         self, text, image_latent, seeds, text_guidance, image_guidance, steps,
-        *, mask=None, sampler=euler_ancestral, callback=None, **options,
+        *, mask=None, sampler=None, schedule=None, callback=None, **options,
     ):  # fmt: skip
         """Edit B images by B instructions in one batch: `edit` without its files, checks and defaults.
 
         text [B, L, E] from `encode_text`, image_latent [B, C, h, w] from `encode_image`, seeds: B whole numbers, the
-        scales numbers or tensors [B, 1, 1, 1], mask as in `keep_outside`, options as in `denoiser`; the rest as in
-        `edit`. Returns images [B, 3, H, W], about in [-1, 1]. Raises UserError where the networks give NaN or Inf.
+        scales numbers or tensors [B, 1, 1, 1], mask as in `keep_outside`, steps, sampler and schedule as in `solver`,
+        callback as in `edit`, options as in `denoiser`. Returns images [B, 3, H, W], about in [-1, 1]. Raises
+        UserError where the networks give NaN or Inf.
         """
-        sigmas = self.schedule.sigmas(steps)
+        sampler, sigmas = self.solver(steps, sampler, schedule)
         noise = seeded_noise(image_latent.shape[1:], seeds, self.device)
         denoise = self.denoiser(text, image_latent, text_guidance, image_guidance, **options)
         if mask is not None:
@@ -106,20 +107,21 @@ class InstructPix2Pix(LatentDiffusion):
     @torch.no_grad()
     def edit(
         self, image, instruction, text_guidance=None, image_guidance=None, steps=None, seed=0, resolution=None,
-        *, mask=None, negative="", progress=False, callback=None, **options,
+        *, mask=None, negative="", sampler=None, schedule=None, progress=False, callback=None, **options,
     ):  # fmt: skip
         """Edit an image (of PIL's, a file's path, or an array [H, W, 3] of bytes) by a written instruction.
 
         image, instruction, seed, text_guidance (s_T) and image_guidance (s_I) may be lists of equal length: a list of
-        images is returned, made in one batch, for which the images should be edited at one size. The scales, steps
-        and resolution (pixels of the longer side, about) default to the model's own (`self.sampling`). Equal seeds
-        mean equal noise. mask: an image of the same size, or a list: white may change, black stays. negative: a text
-        that guidance leads away from, in place of the empty one. progress: a bar on stderr. callback(step, sigma,
-        denoised): once a step; denoised [B, C, h, w] is the current guess of the scaled latent. options: the sampler
-        (from diffusion.py), and those of `denoiser`. Raises UserError for values out of range.
+        images is returned, made in one batch, for which the images should be edited at one size. The scales, steps,
+        resolution (pixels of the longer side, about), sampler (a name of diffusion.SAMPLERS) and schedule ("authors"
+        or "karras") default to the model's own (`self.sampling`). Equal seeds mean equal noise. mask: an image of the
+        same size, or a list: white may change, black stays. negative: a text that guidance leads away from, in place
+        of the empty one. progress: a bar on stderr. callback(step, sigma, denoised): once a step; denoised
+        [B, C, h, w] is the current guess of the scaled latent. options: those of `denoiser`. Raises UserError for
+        values out of range.
         """
         chosen = {"text_guidance": text_guidance, "image_guidance": image_guidance}
-        chosen |= {"steps": steps, "resolution": resolution}
+        chosen |= {"steps": steps, "resolution": resolution, "sampler": sampler, "schedule": schedule}
         sampling = replace(self.sampling, **{name: value for name, value in chosen.items() if value is not None})
         each = image, instruction, seed, sampling.text_guidance, sampling.image_guidance
         count = max((len(value) for value in each if isinstance(value, LISTS)), default=1)
@@ -130,7 +132,7 @@ class InstructPix2Pix(LatentDiffusion):
         check_seeds(seeds)
         seeds = [int(number) for number in seeds]  # generators take no number of numpy's
         for pair in zip(*scales, strict=True):
-            check_sampling(sampling.steps, *pair, sampling.resolution)
+            check_sampling(sampling.steps, *pair, sampling.resolution, sampling.sampler, sampling.schedule)
         if mask is not None:
             masks = [fit_mask(*pair, sampling.resolution) for pair in zip(one_each(mask, count), images, strict=True)]
             options["mask"] = torch.cat([latent_mask(one, self.vae.config.factor) for one in masks]).to(self.device)
@@ -146,6 +148,7 @@ class InstructPix2Pix(LatentDiffusion):
                 if callback:
                     callback(step, sigma, denoised)
 
+            options |= {"sampler": sampling.sampler, "schedule": sampling.schedule}
             edited = self.sample(text, image_latent, seeds, *scales, sampling.steps, callback=step_done, **options)
         edited = [to_image(x) for x in edited]
         if mask is not None:

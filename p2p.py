@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from align import Alignment, phrase_tokens
 from attention import fused
-from diffusion import euler_ancestral
 from formats import checkpoint
 from images import enlarge, grid, save_png, to_image
 from stable_diffusion import StableDiffusion
@@ -177,17 +176,17 @@ class PairNoise:
 
 @torch.no_grad()
 def sample_pairs(
-    model, before, after, noise, steps=None, sampler=euler_ancestral,
+    model, before, after, noise, steps=None, sampler=None, schedule=None,
     *, control="self", scale=None, blend=None,
 ):  # fmt: skip
     """B caption pairs -> (images before, images after), each [B, 3, H, W], about in [-1, 1].
 
     model: a `StableDiffusion`, before and after: lists of B captions, noise: a `PairNoise` of B seeds. control: which
     maps are borrowed for the fraction noise.p of the steps, one of CONTROLS. scale [B, L]: re-weights the tokens of the
-    captions after, at all steps. blend: a `LocalBlend`.
+    captions after, at all steps. blend: a `LocalBlend`. steps, sampler and schedule as in `model.solver`.
     """
-    steps = steps or model.sampling.steps
-    sigmas = model.schedule.sigmas(steps)
+    sampler, sigmas = model.solver(steps, sampler, schedule)
+    steps = len(sigmas) - 1
     alignment = None if control == "self" else Alignment.of(model.tokenizer, before, after, model.device)
     pair_control = PairControl(steps, noise.p, control, alignment, scale)
     attend = blend.watch(pair_control) if blend else pair_control
@@ -222,7 +221,7 @@ def figure(options):
                 bar.update()
                 return denoise(x, sigma)
 
-            return euler_ancestral(counted, *others)
+            return model.solver()[0](counted, *others)
 
         for seed in seeds:
             rows = [sample_row(model, options, seed, p, resolution, steps, guidance, sampler) for p in groups]

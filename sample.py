@@ -20,11 +20,8 @@ SWEEP_IMAGE = (0.7, 1, 1.4)  # times --cfg-image: its rows
 
 def make_parser():
     """The command line."""
-    parser = Parser(
-        prog="sample.py",
-        description="Edit images by written instructions (InstructPix2Pix).",
-        epilog="The PNG that is written carries its settings; --again takes them from there.",
-    )
+    epilog = "The PNG that is written carries its settings; --again takes them from there."
+    parser = Parser(prog="sample.py", description="Edit images by written instructions.", epilog=epilog)
     add = parser.add_argument
     add("--image", nargs="+", metavar="FILE", help="the image to edit; or several, a folder, a pattern in quotes")
     add("--instr", metavar="TEXT", help='what to change, such as "make it night"; or a text file with one a line')
@@ -43,6 +40,7 @@ def make_parser():
     brackets = "Defaults come with the model; those of the public weights stand in brackets."
     add = parser.add_argument_group("the edit", brackets).add_argument
     add("--steps", type=STEPS, metavar="N", help="denoising steps [100]")
+    cli.add_sampler(add)
     add("--cfg-text", type=SCALE, metavar="S_T", help="how strongly to follow the instruction [7.5]")
     add("--cfg-image", type=SCALE, metavar="S_I", help="how closely to keep to the image [1.5]")
     add("--negative", default="", metavar="TEXT", help="what guidance leads away from (default: the empty text)")
@@ -166,6 +164,7 @@ def load_model(options):
     sampling, batch_size = model.sampling, 1 if options.device == "cpu" else 4  # in a batch, a CPU's last bits differ
     own = {"steps": sampling.steps, "resolution": sampling.resolution, "batch_size": batch_size}
     own |= {"cfg_text": sampling.text_guidance, "cfg_image": sampling.image_guidance}
+    own |= {"sampler": sampling.sampler, "schedule": sampling.schedule}
     vars(options).update((name, value) for name, value in own.items() if getattr(options, name) is None)
     return model
 
@@ -237,11 +236,11 @@ def run(model, edits, options):
     for start in range(0, len(runs), options.batch_size):
         batch, *scales, seeds = map(list, zip(*runs[start : start + options.batch_size], strict=True))
         images, masks, stages = [edit.whole for edit in batch], [edit.mask for edit in batch if edit.mask], []
-        more = {"negative": options.negative, "low_memory": options.low_memory, "progress": True}
+        more = {name: getattr(options, name) for name in ("negative", "low_memory", "sampler", "schedule")}
         for texts in zip(*(edit.texts for edit in batch), strict=True):
             settings = *scales, options.steps, seeds, options.resolution
             with cli.memory_reported("try --low-memory, a smaller --resolution or --batch-size 1"):
-                images = model.edit(images, list(texts), *settings, mask=masks or None, **more)
+                images = model.edit(images, list(texts), *settings, mask=masks or None, progress=True, **more)
             masks = [edit.small_mask for edit in batch if edit.mask]  # as large as these images
             stages.append(images)
         for edit, results in zip(batch, zip(*stages, strict=True), strict=True):

@@ -11,7 +11,7 @@ from cli import UserError
 import torch
 
 from attention import fused
-from diffusion import NoiseSchedule, euler_ancestral, seeded_noise
+from diffusion import SAMPLERS, NoiseSchedule, seeded_noise
 from formats import checkpoint
 
 PIXELS_AT_ONCE = 512 * 512  # of images that the decoder makes in one batch
@@ -70,6 +70,15 @@ class LatentDiffusion:
         rows = max(1, PIXELS_AT_ONCE // (self.vae.config.factor**2 * z.shape[2] * z.shape[3]))
         return torch.cat([self.vae.decode(part) for part in z.split(rows)]).float()
 
+    def solver(self, steps=None, sampler=None, schedule=None):
+        """(the sampler function, its noise levels [steps + 1]); the model's own where None.
+
+        sampler: a name of SAMPLERS, or a function like those of diffusion.py.
+        """
+        own = self.sampling
+        sigmas = self.schedule.sigmas(steps or own.steps, schedule or own.schedule)
+        return SAMPLERS.get(sampler or own.sampler, sampler), sigmas
+
     def predict_eps(self, z, t, context, attend=fused, low_memory=False):
         """The UNet's eps for z [B, ., h, w] at one time t (a float), in float32; low_memory: a row at a time."""
         times = torch.full((len(z),), t, device=self.device)
@@ -95,13 +104,15 @@ class StableDiffusion(LatentDiffusion):
         return self.schedule.denoiser(guided)
 
     @torch.no_grad()
-    def sample(self, texts, seeds, steps=None, guidance=None, size=None, sampler=euler_ancestral, attend=fused):
+    def sample(
+        self, texts, seeds, steps=None, guidance=None, size=None, sampler=None, schedule=None, attend=fused
+    ):
         """A list of B texts and one seed each -> images [B, 3, size, size], about in [-1, 1], in one batch.
 
-        steps, guidance and size (pixels, a multiple of the VAE's factor) default to the model's own.
+        guidance and size (pixels, a multiple of the VAE's factor) default to the model's own; the rest as in `solver`.
         """
+        sampler, sigmas = self.solver(steps, sampler, schedule)
         side = (size or self.sampling.resolution) // self.vae.config.factor
-        sigmas = self.schedule.sigmas(steps or self.sampling.steps)
         noise = seeded_noise((self.vae.config.latent_channels, side, side), seeds, self.device)
         scale = self.sampling.text_guidance if guidance is None else guidance
         denoise = self.denoiser(self.encode_text(texts), scale, attend)

@@ -63,7 +63,8 @@ def edit_all(model, edits, before, sampling, batch_size):
     def compute(edits, before):
         text, image = model.encode_text([edit.instruction for edit in edits]), model.encode_image(before)
         how = sampling.text_guidance, sampling.image_guidance, sampling.steps
-        return model.sample(text, image, [edit.before.layout for edit in edits], *how).clamp(-1, 1).cpu()
+        more = {"sampler": sampling.sampler, "schedule": sampling.schedule}
+        return model.sample(text, image, [edit.before.layout for edit in edits], *how, **more).clamp(-1, 1).cpu()
 
     return in_batches(compute, batch_size, edits, before, desc="editing")
 
@@ -151,6 +152,7 @@ def evaluate_world(options, settings):
     judge, clip = Judge.load(options.judge, options.device), load_clip(options.clip, options.device)
     options.out.mkdir(parents=True, exist_ok=True)
     asked = {"steps": options.steps, "text_guidance": options.cfg_text, "image_guidance": options.cfg_image}
+    asked |= {"sampler": options.sampler, "schedule": options.schedule}
     asked = {key: value for key, value in asked.items() if value is not None}
     sampling = {name: replace(model.sampling, **asked) for name, model in models.items()}
     before, after = true_images(edits)

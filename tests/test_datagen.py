@@ -296,7 +296,7 @@ def test_killed_at_many_moments_it_ends_in_the_same_files(models, many, data, tm
         before, done = done, len(list(folder.glob("0*")))
         moments.add(done)
         if done < MANY:
-            longest *= 1.2 if done == before else 0.8
+            longest *= 1.6 if done == before else 0.8
         else:  # the next one begins anew
             datagen.main(arguments)
             assert contents(folder) == contents(data)

@@ -4,13 +4,15 @@ import sys
 from functools import partial
 from itertools import pairwise
 
+from cli import SCHEDULES
+
 import diffusers
 import pytest
 import torch
 from reference import relative_error
 from torch import nn
 
-from diffusion import SAMPLERS, SCHEDULES, NoiseSchedule, seeded_noise
+from diffusion import SAMPLERS, NoiseSchedule, seeded_noise
 
 SCHEDULE = NoiseSchedule()
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

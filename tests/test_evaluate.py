@@ -237,7 +237,7 @@ def arguments(folder, **changed):
 
 def test_the_program_writes_its_results(folder, tmp_path, capsys):
     out = tmp_path / "new" / "out"
-    evaluate.main(arguments(folder, out=out, bound=folder / "bound", steps=1, cfg_text=2.0))
+    evaluate.main(arguments(folder, out=out, bound=folder / "bound", steps=1, cfg_text=2.0, sampler="heun"))
     assert sorted(path.name for path in out.iterdir()) == ["world.json", "world.md", "world.png"]
 
     results = json.loads((out / "world.json").read_text(), parse_constant=pytest.fail)  # a NaN would be no JSON
@@ -247,6 +247,7 @@ def test_the_program_writes_its_results(folder, tmp_path, capsys):
     assert results["rows"][evaluation.EDITOR] != results["rows"][evaluation.BOUND]
     assert results["rows"][evaluation.TRUE]["l1_outside"] == 0
     chosen = {"steps": 1, "text_guidance": 2.0, "image_guidance": 1.5, "resolution": 64}
+    chosen |= {"sampler": "heun", "schedule": "authors"}
     assert results["settings"]["sampling"] == {evaluation.EDITOR: chosen, evaluation.BOUND: chosen}
 
     text, tables = (out / "world.md").read_text(), evaluation.tables(results)

@@ -113,7 +113,7 @@ def test_low_memory_gives_the_same(model, monkeypatch):
 def test_another_sampler_and_no_guidance(model):
     """With both scales 1, Eq. 3 leaves the plain conditional guess."""
     image = image_of()
-    edited = model.edit(image, INSTRUCTION, 1, 1, seed=4, sampler=euler)
+    edited = model.edit(image, INSTRUCTION, 1, 1, seed=4, sampler="euler")
     image_latent = model.encode_image(to_tensor(resize_and_crop(image, 128))[None])
     text = model.encode_text([INSTRUCTION])
 

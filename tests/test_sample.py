@@ -383,6 +383,7 @@ def test_one_edit(edit, photo, model_folder, tmp_path):
     expected |= {"steps": 3, "cfg_text": 5.0, "cfg_image": 1.5, "resolution": 64, "seed": 3, "num": 1, "sweep": False}
     expected |= {"vae": None, "lora": None, "ema": None, "then": None, "negative": "", "mask": None, "region": None}
     expected |= {"device": note["device"], "dtype": note["dtype"], "compile": False, "low_memory": False}
+    expected |= {"sampler": "euler_ancestral", "schedule": "authors"}
     assert note == {**expected, "full_size": False, "sheet": False, "batch_size": 1}
     model = InstructPix2Pix.load(model_folder)
     assert np.array_equal(pixels(out), model.edit(open_image(photo), "make it night", 5.0, 1.5, 3, seed=3))
@@ -475,6 +476,19 @@ def test_then_edits_the_result(edit, run_sample, model_folder, tmp_path):
 
 
 # ---- many images ----
+
+
+def test_another_sampler(edit, model_folder, photo, tmp_path):
+    """By name; it is kept in the PNG."""
+    assert edit(sampler="unipc", schedule="karras", steps=4).code == 0
+    model = InstructPix2Pix.load(str(model_folder))
+    expected = model.edit(photo, "make it night", steps=4, sampler="unipc", schedule="karras")
+    assert np.array_equal(pixels(tmp_path / "out/x.png"), np.asarray(expected))
+    assert not np.array_equal(np.asarray(model.edit(photo, "make it night", steps=4)), np.asarray(expected))
+    settings = read_settings(tmp_path / "out/x.png")
+    assert (settings["sampler"], settings["schedule"]) == ("unipc", "karras")
+    with pytest.raises(UserError, match="'dpm' should be one of euler_ancestral, "):
+        model.edit(photo, "make it night", sampler="dpm")
 
 
 @pytest.fixture

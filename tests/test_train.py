@@ -223,7 +223,8 @@ def test_overfitting_one_pair(data, init, tmp_path, program):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("from_disk", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("from_disk", [False, True])
 def test_two_processes_equal_one(data, init, tmp_path, from_disk):
     """Of twice the batch, or twice the micro-batches: the same examples and the same weights, but for rounding."""
     flags = {"max_steps": 3, "eval_every": 1, "lr": 1e-4, "warmup_steps": 0}

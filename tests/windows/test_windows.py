@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, contents
 from dataset_of_true_pairs import write_pairs
 from random_model import tiny_model
@@ -30,6 +31,7 @@ with safetensors.safe_open("sd/vae/diffusion_pytorch_model.safetensors", "pt"):
 """
 
 
+@pytest.mark.slow
 def test_the_programs(tmp_path):
     """Images are read by a spawned process; when the run resumes, its model is replaced."""
     write_pairs(tmp_path / "pairs", 20)
