@@ -174,7 +174,7 @@ def read_parquet(path, columns):
     with reported_as(f"{path} cannot be read"), pyarrow_parquet().ParquetFile(path, **options) as file:
         names = {name.lower(): name for name in file.schema_arrow.names}
         needed = [names[column] for column in find_columns(path, names, columns).values()]
-        batches = file.iter_batches(batch_size=8, columns=needed, use_threads=False)
+        batches = file.iter_batches(batch_size=1, columns=needed, use_threads=False)
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
             yield f"{path}, row {number}", {name.lower(): value for name, value in row.items()}
 
