@@ -397,7 +397,8 @@ def test_a_source_that_has_changed_is_not_mixed_in(tmp_path, program):
     assert re.search("0000003 was not made from .*pairs.csv, line 5; the source has changed: use another", err[-1])
 
 
-def test_killed_twenty_times_it_ends_in_the_same_files(tmp_path, capfd):
+@pytest.mark.parametrize("times", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_again_and_again_it_ends_in_the_same_files(tmp_path, capfd, times):
     """SIGKILL at random moments of an import of 40 rows."""
     source, rng, done = own_pairs(tmp_path / "own", 40), random.Random(0), set()
     whole, arguments = (["import", str(source), f"--out={tmp_path / name}"] for name in ("whole", "out"))
@@ -405,7 +406,7 @@ def test_killed_twenty_times_it_ends_in_the_same_files(tmp_path, capfd):
     begin = time.monotonic()
     dataset.main(whole)
     longest, now = (time.monotonic() - begin) / 4, 0
-    for _ in range(20):
+    for _ in range(times):
         process = multiprocessing.get_context("fork").Process(target=dataset.main, args=(arguments,))
         process.start()
         time.sleep(rng.uniform(0, longest))
