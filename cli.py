@@ -52,7 +52,7 @@ STEPS, SCALE, PIXELS = between(1, 1000), between(0, 100, float), between(64, 409
 
 def add_sampler(add):
     """Add --sampler and --schedule to a command line, by its `add_argument`."""
-    add("--sampler", choices=SAMPLERS, help="(default: the model's own; the authors': euler_ancestral)")
+    add("--sampler", choices=SAMPLERS, help="the solver (default: the model's own; the authors': euler_ancestral)")
     add("--schedule", choices=SCHEDULES, help="how the noise levels are spaced (default: the model's own)")
 
 

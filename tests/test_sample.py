@@ -475,9 +475,6 @@ def test_then_edits_the_result(edit, run_sample, model_folder, tmp_path):
     assert np.array_equal(pixels(out / "x_again.png"), image)
 
 
-# ---- many images ----
-
-
 def test_another_sampler(edit, model_folder, photo, tmp_path):
     """By name; it is kept in the PNG."""
     assert edit(sampler="unipc", schedule="karras", steps=4).code == 0
@@ -489,6 +486,9 @@ def test_another_sampler(edit, model_folder, photo, tmp_path):
     assert (settings["sampler"], settings["schedule"]) == ("unipc", "karras")
     with pytest.raises(UserError, match="'dpm' should be one of euler_ancestral, "):
         model.edit(photo, "make it night", sampler="dpm")
+
+
+# ---- many images ----
 
 
 @pytest.fixture
