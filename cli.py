@@ -56,6 +56,15 @@ def add_sampler(add):
     add("--schedule", choices=SCHEDULES, help="how the noise levels are spaced (default: the model's own)")
 
 
+def add_savings(parser):
+    """Add what evaluations may leave out (gpu/savings.py) to a command line's parser."""
+    add = parser.add_argument_group("faster, with a slightly different result").add_argument
+    add("--cfg-above", type=between(0, kind=float), metavar="SIGMA", help="guidance only at higher noise levels")
+    add("--cfg-below", type=between(0, kind=float), metavar="SIGMA", help="guidance only at lower noise levels")
+    add("--null-every", type=WHOLE, metavar="K", help="evaluate the null branch every K-th time")
+    add("--deep-every", type=WHOLE, metavar="K", help="evaluate the UNet's inner levels every K-th time")
+
+
 def as_flags(settings):
     """Settings, as a PNG carries them, as the arguments that give them."""
     for name, value in settings.items():

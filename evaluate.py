@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from cli import SCALE, SEED, STEPS, WHOLE, Parser, add_sampler, check_device, run_program
+from cli import SCALE, SEED, STEPS, WHOLE, Parser, add_sampler, add_savings, check_device, run_program
 
 import torch
 
@@ -30,6 +30,7 @@ def main(arguments=None):
     add("--cfg-text", type=SCALE, metavar="S", help="text guidance s_T (default: each model's own)")
     add("--cfg-image", type=SCALE, metavar="S", help="image guidance s_I (default: each model's own)")
     add_sampler(add)
+    add_savings(world)
     add("--validation", action="store_true", help="use other edits, to choose the guidance scales by")
 
     pairs = commands.add_parser("pairs", help="success of generated pairs, and what the CLIP filter is worth")

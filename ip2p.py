@@ -6,6 +6,7 @@
 
 import os
 from dataclasses import replace
+from functools import partial
 
 from cli import UserError, check_instruction, check_sampling, check_seeds, reported_as
 
@@ -62,20 +63,24 @@ class InstructPix2Pix(LatentDiffusion):
     kind, advice = "editor", "use InstructPix2Pix weights, such as ip2p or mini"
 
     def denoiser(
-        self, text, image_latent, text_guidance, image_guidance, *, null_text=None, low_memory=False, attend=fused
-    ):
+        self, text, image_latent, text_guidance, image_guidance,
+        *, null_text=None, low_memory=False, attend=fused, savings=None,
+    ):  # fmt: skip
         """The sampler's `denoise(x, sigma)` under both guidances (Eq. 3), its three branches as one batch.
 
         text [B, L, E], image_latent [B, C, h, w], the scales as in `guided_eps`; null_text [1, L, E]: another text
-        than the empty one. low_memory: a row at a time.
+        than the empty one. low_memory: a row at a time. savings: what to leave out, a `Savings` (gpu/savings.py).
         """
         null_text = (self.null_text if null_text is None else null_text).expand_as(text)
         contexts = torch.cat([text, null_text, null_text])
         images = torch.cat([image_latent, image_latent, torch.zeros_like(image_latent)])
+        predict = partial(self.predict_eps, attend=attend, low_memory=low_memory)
+        if savings:
+            predict = savings.applied_to(predict, self.schedule)
 
         def guided(z, t):
             z = torch.cat([z.repeat(3, 1, 1, 1), images], dim=1)  # [3B, 2C, h, w]: (I, T), (I, 0), (0, 0)
-            eps_full, eps_image, eps_null = self.predict_eps(z, t, contexts, attend, low_memory).chunk(3)
+            eps_full, eps_image, eps_null = predict(z, t, contexts).chunk(3)
             return guided_eps(eps_full, eps_image, eps_null, text_guidance, image_guidance)
 
         return self.schedule.denoiser(guided)

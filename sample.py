@@ -20,8 +20,7 @@ SWEEP_IMAGE = (0.7, 1, 1.4)  # times --cfg-image: its rows
 
 def make_parser():
     """The command line."""
-    epilog = "The PNG that is written carries its settings; --again takes them from there."
-    parser = Parser(prog="sample.py", description="Edit images by written instructions.", epilog=epilog)
+    parser = Parser(prog="sample.py", description=__doc__.splitlines()[0], epilog="A PNG has its settings, for --again")
     add = parser.add_argument
     add("--image", nargs="+", metavar="FILE", help="the image to edit; or several, a folder, a pattern in quotes")
     add("--instr", metavar="TEXT", help='what to change, such as "make it night"; or a text file with one a line')
@@ -48,6 +47,7 @@ def make_parser():
     add("--seed", type=SEED, default=0, metavar="S", help="of the noise (default: 0)")
     add("--num", type=between(1, 1000), default=1, metavar="N", help="N variants, seeds S, S+1, ..., and a sheet")
     add("--sweep", action="store_true", help="make a grid over both guidance scales, as in Fig. 4")
+    cli.add_savings(parser)
 
     group = parser.add_argument_group("keeping the rest of the image")
     add = group.add_mutually_exclusive_group().add_argument
@@ -73,8 +73,7 @@ def parse(arguments=None):
     if options.again:
         from images import read_settings
 
-        settings = read_settings(options.again)
-        options = parser.parse_args([*as_flags(settings), *arguments])  # what is said now comes last and wins
+        options = parser.parse_args([*as_flags(read_settings(options.again)), *arguments])  # the last of equals wins
         options.out = options.out or options.again.with_name(f"{options.again.stem}_again.png")
     if not options.image or options.instr is None:
         raise UserError('name the image to edit with --image, and what to change with --instr "make it night"')
@@ -158,13 +157,12 @@ def load_model(options):
     parts = options.tokenizer, options.vae, options.lora, options.ema
     model = InstructPix2Pix.load(options.weights, options.device, getattr(torch, options.dtype), *parts)
     if options.compile:
-        # a CUDA graph leaves every result in the same place, and --low-memory collects several
-        compile_model(model, mode=None if options.low_memory else "reduce-overhead")
+        # a CUDA graph leaves every result in the same place, which neither of these two allows
+        compile_model(model, mode=None if options.low_memory or options.deep_every else "reduce-overhead")
         say(NOTICE)
-    sampling, batch_size = model.sampling, 1 if options.device == "cpu" else 4  # in a batch, a CPU's last bits differ
-    own = {"steps": sampling.steps, "resolution": sampling.resolution, "batch_size": batch_size}
-    own |= {"cfg_text": sampling.text_guidance, "cfg_image": sampling.image_guidance}
-    own |= {"sampler": sampling.sampler, "schedule": sampling.schedule}
+    own = {name: getattr(model.sampling, name) for name in ("steps", "resolution", "sampler", "schedule")}
+    own |= {"cfg_text": model.sampling.text_guidance, "cfg_image": model.sampling.image_guidance}
+    own["batch_size"] = 1 if options.device == "cpu" else 4  # in a batch, a CPU's last bits differ
     vars(options).update((name, value) for name, value in own.items() if getattr(options, name) is None)
     return model
 
@@ -232,11 +230,14 @@ class Edit:
 
 def run(model, edits, options):
     """Sample for edits of images of one size, `options.batch_size` at once. Raises UserError if memory runs out."""
+    from gpu.savings import Savings
+
     runs = [(edit, *settings) for edit in edits for settings in edit.settings]
     for start in range(0, len(runs), options.batch_size):
         batch, *scales, seeds = map(list, zip(*runs[start : start + options.batch_size], strict=True))
         images, masks, stages = [edit.whole for edit in batch], [edit.mask for edit in batch if edit.mask], []
         more = {name: getattr(options, name) for name in ("negative", "low_memory", "sampler", "schedule")}
+        more["savings"] = Savings.of(options)
         for texts in zip(*(edit.texts for edit in batch), strict=True):
             settings = *scales, options.steps, seeds, options.resolution
             with cli.memory_reported("try --low-memory, a smaller --resolution or --batch-size 1"):

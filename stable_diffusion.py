@@ -5,6 +5,7 @@
 """
 
 from functools import cached_property
+from itertools import repeat
 
 from cli import UserError
 
@@ -79,12 +80,16 @@ class LatentDiffusion:
         sigmas = self.schedule.sigmas(steps or own.steps, schedule or own.schedule)
         return SAMPLERS.get(sampler or own.sampler, sampler), sigmas
 
-    def predict_eps(self, z, t, context, attend=fused, low_memory=False):
-        """The UNet's eps for z [B, ., h, w] at one time t (a float), in float32; low_memory: a row at a time."""
+    def predict_eps(self, z, t, context, attend=fused, low_memory=False, deep=None):
+        """The UNet's eps for z [B, ., h, w] at one time t (a float), in float32; low_memory: a row at a time.
+
+        deep: B lists, one for each part that is computed at once (see `UNet.forward`).
+        """
         times = torch.full((len(z),), t, device=self.device)
         rows = 1 if low_memory else len(z)
         parts = zip(*(x.split(rows) for x in (z.to(self.dtype), times, context)), strict=True)
-        return torch.cat([self.unet(*part, attend) for part in parts]).float()
+        deep = iter(deep or repeat(None))
+        return torch.cat([self.unet(*part, attend, next(deep)) for part in parts]).float()
 
 
 class StableDiffusion(LatentDiffusion):

@@ -109,33 +109,39 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(config.groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
-    def forward(self, z, t, context, attend=fused):
+    def forward(self, z, t, context, attend=fused, deep=None):
         """Predict eps, the noise in z.
 
         z [B, in_channels, H, W]: the noisy latent, and for InstructPix2Pix the input image's latent behind it.
         t [B]: time in [0, 999], fractions allowed. context [B, L, E]: text embedding. attend: see attention.py.
-        Returns [B, out_channels, H, W].
+        deep: a list. What the inner levels give to the outermost is put into an empty one; from a full one it is taken,
+        and the inner levels are left out (Ma et al. 2024, DeepCache). Returns [B, out_channels, H, W].
         """
         time = timestep_embedding(t, self.config.levels[0].channels).to(self.time_embed[0].weight.dtype)
         time = F.silu(self.time_embed(time))  # [B, 4 C]
 
         h = self.conv_in(z)
-        skips = [h]
-        for stage in self.down:
+        skips, levels = [h], 1 if deep else len(self.down)
+        for stage in self.down[:levels]:
             for i, resblock in enumerate(stage.resblocks):
                 h = resblock(h, time)
                 if stage.transformers:
                     h = stage.transformers[i](h, context, attend)
                 skips.append(h)
-            if stage.downsample is not None:
+            if stage.downsample is not None and not deep:
                 h = stage.downsample(h)
                 skips.append(h)
 
-        h = self.middle.resblock1(h, time)
-        h = self.middle.transformer(h, context, attend)
-        h = self.middle.resblock2(h, time)
+        if deep:
+            h = deep[0][: len(z)]
+        else:
+            h = self.middle.resblock1(h, time)
+            h = self.middle.transformer(h, context, attend)
+            h = self.middle.resblock2(h, time)
 
-        for stage in self.up:
+        for stage in self.up[-levels:]:
+            if stage is self.up[-1] and deep == []:
+                deep.append(h)
             for i, resblock in enumerate(stage.resblocks):
                 h = resblock(torch.cat([h, skips.pop()], dim=1), time)
                 if stage.transformers:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from dataset import Filter
 from formats import hub
 from formats.checkpoint import load_clip
+from gpu.savings import Savings
 from images import enlarge, grid, save_png, to_image, to_tensor
 from ip2p import InstructPix2Pix
 from mini.judge import Judge, in_batches, right
@@ -54,7 +55,7 @@ def true_images(edits):
     return tuple(torch.stack(images) for images in zip(*pairs, strict=True))
 
 
-def edit_all(model, edits, before, sampling, batch_size):
+def edit_all(model, edits, before, sampling, batch_size, savings=None):
     """Edit the images `before` [count, 3, H, W] by an InstructPix2Pix -> images of the same shape, in [-1, 1].
 
     An edit's seed is its scene's layout, whatever the batch size and the model, so that editors can be compared.
@@ -63,7 +64,7 @@ def edit_all(model, edits, before, sampling, batch_size):
     def compute(edits, before):
         text, image = model.encode_text([edit.instruction for edit in edits]), model.encode_image(before)
         how = sampling.text_guidance, sampling.image_guidance, sampling.steps
-        more = {"sampler": sampling.sampler, "schedule": sampling.schedule}
+        more = {"sampler": sampling.sampler, "schedule": sampling.schedule, "savings": savings}
         return model.sample(text, image, [edit.before.layout for edit in edits], *how, **more).clamp(-1, 1).cpu()
 
     return in_batches(compute, batch_size, edits, before, desc="editing")
@@ -156,7 +157,8 @@ def evaluate_world(options, settings):
     asked = {key: value for key, value in asked.items() if value is not None}
     sampling = {name: replace(model.sampling, **asked) for name, model in models.items()}
     before, after = true_images(edits)
-    edited = {name: edit_all(model, edits, before, sampling[name], size) for name, model in models.items()}
+    how = size, Savings.of(options)
+    edited = {name: edit_all(model, edits, before, sampling[name], *how) for name, model in models.items()}
 
     def through_vae(x):  # the best result possible; encode_image does not scale, decode takes scaled latents
         editor = models[EDITOR]

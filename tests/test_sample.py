@@ -384,6 +384,7 @@ def test_one_edit(edit, photo, model_folder, tmp_path):
     expected |= {"vae": None, "lora": None, "ema": None, "then": None, "negative": "", "mask": None, "region": None}
     expected |= {"device": note["device"], "dtype": note["dtype"], "compile": False, "low_memory": False}
     expected |= {"sampler": "euler_ancestral", "schedule": "authors"}
+    expected |= dict.fromkeys(("cfg_above", "cfg_below", "null_every", "deep_every"))
     assert note == {**expected, "full_size": False, "sheet": False, "batch_size": 1}
     model = InstructPix2Pix.load(model_folder)
     assert np.array_equal(pixels(out), model.edit(open_image(photo), "make it night", 5.0, 1.5, 3, seed=3))
@@ -554,8 +555,10 @@ def test_the_model_fits_the_images(run_sample, photo, tmp_path, monkeypatch):
 
 # ---- --again ----
 
+FAST = ["--cfg-above=0.1", "--cfg-below=12", "--null-every=2", "--deep-every=2", "--sampler=unipc", "--schedule=karras"]
 
-@pytest.mark.parametrize("flags", [["--cfg-text=5.5", "--resolution=128"], ["--num=3"], ["--sweep"]])
+
+@pytest.mark.parametrize("flags", [["--cfg-text=5.5", "--resolution=128"], ["--num=3"], ["--sweep"], FAST])
 def test_again_is_the_same_to_the_pixel(edit, run_sample, tmp_path, flags):
     out = tmp_path / "out"
     first = edit(*flags, seed=5).out
