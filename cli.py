@@ -46,7 +46,7 @@ def between(least, most=math.inf, kind=int):
 
 WHOLE, FRACTION, SEED = between(1), between(0, 1, float), between(0, 10**18)
 SAMPLERS = "euler_ancestral", "euler", "heun", "dpm_solver_2m", "dpm_solver_2m_sde", "unipc"  # of diffusion.py
-SCHEDULES = "authors", "karras"  # of noise levels, see `NoiseSchedule.sigmas`
+SCHEDULES = "authors", "karras", "trailing"  # of noise levels, see `NoiseSchedule.sigmas`
 STEPS, SCALE, PIXELS = between(1, 1000), between(0, 100, float), between(64, 4096)  # as in `check_sampling`
 
 

@@ -58,12 +58,16 @@ class NoiseSchedule:
         """n noise levels and a closing 0: [n + 1], float64. schedule: how they are spaced.
 
         "authors": at evenly spaced fractional times. "karras": evenly in sigma^(1/7) (Karras et al. 2022, Eq. 5).
+        "trailing": at even times, too, the last of them a whole step before the 0 (Lin et al. 2023): for few steps.
         """
         if schedule == "karras":
             first, last = self.log_sigmas[[-1, 0]].exp() ** (1 / 7)
             sigmas = torch.lerp(first, last, torch.linspace(0, 1, n, dtype=torch.float64)) ** 7
         else:
-            sigmas = self.sigma(torch.linspace(len(self.log_sigmas) - 1, 0, n, dtype=torch.float64))
+            times = torch.linspace(len(self.log_sigmas) - 1, 0, n, dtype=torch.float64)
+            if schedule == "trailing":
+                times = len(self.log_sigmas) * torch.arange(n, 0, -1, dtype=torch.float64) / n - 1
+            sigmas = self.sigma(times)
         return torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)])
 
     def add_noise(self, z, noise, t):

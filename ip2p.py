@@ -75,15 +75,26 @@ class InstructPix2Pix(LatentDiffusion):
         contexts = torch.cat([text, null_text, null_text])
         images = torch.cat([image_latent, image_latent, torch.zeros_like(image_latent)])
         predict = partial(self.predict_eps, attend=attend, low_memory=low_memory)
-        if savings:
+        scales = self.scales_input(text_guidance, image_guidance, len(text))
+        if savings and scales is None:
             predict = savings.applied_to(predict, self.schedule)
+
+        def distilled(z, t):
+            return predict(torch.cat([z, image_latent], dim=1), t, text, scales=scales)
 
         def guided(z, t):
             z = torch.cat([z.repeat(3, 1, 1, 1), images], dim=1)  # [3B, 2C, h, w]: (I, T), (I, 0), (0, 0)
             eps_full, eps_image, eps_null = predict(z, t, contexts).chunk(3)
             return guided_eps(eps_full, eps_image, eps_null, text_guidance, image_guidance)
 
-        return self.schedule.denoiser(guided)
+        return self.schedule.denoiser(guided if scales is None else distilled)
+
+    def scales_input(self, text_guidance, image_guidance, count):
+        """What a distilled UNet takes in place of two branches, [count, 2], from scales as in `denoiser`; else None."""
+        if not self.unet.config.scales_width:
+            return None
+        scales = [torch.as_tensor(scale, dtype=torch.float32) for scale in (text_guidance, image_guidance)]
+        return torch.stack([scale.flatten().expand(count) for scale in scales], dim=1).to(self.device)
 
     @torch.no_grad()
     def sample(
@@ -134,6 +145,8 @@ class InstructPix2Pix(LatentDiffusion):
         images = [as_image(one) for one in images]
         for text in instructions:
             check_instruction(text)
+        if self.unet.config.scales_width and (negative or options.get("savings")):
+            raise UserError("a distilled editor has one branch: no negative text, and nothing to leave out")
         check_seeds(seeds)
         seeds = [int(number) for number in seeds]  # generators take no number of numpy's
         for pair in zip(*scales, strict=True):
@@ -173,7 +186,7 @@ class InstructPix2Pix(LatentDiffusion):
         for t in REGION_TIMES:
             z_t = self.schedule.add_noise(z, noise, torch.tensor([t], device=self.device))
             inputs = torch.cat([z_t, image_latent], dim=1).expand(2, -1, -1, -1)
-            eps_full, eps_image = self.predict_eps(inputs, t, text).chunk(2)
+            eps_full, eps_image = self.predict_eps(inputs, t, text, scales=self.scales_input(1, 1, 2)).chunk(2)
             change = (eps_full - eps_image).abs().mean(1, keepdim=True)
             total = total + change / change.mean()
         low, high = total.aminmax()

@@ -80,16 +80,16 @@ class LatentDiffusion:
         sigmas = self.schedule.sigmas(steps or own.steps, schedule or own.schedule)
         return SAMPLERS.get(sampler or own.sampler, sampler), sigmas
 
-    def predict_eps(self, z, t, context, attend=fused, low_memory=False, deep=None):
+    def predict_eps(self, z, t, context, attend=fused, low_memory=False, deep=None, scales=None):
         """The UNet's eps for z [B, ., h, w] at one time t (a float), in float32; low_memory: a row at a time.
 
-        deep: B lists, one for each part that is computed at once (see `UNet.forward`).
+        deep: B lists, one for each part that is computed at once; scales [B, 2] (for both see `UNet.forward`).
         """
         times = torch.full((len(z),), t, device=self.device)
         rows = 1 if low_memory else len(z)
         parts = zip(*(x.split(rows) for x in (z.to(self.dtype), times, context)), strict=True)
-        deep = iter(deep or repeat(None))
-        return torch.cat([self.unet(*part, attend, next(deep)) for part in parts]).float()
+        more = zip(deep or repeat(None), repeat(None) if scales is None else scales.split(rows), strict=False)
+        return torch.cat([self.unet(*part, attend, *next(more)) for part in parts]).float()
 
 
 class StableDiffusion(LatentDiffusion):

@@ -3,6 +3,7 @@
     python train.py --preset mini --data runs/mini/pairs --init models/mini/sd --out runs/editor
     python train.py --preset mini --data runs/mini/pairs --init models/mini/sd --out runs/one --overfit 1
     torchrun --nproc-per-node 8 train.py --preset paper --data DIR --init sd15 --out runs/paper
+    python train.py --preset mini --data runs/mini/pairs --distill models/mini/editor --out runs/student
     python train.py export --run runs/paper --out editor.safetensors
 
 The UNet gets input channels for the image to edit, their weights zero; autoencoder and text encoder stay frozen. All
@@ -34,7 +35,7 @@ from formats.hub import lasting
 from gpu.compiled import compiled
 from images import enlarge, grid, save_png, to_image
 from ip2p import InstructPix2Pix, loss
-from training import runs
+from training import distill, runs
 from training.batches import Draws, ImageBatches, LatentBatches, draws_of, encode_pairs
 from training.presets import outlook, parse, parse_export
 from unet import ResBlock, Transformer
@@ -42,7 +43,7 @@ from unet import ResBlock, Transformer
 SHOWN, MEASURED = 8, 64  # pairs of the validation split on samples.png; examples of the validation loss
 SAME = (  # settings of a run that may not change when it is resumed
     *("seed", "total_batch_size", "trainable", "rank", "resolution", "max_resize", "subset"),
-    *("overfit", "cache_latents", "loss_weighting", "sampling_steps", "cfg_text", "cfg_image"),
+    *("overfit", "cache_latents", "loss_weighting", "sampling_steps", "cfg_text", "cfg_image", "distill"),
 )
 
 
@@ -170,6 +171,7 @@ def train(options):
     if any(side % model.side_multiple for side in dataset[0][0].shape[1:]):
         raise UserError(f"the images need sides of multiples of {model.side_multiple} pixels; see --resolution")
     editor, encode = InstructPix2Pix(model), partial(encode_pairs, model.vae, autocast)
+    teacher = InstructPix2Pix.load(options.init, device) if options.distill else None
     choose_weights(model.unet, options.trainable, options.rank)
     if options.gradient_checkpointing:  # blocks are computed twice instead of kept (Chen et al. 2016)
         apply_activation_checkpointing(model.unet, check_fn=lambda layer: isinstance(layer, ResBlock | Transformer))
@@ -198,6 +200,9 @@ def train(options):
         noise = draws.normal(*mean.shape[1:]).to(device)
         with autocast():
             text, null_text = editor.encode_text(list(texts)).float(), editor.null_text.float()
+            if teacher:
+                how = teacher, editor.sampling.steps, draws
+                return distill.loss(predict_eps, *how, latent, image_latent, text, null_text, noise)
             each = loss(predict_eps, editor.schedule, latent, image_latent, text, null_text, t, noise, u)
         return each * editor.schedule.balanced(t) if options.loss_weighting == "balanced" else each
 

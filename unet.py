@@ -38,6 +38,7 @@ class UNetConfig:
     out_channels: int = 4
     context_width: int = 768  # E
     groups: int = 32  # of every GroupNorm
+    scales_width: int = 0  # of the embedding of both guidance scales, which a distilled editor takes as inputs
 
 
 STABLE_DIFFUSION = UNetConfig(
@@ -62,6 +63,7 @@ class UNet(nn.Module):
         time_width = 4 * first
 
         self.time_embed = nn.Sequential(nn.Linear(first, time_width), nn.SiLU(), nn.Linear(time_width, time_width))
+        self.scales = nn.Linear(config.scales_width, first, bias=False) if config.scales_width else None
         self.conv_in = nn.Conv2d(config.in_channels, first, 3, padding=1)
 
         index = itertools.count()  # of the transformers, in the order of computation
@@ -109,15 +111,19 @@ class UNet(nn.Module):
         self.norm_out = nn.GroupNorm(config.groups, width, eps=1e-5)
         self.conv_out = nn.Conv2d(width, config.out_channels, 3, padding=1)
 
-    def forward(self, z, t, context, attend=fused, deep=None):
+    def forward(self, z, t, context, attend=fused, deep=None, scales=None):
         """Predict eps, the noise in z.
 
         z [B, in_channels, H, W]: the noisy latent, and for InstructPix2Pix the input image's latent behind it.
         t [B]: time in [0, 999], fractions allowed. context [B, L, E]: text embedding. attend: see attention.py.
         deep: a list. What the inner levels give to the outermost is put into an empty one; from a full one it is taken,
-        and the inner levels are left out (Ma et al. 2024, DeepCache). Returns [B, out_channels, H, W].
+        and the inner levels are left out (Ma et al. 2024, DeepCache). scales [B, 2]: guidance scales s_T and s_I, for
+        a distilled UNet (Meng et al. 2023). Returns [B, out_channels, H, W].
         """
         time = timestep_embedding(t, self.config.levels[0].channels).to(self.time_embed[0].weight.dtype)
+        if self.scales:
+            both = timestep_embedding(100 * scales.flatten(), self.config.scales_width // 2)  # a scale is as 100 times
+            time = time + self.scales(both.view(len(z), -1).to(time.dtype))
         time = F.silu(self.time_embed(time))  # [B, 4 C]
 
         h = self.conv_in(z)

@@ -43,7 +43,7 @@ UNET_FIXED = {
 }
 UNET_HARMLESS = (
     *("block_out_channels", "attention_head_dim", "num_attention_heads"),  # `unet_from` reads them
-    *("sample_size", "upcast_attention", "addition_embed_type_num_heads"),
+    *("sample_size", "upcast_attention", "addition_embed_type_num_heads", "time_cond_proj_dim"),
 )
 VAE_FIXED = {
     "act_fn": "silu", "in_channels": 3, "out_channels": 3, "mid_block_add_attention": True, "use_quant_conv": True,
@@ -132,7 +132,12 @@ def unet_from(config):
     heads = heads if isinstance(heads, tuple) else [heads] * len(channels)
     levels = tuple(Level(*level) for level in zip(channels, attention, heads, strict=True))
     config.must(all(level.channels % level.heads == 0 for level in levels), "channels cannot be split into the heads")
-    return UNetConfig(levels=levels, **config.sizes(UNET))
+    sizes = config.sizes(UNET)
+    if width := config.values.get("time_cond_proj_dim"):
+        editor = sizes["in_channels"] == 2 * sizes["out_channels"]
+        config.must(editor, f"time_cond_proj_dim is {width!r:.80}; it is supported for distilled editors alone")
+        sizes |= config.sizes({"scales_width": ("time_cond_proj_dim", 0)})
+    return UNetConfig(levels=levels, **sizes)
 
 
 def unet_json(config):
@@ -142,6 +147,7 @@ def unet_json(config):
         "attention_head_dim": [level.heads for level in config.levels],
         "block_out_channels": [level.channels for level in config.levels],
         **block_types(level.attention for level in config.levels), **written(config, UNET),
+        **({"time_cond_proj_dim": config.scales_width} if config.scales_width else {}),
     }
 
 

@@ -15,21 +15,28 @@ from formats import checkpoint
 from formats.lora import adapted_layers, add_lora, merge_lora, write_lora
 from formats.weights import check_finite, extend_input, fingerprint
 
+SCALES_WIDTH = 256  # of the guidance scales' embedding in a distilled editor
+
 
 def load_editor(options, device="cpu"):
     """The `checkpoint.Model` of a training's settings: an editor, or Stable Diffusion with new input channels of zeros.
 
-    The defaults for sampling that the settings name take the place of the model's own. Returns the model and the
+    With `options.distill` it is a student (training/distill.py) of the editor that `options.init` names. The defaults
+    for sampling that the settings name take the place of the model's own. Returns the model and the
     fingerprint of the weights in the file. Raises UserError if any weight is NaN or Inf.
     """
-    model = checkpoint.load(options.init, device, kind="sd")
+    model = checkpoint.load(options.init, device, kind="editor" if options.distill else "sd")
     networks = {name: getattr(model, name) for name in checkpoint.PARTS}
     for name, network in networks.items():
         check_finite(network, f"{model.source}, {name}")
     base = fingerprint(*networks.values())
     channels = model.vae.config.latent_channels
     if model.unet.config.in_channels == channels:
-        model.unet = extend_input(model.unet, 2 * channels)
+        model.unet = extend_input(model.unet, in_channels=2 * channels)
+    if options.distill:
+        if not model.unet.config.scales_width:
+            model.unet = extend_input(model.unet, scales_width=SCALES_WIDTH)
+        model.sampling = replace(model.sampling, sampler="euler", schedule="trailing")
     named = {"steps": options.sampling_steps, "text_guidance": options.cfg_text, "image_guidance": options.cfg_image}
     model.sampling = replace(model.sampling, **{name: value for name, value in named.items() if value is not None})
     return model, base
@@ -70,7 +77,7 @@ def export(folder, state, out, lora=False, raw=False, init=None):
         run = SimpleNamespace(**json.loads((folder / "settings.json").read_text(encoding="utf-8")))
     if lora and run.trainable != "lora":
         raise UserError(f"{folder} was trained with --trainable {run.trainable}; it has no LoRA")
-    run.init = init or run.init
+    run.init, run.distill = init or run.init, getattr(run, "distill", None)
     if not init and Path(run.init).is_absolute() and not Path(run.init).exists():
         raise UserError(f"the training began with {run.init}, which is not there; say where it is now by --init")
     model, base = load_editor(run)

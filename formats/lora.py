@@ -78,7 +78,7 @@ def apply_lora(model, named):
     factors, alphas = read_lora(path)
     first = factors.get("conv_in", {}).get("a")
     if first is not None and first.dim() == 4 and first.shape[1] == 2 * model.unet.config.in_channels:
-        model.unet = extend_input(model.unet, first.shape[1])
+        model.unet = extend_input(model.unet, in_channels=first.shape[1])
     layers = {
         name.removesuffix(".weight").replace(".", "_"): (kind, getattr(model, kind).get_parameter(key))
         for kind in ("unet", "text_encoder")

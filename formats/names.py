@@ -34,6 +34,7 @@ TRANSFORMER = [
 UNET = [
     ("time_embed.0", "time_embedding.linear_1", "time_embed.0"),
     ("time_embed.2", "time_embedding.linear_2", "time_embed.2"),
+    ("scales", "time_embedding.cond_proj", "time_embed.cond_proj"),
     ("conv_in", "conv_in", "input_blocks.0.0"),
     *under("middle.resblock1.", "mid_block.resnets.0.", "middle_block.0.", RESBLOCK),
     *under("middle.transformer.", "mid_block.attentions.0.", "middle_block.1.", TRANSFORMER),

@@ -129,13 +129,17 @@ def fill(make, tensors, candidates, where):
     return network.eval().requires_grad_(False)
 
 
-def extend_input(unet, in_channels=8):
-    """A UNet with more input channels whose new weights are zero (Sec. 3.2); it shares all others with `unet`."""
+def extend_input(unet, **inputs):
+    """A UNet with more inputs, whose new weights are zero; it shares all others with `unet`.
+
+    inputs: in_channels, for the image to edit (Sec. 3.2), or scales_width, for guidance scales (Meng et al. 2023).
+    """
     with torch.device("meta"):
-        extended = UNet(replace(unet.config, in_channels=in_channels))
-    weights = unet.state_dict()
-    first = weights["conv_in.weight"]  # [C, 4, 3, 3]
-    weights["conv_in.weight"] = nn.functional.pad(first, (0, 0, 0, 0, 0, in_channels - first.shape[1]))
+        extended = UNet(replace(unet.config, **inputs))
+    weights, first = unet.state_dict(), unet.conv_in.weight.detach()  # [C, 4, 3, 3]
+    weights["conv_in.weight"] = nn.functional.pad(first, (0, 0, 0, 0, 0, extended.config.in_channels - first.shape[1]))
+    if extended.scales and not unet.scales:
+        weights["scales.weight"] = first.new_zeros(extended.scales.weight.shape)
     extended.load_state_dict(weights, assign=True)
     return extended.train(unet.training).requires_grad_(next(unet.parameters()).requires_grad)
 

@@ -130,6 +130,15 @@ def test_order_of_convergence(name, order):
         assert 0.8 * 2**order < coarse / fine < 1.4 * 2**order
 
 
+@pytest.mark.parametrize("steps", [4, 10, 50])
+def test_trailing_sigmas_are_those_of_diffusers(steps):
+    theirs = diffusers.DDIMScheduler(**BETAS, timestep_spacing="trailing")
+    theirs.set_timesteps(steps)
+    sigmas = SCHEDULE.sigmas(steps, "trailing")
+    torch.testing.assert_close(sigmas[:-1], SCHEDULE.sigma(theirs.timesteps), rtol=1e-6, atol=0)
+    assert sigmas[-1] == 0
+
+
 def test_karras_sigmas_are_those_of_diffusers():
     theirs = diffusers.EulerDiscreteScheduler(**BETAS, use_karras_sigmas=True)
     theirs.set_timesteps(10)

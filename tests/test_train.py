@@ -193,7 +193,8 @@ def test_the_papers_preset(data, init, tmp_path, monkeypatch):
 @pytest.mark.parametrize("trainable", ["attention", "lora"])
 def test_only_what_is_trainable_changes(data, init, tmp_path, program, trainable):
     assert program(*command(data, init, tmp_path / "run", trainable=trainable, rank=3, lr=0.01))[0] == 0
-    before, after = extend_input(load(init).unet, 8).state_dict(), load(tmp_path / "run" / "model").unet.state_dict()
+    before, after = load(init).unet, load(tmp_path / "run" / "model").unet
+    before, after = extend_input(before, in_channels=8).state_dict(), after.state_dict()
     changed = {name for name in before if not torch.equal(after[name], before[name].half().float())}
     pattern = r"attention|conv_in" if trainable == "attention" else r"attention\.to_\w+\.weight|conv_in\.weight"
     assert changed == {name for name in before if re.search(pattern, name)}
@@ -235,7 +236,7 @@ def test_two_processes_equal_one(data, init, tmp_path, from_disk):
         totals = {"total_batch_size": 4} if from_disk else {}
         process = start(*command(data, init, tmp_path / name, **flags, **sizes, **totals), processes=processes)
         assert process.wait(200) == 0, process.stderr.read()
-    start_weights = extend_input(load(init).unet, 8).state_dict()
+    start_weights = extend_input(load(init).unet, in_channels=8).state_dict()
     one, two = (newest_state(tmp_path / name)["weights"] for name in runs)
     moved = [torch.cat([(run[name] - start_weights[name]).flatten() for name in run]) for run in (one, two)]
     assert relative_error(*moved) <= MOVED  # of the way that the weights went

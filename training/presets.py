@@ -47,7 +47,9 @@ def parse(arguments=None):
     parser.epilog = "\n".join(["what the presets set:", *map(described, PRESETS)])
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="pairs, as datagen.py images leaves them")
-    add("--init", required=True, metavar="PATH", help="Stable Diffusion weights, such as sd15 or mini, or an editor's")
+    start = parser.add_mutually_exclusive_group(required=True).add_argument
+    start("--init", metavar="PATH", help="Stable Diffusion weights, such as sd15 or mini, or an editor's")
+    start("--distill", metavar="PATH", help="an editor, whose edits it learns in 4 steps (or --sampling-steps)")
     add("--out", type=Path, required=True, metavar="DIR", help="for all that the run writes")
     add("--preset", choices=PRESETS, default="paper", help="defaults of all other flags (default: paper)")
     add("--resume", action="store_true", help="resume the run in --out, if there is one")
@@ -118,6 +120,10 @@ def decide(options, processes):
         preset["max_resize"] = options.resolution * preset["max_resize"] // preset["resolution"]
     vars(options).update((name, value) for name, value in preset.items() if getattr(options, name) is None)
 
+    if options.distill:
+        options.init, options.distill, options.sampling_steps = options.distill, True, options.sampling_steps or 4
+        if options.batch_size % options.sampling_steps:
+            raise UserError(f"--batch-size should be a multiple of the student's {options.sampling_steps} steps")
     if options.resolution and options.max_resize and options.max_resize < options.resolution:
         raise UserError(f"--max-resize should be at least the resolution, {options.resolution}")
     options.cache_latents = options.cache_latents or bool(options.overfit)

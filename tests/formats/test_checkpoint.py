@@ -417,7 +417,7 @@ def test_a_hub_id_comes_from_the_cache(model, tmp_path, monkeypatch):
 
 def test_extending_the_input_adds_zeros_only():
     unet = random_model(in_channels=4).unet
-    extended = extend_input(unet)
+    extended = extend_input(unet, in_channels=8)
     assert extended.config == replace(unet.config, in_channels=8)
     z, image, context, t = torch.randn(2, 4, 16, 16), torch.randn(2, 4, 16, 16), torch.randn(2, 5, 32), torch.ones(2)
     with torch.no_grad():
