@@ -236,6 +236,23 @@ def check_device(name):
         raise UserError(f"this machine or this torch has no device {name}; try --device cpu") from error
 
 
+def fast_precision(device):
+    """The number format in which a device computes fastest: "bf16" where it can multiply it, else "fp16" or "no"."""
+    import torch
+
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    known = torch.backends.mkldnn.is_available()  # not on Apple's processors
+    return "bf16" if known and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
+
+
+def fast_format(device):
+    """The number format in which an edit is fast: on a GPU the authors', on a CPU bfloat16 if it can multiply it."""
+    if device.startswith("cuda"):
+        return "float16"
+    return "bfloat16" if fast_precision(device) == "bf16" else "float32"
+
+
 def own_device(name):
     """The device for this process: "cuda" is the one GPU, or of several that of this process of torchrun's."""
     rank = os.environ.get("LOCAL_RANK")

@@ -58,7 +58,7 @@ def make_parser():
 
     add = parser.add_argument_group("the machine").add_argument
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="number format")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="(default: the fastest)")
     add("--batch-size", type=between(1), metavar="B", help="edits at once (default: 1 on a CPU, else 4)")
     add("--compile", action="store_true", help="compile the networks first: for many edits on a GPU")
     add("--low-memory", action="store_true", help="slower, in less memory")
@@ -151,7 +151,7 @@ def load_model(options):
         options.device = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else "cpu"
     cli.check_device(options.device)
     if options.dtype == "auto":
-        options.dtype = "float16" if options.device.startswith("cuda") else "float32"
+        options.dtype = cli.fast_format(options.device)
     torch.backends.cudnn.deterministic = True  # so that --again gives the same pixels
     say(f"loading {options.weights}")
     parts = options.tokenizer, options.vae, options.lora, options.ema

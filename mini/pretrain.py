@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import cli
 from cli import WHOLE, Parser, UserError, atomic_write, between, check_device, keep_settings, run_program
 
 import numpy as np
@@ -32,7 +33,6 @@ from mini.judge import Judge, in_batches, labels, right
 from mini.world import KINDS, SIZE, caption, random_edit, random_scene, render
 from stable_diffusion import StableDiffusion
 from train import Settings, autocasting, fit
-from training.presets import fast_precision
 from training.runs import PROCESSES, RANK, barrier, join, read_metrics
 from unet import Level, ResBlock, Transformer, UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -339,7 +339,7 @@ def main(arguments=None):
     check_device(options.device)
     torch.set_num_threads(options.threads or torch.get_num_threads())
     options.device = join(options.device)
-    options.autocast = autocasting(options.device, "bf16" if fast_precision(options.device) == "bf16" else "no")
+    options.autocast = autocasting(options.device, "bf16" if cli.fast_precision(options.device) == "bf16" else "no")
     options.attend = reference if options.device == "cpu" else fused  # whose backward pass is slow on CPUs
     for stage in STAGES if options.stage == "all" else [options.stage]:
         run_stage(stage, options)

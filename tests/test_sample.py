@@ -56,7 +56,7 @@ def edit(run_sample, photo, model_folder, tmp_path):
 
     def run(*arguments, **changes):
         options = {"image": photo, "instr": "make it night", "weights": model_folder}
-        options |= {"out": tmp_path / "out" / "x.png", "steps": 2, **changes}
+        options |= {"out": tmp_path / "out" / "x.png", "steps": 2, "dtype": "float32", **changes}
         given = [f"--{key.replace('_', '-')}={value}" for key, value in options.items() if value is not None]
         return run_sample(*given, *arguments)
 

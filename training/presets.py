@@ -6,7 +6,7 @@ from argparse import BooleanOptionalAction, RawDescriptionHelpFormatter
 from pathlib import Path
 from textwrap import fill
 
-from cli import FRACTION, SCALE, STEPS, WHOLE, Parser, UserError, between, check_device, own_device
+from cli import FRACTION, SCALE, STEPS, WHOLE, Parser, UserError, between, check_device, fast_precision, own_device
 
 import torch
 
@@ -148,14 +148,6 @@ def decide(options, processes):
         options.compile = torch.device(options.device).type == "cuda"
     if options.mixed_precision == "auto":
         options.mixed_precision = fast_precision(options.device)
-
-
-def fast_precision(device):
-    """The number format in which a device trains fastest: "bf16" where it can multiply it, else "fp16" or "no"."""
-    if torch.device(device).type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    known = torch.backends.mkldnn.is_available()  # not on Apple's processors
-    return "bf16" if known and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
 
 
 def outlook(options, trained):

@@ -10,6 +10,7 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from reference import edit_reference
 
@@ -27,7 +28,7 @@ from mini.world import caption
 from stable_diffusion import StableDiffusion
 
 ROOT = Path(__file__).resolve().parents[2]
-MINI = ROOT / "models" / "mini"
+MINI, SCENE = ROOT / "models" / "mini", ROOT / "examples" / "scene.png"
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,14 @@ def test_the_bundled_editor_succeeds_on_held_out_edits(editor, count, steps):
     assert measure(after, edits, before, after, judge)["success"] > 0.95
     assert measure(before, edits, before, after, judge)["success"] == 0
     assert measure(edited, edits, before, after, judge)["success"] >= 0.8
+
+
+@pytest.mark.slow
+def test_an_edit_in_bfloat16_is_that_in_float32(editor):
+    """Above 35 dB, which is why `--dtype auto` takes it where a processor multiplies it."""
+    coarse = InstructPix2Pix.load(MINI / "editor", dtype=torch.bfloat16)
+    images = [np.asarray(model.edit(SCENE, "make it night")) / 255 for model in (editor, coarse)]
+    assert -10 * np.log10(np.square(images[0] - images[1]).mean()) > 35
 
 
 @pytest.mark.slow
@@ -66,7 +75,7 @@ def test_the_guidance_scales_act_as_in_fig_4(editor):
 
 def test_diffusers_opens_the_bundled_editor_and_edits_alike(editor):
     pipeline = diffusers.StableDiffusionInstructPix2PixPipeline.from_pretrained(MINI / "editor")
-    scene = open_image(ROOT / "examples" / "scene.png")
+    scene = open_image(SCENE)
     for seed, instruction in enumerate(("make it night", "remove the tree")):
         ours = np.asarray(editor.edit(scene, instruction, seed=seed)).astype(int)
         theirs = np.asarray(edit_reference(pipeline, editor, scene, instruction, seed)).astype(int)

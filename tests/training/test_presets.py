@@ -2,10 +2,12 @@
 
 import os
 
+from cli import fast_format, fast_precision
+
 import pytest
 import torch
 
-from training.presets import fast_precision, parse
+from training.presets import parse
 
 
 def test_help_tells_of_export_and_presets(capsys):
@@ -32,4 +34,9 @@ def test_a_torch_without_mkldnn(monkeypatch):
     """As on Apple's processors: the question whether it can multiply bfloat16 is not there to be asked."""
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     monkeypatch.setattr(torch.ops, "mkldnn", None)
-    assert fast_precision("cpu") == "no"
+    assert (fast_precision("cpu"), fast_format("cpu")) == ("no", "float32")
+
+
+def test_a_processor_that_multiplies_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
+    assert (fast_precision("cpu"), fast_format("cpu")) == ("bf16", "bfloat16")
