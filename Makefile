@@ -2,12 +2,13 @@
 # make test   lint and the tests on small networks (minutes)
 # make test-slow   the same proofs on full-size networks (minutes, 16 GB of memory, two processes)
 # make bench  times and memory against diffusers
+# make gpu    tests, times and memory on a GPU (9 minutes), into runs/gpu
 # make mini   train the bundled models again, from nothing, into runs/mini (hours on a CPU)
 
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: demo test test-slow bench mini
+.PHONY: demo test test-slow bench gpu mini
 
 demo: .venv/installed
 	$(RUN) examples/demo.py
@@ -25,6 +26,9 @@ test-slow: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(RUN) -m bench
+
+gpu: .venv/installed-dev
+	$(RUN) -m bench.gpu
 
 # Every step resumes where it was stopped. models/mini/README.md says what each of them took and reached.
 DEVICE ?= cpu

@@ -2,8 +2,8 @@
 
     python -m bench --only unet,train --runs 3
 
-The speed of machines drifts, so the variants of a part take turns (ours, theirs, ours, theirs, ...), each in a process
-of its own, and the RATIO within each round counts. All must give the same output before anything is timed.
+The speed of machines drifts, so the variants of a part take turns (ours, theirs, ours, theirs, ...), on a CPU each in a
+process of its own, and the RATIO within each round counts. All must give the same output before anything is timed.
 """
 
 import re
@@ -21,7 +21,7 @@ from cli import WHOLE, Parser, UserError, check_device, reported_as, run_program
 
 import torch
 
-from bench.parts import ON_CUDA, PARTS, first_output, timed
+from bench.parts import ON_CUDA, PARTS, first_output, timed, trace
 
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # most that two outputs may differ, relatively
 GROUPS = [group for group, *_ in PARTS.values()]
@@ -37,7 +37,8 @@ def parse(arguments=None):
     add("--dtype", choices=list(TOLERANCE), default="float32", help="number format of the networks (default: float32)")
     add("--size", type=int, choices=range(64, 2049, 64), default=512, metavar="N", help="multiple of 64 (default: 512)")
     add("--runs", type=WHOLE, default=5, metavar="N", help="rounds (default: 5)")
-    add("--only", default=",".join(GROUPS[:-1]), help=f"some of {','.join(GROUPS)} (default: all but the last)")
+    add("--only", default=",".join(GROUPS[:-2]), help=f"some of {','.join(GROUPS)} (default: all but two)")
+    add("--trace", type=Path, metavar="FILE.json", help="only write a trace of a UNet step, for ui.perfetto.dev")
     add("--small", action="store_true", help="tiny networks, to try this program; their times mean nothing")
     options = parser.parse_args(arguments)
     options.only = options.only.split(",")
@@ -51,6 +52,10 @@ def parse(arguments=None):
 def main(arguments=None):
     """Print what is measured where, then the table."""
     options = parse(arguments)
+    if options.trace:
+        trace(options)
+        print(options.trace)
+        return
     cpu, threads = Path("/proc/cpuinfo"), f"threads: {torch.get_num_threads()}"
     names = re.findall(r"model name\s*: (.*)", cpu.read_text()) if cpu.exists() else []
     device = ["cuda", torch.cuda.get_device_name()] if options.device == "cuda" else ["cpu", *names[:1], threads]
@@ -72,7 +77,9 @@ def measure(title, options):
         for variant in variants:
             print(f"bench: {title}, {variant}", file=sys.stderr, flush=True)
             ctrl_c = signal.signal, (signal.SIGINT, signal.SIG_DFL)  # ends a process without a word
-            processes[variant] = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), *ctrl_c))
+            if options.device == "cpu" or not processes:  # on a GPU one for all, since it takes long to start
+                process = stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), *ctrl_c))
+            processes[variant] = process
             outputs[variant] = processes[variant].submit(first_output, title, variant, options).result()
         base = outputs[variants[-1]]
         errors = {variant: ((output - base).norm() / base.norm()).item() for variant, output in outputs.items()}

@@ -21,10 +21,11 @@ def small_tokenizer(tokens=24):
 
 def randomise(network, seed):
     """Give every weight of a network a seeded random value, none zero or trivial, and sizes that keep signals sane."""
-    generator = torch.Generator().manual_seed(seed)
+    device = next(network.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     with torch.no_grad():
         for name, weight in network.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator)
+            noise = torch.randn(weight.shape, generator=generator, device=device)
             if weight.dim() > 1 and "embedding.weight" not in name:
                 weight.copy_(noise * (weight.numel() // len(weight)) ** -0.5)  # one over the root of the fan-in
             else:

@@ -1,5 +1,6 @@
 """python -m bench: it runs, all variants give the same numbers, the table is right. Nothing is said about times."""
 
+import json
 import re
 import subprocess
 import sys
@@ -56,7 +57,8 @@ def test_half_precision_with_processes_of_their_own():
 @pytest.mark.parametrize("variant", [one for one in parts.ON_CUDA if not one.startswith("diffusers")])
 def test_what_needs_a_gpu_gives_the_same_numbers(monkeypatch, variant):
     """What would be compiled runs as it is."""
-    monkeypatch.setattr(parts, "compiled", lambda network, **settings: network)
+    for module, name in ((parts, "compiled"), (torch, "compile")):
+        monkeypatch.setattr(module, name, lambda network, **settings: network)
     title = next(title for title, (_, variants, _) in parts.PARTS.items() if variant in variants)
     options = bench.parse(SMALL)
     ours, base = (parts.first_output(title, one, options) for one in (variant, parts.PARTS[title][1][-1]))
@@ -69,6 +71,12 @@ def test_outputs_are_compared_before_anything_is_timed(in_process, monkeypatch):
     monkeypatch.setattr(bench, "timed", None)
     with pytest.raises(UserError, match=r"no maps in memory: the output differs by \d"):
         bench.main([*SMALL, "--only", "p2p"])
+
+
+def test_a_trace_of_a_step(tmp_path):
+    bench.main([*SMALL, "--trace", str(tmp_path / "new" / "trace.json")])
+    events = json.loads((tmp_path / "new" / "trace.json").read_text())["traceEvents"]
+    assert {"aten::conv2d", "aten::scaled_dot_product_attention"} <= {event["name"] for event in events}
 
 
 def test_a_group_that_is_not_there():
