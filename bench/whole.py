@@ -8,6 +8,8 @@ import math
 from functools import partial
 from statistics import median
 
+from cli import fast_precision
+
 import torch
 from PIL import Image
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -23,7 +25,7 @@ from stable_diffusion import StableDiffusion
 from train import autocasting
 from training import runs
 from training.batches import encode_pairs
-from training.presets import GPU_MEMORY, PRESETS, fast_precision
+from training.presets import GPU_MEMORY, PRESETS
 from unet import INSTRUCT_PIX2PIX, STABLE_DIFFUSION, ResBlock, Transformer, UNet
 
 EXAMPLES = 10_000 * 1024  # that the paper's training sees
