@@ -272,7 +272,7 @@ def test_a_negative_text_takes_the_place_of_the_empty_one(model):
 
 
 def test_a_region_is_where_removing_the_words_changes_the_prediction(model, monkeypatch):
-    def predict_eps(z, t, text, *others):
+    def predict_eps(z, t, text, **others):
         eps = torch.zeros_like(z[:, :4])
         if torch.equal(text[0], model.encode_text(["remove the hat"])[0]):
             eps[0, :, : z.shape[2] // 2, : z.shape[3] // 6] = 1.0

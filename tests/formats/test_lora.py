@@ -72,7 +72,7 @@ def test_diffusers_loads_an_exported_lora(tmp_path, channels):
 
     save_folder(tiny_model(in_channels=channels), tmp_path / "base")
     settings = {"init": str(tmp_path / "base"), "trainable": "lora", "rank": 3}
-    settings |= {"sampling_steps": None, "cfg_text": None, "cfg_image": None}
+    settings |= dict.fromkeys(("sampling_steps", "cfg_text", "cfg_image", "distill"))
     model, _ = load_editor(SimpleNamespace(**settings))
     save_folder(model, tmp_path / "editor")  # the base as it is, or with zero channels added
     learned(model.unet)
