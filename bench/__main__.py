@@ -26,7 +26,7 @@ from bench.parts import ON_CUDA, PARTS, first_output, timed, trace
 TOLERANCE = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 1e-1}  # most that two outputs may differ, relatively
 GROUPS = [group for group, *_ in PARTS.values()]
 FAILURES = (BrokenExecutor, torch.OutOfMemoryError, ImportError)  # the first: the system has ended a process
-ADVICE = "failed; a smaller --size needs less memory, pip install -r requirements-dev.txt brings diffusers"
+ADVICE = "failed; a smaller --size needs less memory; pip install -r requirements-dev.txt, and openvino for that part"
 
 
 def parse(arguments=None):
@@ -37,7 +37,7 @@ def parse(arguments=None):
     add("--dtype", choices=list(TOLERANCE), default="float32", help="number format of the networks (default: float32)")
     add("--size", type=int, choices=range(64, 2049, 64), default=512, metavar="N", help="multiple of 64 (default: 512)")
     add("--runs", type=WHOLE, default=5, metavar="N", help="rounds (default: 5)")
-    add("--only", default=",".join(GROUPS[:-2]), help=f"some of {','.join(GROUPS)} (default: all but two)")
+    add("--only", default=",".join(GROUPS[:-3]), help=f"some of {','.join(GROUPS)} (default: the first four)")
     add("--trace", type=Path, metavar="FILE.json", help="only write a trace of a UNet step, for ui.perfetto.dev")
     add("--small", action="store_true", help="tiny networks, to try this program; their times mean nothing")
     options = parser.parse_args(arguments)

@@ -117,6 +117,8 @@ def unet_step(variant, options, batch=3, train=False):
         unet.to(memory_format=torch.channels_last)
     if "compiled" in variant:
         unet = compiled(unet, mode="reduce-overhead" if "graphs" in variant else None)
+    if variant == "OpenVINO":
+        return openvino_step(unet, z, t, context)
     pair = PairControl(100, torch.tensor([0.9]))
     ways = {"reference attention": reference, "maps in memory": with_maps, "no maps in memory": pair}
     attend = [ways[variant]] if variant in ways else []
@@ -128,6 +130,16 @@ def unet_step(variant, options, batch=3, train=False):
         return unet.conv_in.weight.grad
 
     return gradient if train else lambda: unet(z, t, context, *attend)
+
+
+def openvino_step(unet, *inputs):
+    """The UNet as OpenVINO runs it (pip install openvino): what is made for speed on CPUs."""
+    import openvino
+
+    with torch.no_grad():
+        model = openvino.convert_model(unet, example_input=inputs)
+    run = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda: torch.from_numpy(run([x.numpy() for x in inputs])[0])
 
 
 def with_maps(q, k, v, layer):
@@ -174,4 +186,5 @@ PARTS = {  # title: what --only calls it, the variants, of which ratios are to t
     "UNet step of a Prompt-to-Prompt pair": ("p2p", PAIR, partial(unet_step, batch=4)),
     "UNet step, trick by trick": ("ladder", LADDER, unet_step),
     "self-attention of a pair": ("attention", FLEX, pair_attention),
+    "UNet step beside OpenVINO": ("openvino", (*BOTH, "OpenVINO"), unet_step),
 }
