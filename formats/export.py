@@ -33,6 +33,8 @@ def load_editor(options, device="cpu"):
     channels = model.vae.config.latent_channels
     if model.unet.config.in_channels == channels:
         model.unet = extend_input(model.unet, in_channels=2 * channels)
+    if model.unet.scales and not options.distill:
+        raise UserError(f"{model.source} is a distilled editor, which --distill trains; --init takes others")
     if options.distill:
         if not model.unet.config.scales_width:
             model.unet = extend_input(model.unet, scales_width=SCALES_WIDTH)
@@ -50,6 +52,8 @@ def choose_weights(unet, trainable, rank):
     elif trainable == "attention":
         for layer in adapted_layers(unet).values():
             layer.requires_grad_(True)
+    if unet.scales:
+        unet.scales.requires_grad_(True)  # a student has them from nowhere else
 
 
 def write_model(model, path):
@@ -75,9 +79,11 @@ def export(folder, state, out, lora=False, raw=False, init=None):
     """
     with reported_as(f"{folder / 'settings.json'} cannot be read"):
         run = SimpleNamespace(**json.loads((folder / "settings.json").read_text(encoding="utf-8")))
+    run.init, run.distill = init or run.init, getattr(run, "distill", None)
     if lora and run.trainable != "lora":
         raise UserError(f"{folder} was trained with --trainable {run.trainable}; it has no LoRA")
-    run.init, run.distill = init or run.init, getattr(run, "distill", None)
+    if lora and run.distill:
+        raise UserError(f"{folder} is of a distilled editor, which is more than a LoRA; leave out --lora")
     if not init and Path(run.init).is_absolute() and not Path(run.init).exists():
         raise UserError(f"the training began with {run.init}, which is not there; say where it is now by --init")
     model, base = load_editor(run)

@@ -14,6 +14,7 @@ import sample
 import train
 from diffusion import dpm_solver_2m
 from formats.checkpoint import load, save_folder
+from formats.export import choose_weights
 from formats.weights import extend_input
 from ip2p import InstructPix2Pix
 from training import distill
@@ -123,7 +124,16 @@ def test_one_branch_a_step_in_any_file(folders, trained, run_main, tmp_path):
     assert (code, err[-1].rpartition(": ")[2]) == (2, "no negative text, and nothing to leave out")
 
 
-def test_what_is_refused(folders, run_main):
+@pytest.mark.parametrize("trainable", ["full", "attention", "lora"])
+def test_what_takes_the_scales_is_always_trained(trainable):
+    unet = as_student(tiny_model()).unet
+    choose_weights(unet, trainable, rank=2)
+    assert unet.scales.weight.requires_grad
+
+
+def test_what_is_refused(folders, trained, run_main):
     own = ["--data", folders / "pairs", "--distill", folders / "editor", "--out", folders / "other", "--preset=mini"]
     assert "a multiple of the student's 4 steps" in run_main(train, *own, "--batch-size=6").err[-1]
     assert "not allowed with" in run_main(train, *own, "--init=mini").err[-1]
+    own[2:4] = "--init", trained / "model"
+    assert "is a distilled editor, which --distill trains" in run_main(train, *own).err[-1]
