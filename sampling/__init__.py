@@ -1,0 +1,1 @@
+"""What sample.py needs around an edit."""
