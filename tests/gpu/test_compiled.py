@@ -57,6 +57,7 @@ def counted(module):
     return graphs
 
 
+@pytest.mark.slow
 def test_one_graph_serves_every_step_scale_and_instruction():
     """Without a break in it: torch would refuse."""
     image, model = colourful(128, 128), InstructPix2Pix(random_model())
