@@ -76,7 +76,9 @@ class InstructPix2Pix(LatentDiffusion):
         images = torch.cat([image_latent, image_latent, torch.zeros_like(image_latent)])
         predict = partial(self.predict_eps, attend=attend, low_memory=low_memory)
         scales = self.scales_input(text_guidance, image_guidance, len(text))
-        if savings and scales is None:
+        if savings and scales is not None:
+            raise UserError("a distilled editor has one branch, of which nothing can be left out")
+        if savings:
             predict = savings.applied_to(predict, self.schedule)
 
         def distilled(z, t):
@@ -145,8 +147,8 @@ class InstructPix2Pix(LatentDiffusion):
         images = [as_image(one) for one in images]
         for text in instructions:
             check_instruction(text)
-        if self.unet.config.scales_width and (negative or options.get("savings")):
-            raise UserError("a distilled editor has one branch: no negative text, and nothing to leave out")
+        if negative and self.unet.config.scales_width:
+            raise UserError("a distilled editor has one branch, and none for a negative text")
         check_seeds(seeds)
         seeds = [int(number) for number in seeds]  # generators take no number of numpy's
         for pair in zip(*scales, strict=True):

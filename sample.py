@@ -12,7 +12,7 @@ from pathlib import Path
 import cli
 from cli import UserError, run_program
 
-from sampling.flags import SHEET, parse, variants
+from editing.flags import SHEET, parse, variants
 
 WORLD = 64  # pixels a side of the bundled model's images
 SWEEP_TEXT = (0.4, 0.7, 1, 1.5)  # times --cfg-text: the columns of Fig. 4

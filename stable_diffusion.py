@@ -87,9 +87,10 @@ class LatentDiffusion:
         """
         times = torch.full((len(z),), t, device=self.device)
         rows = 1 if low_memory else len(z)
-        parts = zip(*(x.split(rows) for x in (z.to(self.dtype), times, context)), strict=True)
-        more = zip(deep or repeat(None), repeat(None) if scales is None else scales.split(rows), strict=False)
-        return torch.cat([self.unet(*part, attend, *next(more)) for part in parts]).float()
+        inputs = (x.split(rows) for x in (z.to(self.dtype), times, context))
+        scales = repeat(None) if scales is None else scales.split(rows)
+        parts = zip(*inputs, deep or repeat(None), scales, strict=False)
+        return torch.cat([self.unet(z, t, text, attend, *more) for z, t, text, *more in parts]).float()
 
 
 class StableDiffusion(LatentDiffusion):

@@ -121,7 +121,7 @@ class UNet(nn.Module):
         a distilled UNet (Meng et al. 2023). Returns [B, out_channels, H, W].
         """
         time = timestep_embedding(t, self.config.levels[0].channels).to(self.time_embed[0].weight.dtype)
-        if self.scales:
+        if self.scales is not None:
             both = timestep_embedding(100 * scales.flatten(), self.config.scales_width // 2)  # a scale is as 100 times
             time = time + self.scales(both.view(len(z), -1).to(time.dtype))
         time = F.silu(self.time_embed(time))  # [B, 4 C]

@@ -9,7 +9,7 @@ import torch
 from diffusion import dpm_solver_2m
 
 TEACHER_STEPS = 3  # for each of the student's
-NO_TEXT = 0.1  # this fraction of the examples has the empty instruction
+NO_TEXT = 0.1  # this fraction of the examples has the empty instruction, with which `region` compares
 
 
 def draw_scales(draws, sampling):

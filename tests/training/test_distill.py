@@ -122,8 +122,9 @@ def test_one_branch_a_step_in_any_file(folders, trained, run_main, tmp_path):
     assert not np.array_equal(np.asarray(model.edit(image, "make it night", text_guidance=1.0)), edited)
     assert model.region(Image.open(image), "the hat").size == (64, 64)
     edit = "--image", image, "--instr=night", "--weights", out, "--out", tmp_path / "x.png"
-    code, _, err = run_main(sample, *edit, "--negative=a")
-    assert (code, err[-1].rpartition(": ")[2]) == (2, "no negative text, and nothing to leave out")
+    for flag, words in (("--negative=a", "none for a negative text"), ("--null-every=2", "nothing can be left out")):
+        code, _, err = run_main(sample, *edit, flag)
+        assert (code, words in err[-1]) == (2, True)
 
 
 @pytest.mark.parametrize("trainable", ["full", "attention", "lora"])

@@ -51,7 +51,7 @@ def make_parser():
 
     add = parser.add_argument_group("the machine").add_argument
     add("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, mps, ... (default: auto)")
-    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="(default: the fastest)")
+    add("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="(auto: the fastest)")
     add("--batch-size", type=between(1), metavar="B", help="edits at once (default: 1 on a CPU, else 4)")
     add("--compile", action="store_true", help="compile the networks first: for many edits on a GPU")
     add("--low-memory", action="store_true", help="slower, in less memory")
