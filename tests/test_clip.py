@@ -142,6 +142,14 @@ def clips_agree(clip, ids, pixels, size):
     expected = theirs(input_ids=ids, pixel_values=(same - mean) / std)
     assert relative_error(clip.image.features(images), expected.image_embeds) <= 1e-5
     assert relative_error(clip(ids, images), expected.logits_per_image) <= 1e-5
+    half = len(images) // 2  # edits from the first half to the second
+    found = clip.edit_similarities(images[:half], images[half:], ids[:half], ids[half:])
+    (image0, image1), (text0, text1) = (x.split(half) for x in (expected.image_embeds, expected.text_embeds))
+    vectors = (image0, text0), (image1, text1), (image1 - image0, text1 - text0), (image0, image1)
+    for name, (x, y) in zip(("0", "1", "dir", "image"), vectors, strict=True):
+        cosine = (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))
+        torch.testing.assert_close(found.pop(f"clip_sim_{name}"), cosine, rtol=0, atol=1e-5)
+    assert not found
 
 
 @torch.no_grad()
