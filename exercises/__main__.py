@@ -62,7 +62,7 @@ def practise(number):
         if not judge(station):
             print(f"\nnot yet: write {path} and run this again; --hint 1 helps, --hint 2 and 3 say more")
             sys.exit(1)
-        from exercises import show  # with it torch's training comes along, which a failure need not wait for
+        from exercises import show  # which imports all that there is; a failure need not wait for it
 
         print("\nit passes; this is made with your function in place:")
         print(getattr(show, f"show_{station.shown}")(RUNS / f"{number:02}"))

@@ -20,7 +20,7 @@ def original(station):
 
 
 def definition(function):
-    """(the source of a function, without decorators and indentation; how many lines its docstring ends after)."""
+    """(a function's source without decorators and indentation, how many of its lines are signature and docstring)."""
     source = textwrap.dedent(inspect.getsource(function))
     node = ast.parse(source).body[0]
     lines = source.splitlines()[node.lineno - 1 :]
@@ -38,8 +38,8 @@ def emptied(function, name):
 def in_place(function, path):
     """Within it, `function` does what the function of its name in the file `path` does.
 
-    The file is run as if it stood at the end of the original's module: all names of the module are known to it, and its
-    own helpers are found. Raises UserError where the file cannot be run or lacks the function.
+    The file is run as if it stood at the end of the original's module: all names of the module are known to it and keep
+    their meaning, and its own helpers are found. Raises UserError where it cannot be run or lacks the function.
     """
     module = vars(sys.modules[function.__module__])
     before, parts = dict(module), ("__code__", "__defaults__", "__kwdefaults__")

@@ -25,7 +25,8 @@ CAPTIONS = (
 def show_edit(folder):
     """Edit the bundled scene by two samplers, and in a region alone; returns the path of the sheet."""
     model, scene = InstructPix2Pix.load("mini"), open_image(SCENE)
-    ways = {"euler_ancestral": {}, "euler": {"sampler": "euler"}, WORDS: {"mask": model.region(scene, WORDS)}}
+    ways = {"euler_ancestral": {}, "euler": {"sampler": "euler"}}
+    ways |= {f"only {WORDS}": {"mask": model.region(scene, WORDS)}}
     images = [model.edit(scene, INSTRUCTION, steps=10, attend=reference, **way) for way in ways.values()]
     images, path = [enlarge(image, 256) for image in (scene, *images)], folder / "edit.png"
     save_png(grid(images, 4, ["before", *ways], title=INSTRUCTION), path)
@@ -44,9 +45,9 @@ def show_pair(folder):
     return path
 
 
-def sampled_pairs(seeds=(0, 1)):
+def sampled_pairs():
     """{seed: a `Pair` of the two CAPTIONS, with its similarities as metadata}."""
-    model, (clip, tokenizer) = StableDiffusion.load("mini"), load_clip("mini")
+    model, (clip, tokenizer), seeds = StableDiffusion.load("mini"), load_clip("mini"), (0, 1)
     side = model.sampling.resolution // model.vae.config.factor
     noise = PairNoise(seeds, (model.vae.config.latent_channels, side, side), (model.sampling.text_guidance,) * 2)
     texts = [[caption] * len(seeds) for caption in CAPTIONS]
