@@ -57,6 +57,7 @@ class Sampler:
         model.vae.float()  # a small part of the work, and bfloat16 has fewer levels than an image
         self.clip, self.tokenizer = checkpoint.load_clip(options.clip, options.device)
         self.edits, self.options, own = edits, options, model.sampling
+        self.least = None  # the filter by which candidates are given up early
         options.steps = options.steps or own.steps
         options.resolution = options.resolution or own.resolution
         options.sampler, options.schedule = options.sampler or own.sampler, options.schedule or own.schedule
@@ -71,16 +72,27 @@ class Sampler:
         before, after = ([self.edits[number][field] for number, _ in jobs] for field in ("caption", "output"))
         shape, seeds = (model.vae.config.latent_channels, side, side), [seed for _, seed in jobs]
         noise = PairNoise(seeds, shape, options.guidance, device=model.device)
-        # x: twice [B, 3, H, W]
+        ids, given_up, guessed = [self.tokenizer(texts).to(model.device) for texts in (before, after)], None, {}
+
+        def fails(*x):
+            nonlocal given_up, guessed
+            guessed = self.clip.edit_similarities(*(half.clamp(-1, 1).add(1).div(2) for half in x), *ids)
+            rows = [dict(zip(guessed, row, strict=True)) for row in torch.stack([*guessed.values()], dim=1).tolist()]
+            given_up = torch.tensor([not self.least.keeps(row) for row in rows], device=model.device)
+            return given_up
+
         how = options.steps, options.sampler, options.schedule
-        x = sample_pairs(model, before, after, noise, *how, control=options.control)
+        more = {"control": options.control, "fails": fails if self.least else None}
+        x = sample_pairs(model, before, after, noise, *how, **more)  # twice [B, 3, H, W]
         if not all(half.isfinite().all() for half in x):
             raise cli.UserError("the networks gave NaN or Inf: damaged weights, or --dtype float16 is too narrow")
         images = [[to_image(image) for image in half] for half in x]
         # CLIP sees what will be on disk: whole numbers, in [0, 1]
         seen = [torch.stack([to_tensor(image) for image in half]).add(1).div(2).to(model.device) for half in images]
-        ids = (self.tokenizer(texts).to(model.device) for texts in (before, after))
-        scores = {"p2p_threshold": noise.p, "cfg_scale": noise.guidance, **self.clip.edit_similarities(*seen, *ids)}
+        found = self.clip.edit_similarities(*seen, *ids)
+        if given_up is not None:  # these are not finished, and fail by what they were when they were given up
+            found = {name: torch.where(given_up, guessed[name], values) for name, values in found.items()}
+        scores = {"p2p_threshold": noise.p, "cfg_scale": noise.guidance, **found}
         pairs = []
         for index, (_, seed) in enumerate(jobs):
             metadata = {"seed": seed, **{name: round(values[index].item(), 6) for name, values in scores.items()}}
@@ -104,6 +116,9 @@ def make_images(options):
     given = {field.name: getattr(options, f"min_{field.name}") for field in fields(Filter)}
     wanted = replace(Filter.read(options.clip), **{name: value for name, value in given.items() if value is not None})
     names = {f"min_{name}": float(value) for name, value in asdict(wanted).items()}
+    if options.give_up is not None:
+        sampler.least = Filter(*(value - options.give_up for value in asdict(wanted).values()))
+        names["give_up"] = options.give_up
     settings = settings_of(sampler, "samples", "keep", "batch_size")
     paths = {name: getattr(options, name) for name in ("weights", "vae", "clip")}  # where models are, which may change
     begin_data_set(options.out, {"program": "datagen.py images", **paths, **settings, **names}, noted=paths)
@@ -243,6 +258,8 @@ def add_image_commands(commands):
     for field in fields(Filter):
         name = field.name.replace("_", "-")
         add(f"--min-{name}", type=float, metavar="X", help=f"threshold (default: the CLIP's own, else {field.default})")
+    early = "give up candidates that, at 40 % of the steps, miss a threshold by more than X (default: none)"
+    add("--give-up", type=cli.FRACTION, metavar="X", help=early)
 
     thresholds = commands.add_parser("calibrate", help="the filter's thresholds for a CLIP of one's own: filter.json")
     thresholds.set_defaults(run=calibrate)

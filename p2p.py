@@ -24,6 +24,7 @@ from formats import checkpoint
 from images import enlarge, grid, save_png, to_image
 from stable_diffusion import StableDiffusion
 
+GIVE_UP_AT = 0.4  # of the steps: when a candidate's clean guess is looked at
 P_RANGE = (0.1, 0.9)  # Sec. 3.1.2: p ~ U(0.1, 0.9) for every pair
 CONTROLS = ("self", "cross", "both")  # which maps are borrowed; the authors' released code: self
 
@@ -45,6 +46,13 @@ class PairControl:
         self.steps, self.p, self.alignment, self.scale = steps, p.cpu(), alignment, scale
         self.self_control, self.cross_control = control in ("self", "both"), control in ("cross", "both")
         self.next_step(-1)
+
+    def only(self, pairs):
+        """From the next step on, the batches hold these pairs alone: bool [B]."""
+        self.p = self.p[pairs.cpu()]
+        if self.alignment:
+            self.alignment = Alignment(self.alignment.mapper[pairs], self.alignment.shared[pairs])
+        self.scale = None if self.scale is None else self.scale[pairs]
 
     def next_step(self, step, sigma=None, denoised=None):
         """The sampler's callback after a step: which pairs are controlled at the next one, `active` bool [B]."""
@@ -177,24 +185,56 @@ class PairNoise:
 @torch.no_grad()
 def sample_pairs(
     model, before, after, noise, steps=None, sampler=None, schedule=None,
-    *, control="self", scale=None, blend=None,
+    *, control="self", scale=None, blend=None, fails=None,
 ):  # fmt: skip
     """B caption pairs -> (images before, images after), each [B, 3, H, W], about in [-1, 1].
 
     model: a `StableDiffusion`, before and after: lists of B captions, noise: a `PairNoise` of B seeds. control: which
     maps are borrowed for the fraction noise.p of the steps, one of CONTROLS. scale [B, L]: re-weights the tokens of the
-    captions after, at all steps. blend: a `LocalBlend`. steps, sampler and schedule as in `model.solver`.
+    captions after, at all steps. blend: a `LocalBlend`. fails: see `give_up`. steps, sampler and schedule as in
+    `model.solver`.
     """
     sampler, sigmas = model.solver(steps, sampler, schedule)
     steps = len(sigmas) - 1
     alignment = None if control == "self" else Alignment.of(model.tokenizer, before, after, model.device)
     pair_control = PairControl(steps, noise.p, control, alignment, scale)
     attend = blend.watch(pair_control) if blend else pair_control
-    guidance = noise.guidance.repeat(2)[:, None, None, None]
-    denoise = model.denoiser(model.encode_text([*before, *after]), guidance, attend)
+    text, guidance = model.encode_text([*before, *after]), noise.guidance.repeat(2)[:, None, None, None]
+
+    def denoiser_of(pairs):
+        pair_control.only(pairs)
+        rows = pairs.repeat(2)
+        return model.denoiser(text[rows], guidance[rows], attend)
+
+    denoise = denoiser_of(torch.ones(len(before), dtype=torch.bool, device=model.device))
     denoise = blend.blend(denoise) if blend else denoise
+    denoise = give_up(model, denoise, denoiser_of, fails, round(GIVE_UP_AT * steps)) if fails else denoise
     latent = sampler(denoise, noise.first * sigmas[0].item(), sigmas, iter(noise), pair_control.next_step)
     return model.decode(latent).chunk(2)
+
+
+def give_up(model, denoise, denoiser_of, fails, evaluations):
+    """A `denoise(x, sigma)` for pairs that leaves out, after so many evaluations, those that are failing.
+
+    fails(images before, images after) -> bool [B], from the clean guesses there. What is given up stays as noisy as it
+    is; the others are sampled as before, in a smaller batch. denoiser_of(pairs): makes the denoise of some pairs.
+    """
+    count, pairs = 0, None
+
+    def giving_up(x, sigma):
+        nonlocal count, pairs, denoise
+        count += 1
+        if pairs is not None:
+            guess, rows = x.clone(), pairs.repeat(2)
+            guess[rows] = denoise(x[rows], sigma) if rows.any() else x[rows]
+            return guess
+        guess = denoise(x, sigma)
+        if count == evaluations:
+            pairs = ~fails(*model.decode(guess).chunk(2))
+            denoise = denoiser_of(pairs)
+        return guess
+
+    return giving_up
 
 
 # ---- the program: Fig. 3 ----

@@ -212,6 +212,24 @@ def test_only_what_passes_is_kept(models, pairs, program, tmp_path, flag, names)
     assert len(list((tmp_path / "data").rglob("*.jpg"))) == 2 * kept
 
 
+def test_candidates_that_fail_badly_are_given_up(models, pairs, program, tmp_path):
+    """By what they were when they were given up; no candidate that fails by less is."""
+    threshold = middle(pairs, "clip_sim_image")
+    flags = [*OPEN, f"--min-image-image={threshold}"]
+    for name, slack in (("never", 1), ("early", 0)):
+        assert program(*command(models, tmp_path / name, *flags, f"--give-up={slack}"))[0] == 0
+    found = [candidates_of(tmp_path / name) for name in ("never", "early")]
+    given_up = 0
+    for number, (_, candidates) in candidates_of(pairs).items():
+        assert found[0][number][1] == candidates
+        for one, other in zip(candidates, found[1][number][1], strict=True):
+            if one != pytest.approx(other, abs=2e-3):
+                given_up += 1
+                assert other["clip_sim_image"] < threshold
+                assert other["seed"] not in found[1][number][0]
+    assert 0 < given_up < len(EDITS) * SAMPLES
+
+
 def test_a_clip_is_calibrated(models, program, tmp_path):
     """A threshold is what a share of the candidates, one an edit, do not reach; each has a share of its own."""
     clip = tmp_path / "clip"

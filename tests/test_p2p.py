@@ -184,6 +184,31 @@ def test_a_batch_equals_its_pairs_one_by_one(model, control):
     assert largest(together[1][2], together[1][0]) > 0.1
 
 
+@pytest.mark.parametrize("control", CONTROLS)
+def test_pairs_that_fail_are_given_up_and_the_others_are_as_before(model, control):
+    """From 40 % of the steps on, in smaller batches; the second of three is given up, then all are."""
+    befores, afters = ([pair[side] for pair in TEXTS] for side in (0, 1))
+    seeds, rows, shown = [7, 8, 9], [], []
+    hook = model.unet.register_forward_pre_hook(lambda unet, inputs: rows.append(len(inputs[0])))
+
+    def fails(before, after):
+        shown.append((before, after))
+        return torch.tensor([False, True, False])
+
+    whole = pairs(model, befores, afters, seeds, steps=5, p=(0.8, 0.9), control=control)
+    rows.clear()
+    part = pairs(model, befores, afters, seeds, steps=5, p=(0.8, 0.9), control=control, fails=fails)
+    assert rows == [12, 12, 8, 8, 8]
+    for x, y, (guess,) in zip(whole, part, zip(*shown, strict=True), strict=True):
+        assert relative_error(y[::2], x[::2]) <= 1e-4
+        assert relative_error(y[1], x[1]) > 0.01
+        assert guess.shape == x.shape
+    rows.clear()
+    pairs(model, befores, afters, seeds, steps=5, fails=lambda x, y: torch.ones(3, dtype=torch.bool))
+    hook.remove()
+    assert rows == [12, 12]
+
+
 # ---- local blending ----
 
 
