@@ -64,12 +64,14 @@ class InstructPix2Pix(LatentDiffusion):
 
     def denoiser(
         self, text, image_latent, text_guidance, image_guidance,
-        *, null_text=None, low_memory=False, attend=fused, savings=None,
+        *, null_text=None, low_memory=False, attend=fused, savings=None, trace=None,
     ):  # fmt: skip
         """The sampler's `denoise(x, sigma)` under both guidances (Eq. 3), its three branches as one batch.
 
         text [B, L, E], image_latent [B, C, h, w], the scales as in `guided_eps`; null_text [1, L, E]: another text
         than the empty one. low_memory: a row at a time. savings: what to leave out, a `Savings` (gpu/savings.py).
+        trace(z, eps_full, eps_image, eps_null, eps): called at each evaluation with what Eq. 3 takes and gives,
+        each [B, C, h, w].
         """
         null_text = (self.null_text if null_text is None else null_text).expand_as(text)
         contexts = torch.cat([text, null_text, null_text])
@@ -78,6 +80,8 @@ class InstructPix2Pix(LatentDiffusion):
         scales = self.scales_input(text_guidance, image_guidance, len(text))
         if savings and scales is not None:
             raise UserError("a distilled editor has one branch, of which nothing can be left out")
+        if trace and scales is not None:
+            raise UserError("a distilled editor has one branch, which Eq. 3 cannot explain")
         if savings:
             predict = savings.applied_to(predict, self.schedule)
 
@@ -85,9 +89,12 @@ class InstructPix2Pix(LatentDiffusion):
             return predict(torch.cat([z, image_latent], dim=1), t, text, scales=scales)
 
         def guided(z, t):
-            z = torch.cat([z.repeat(3, 1, 1, 1), images], dim=1)  # [3B, 2C, h, w]: (I, T), (I, 0), (0, 0)
-            eps_full, eps_image, eps_null = predict(z, t, contexts).chunk(3)
-            return guided_eps(eps_full, eps_image, eps_null, text_guidance, image_guidance)
+            inputs = torch.cat([z.repeat(3, 1, 1, 1), images], dim=1)  # [3B, 2C, h, w]: (I, T), (I, 0), (0, 0)
+            eps_full, eps_image, eps_null = predict(inputs, t, contexts).chunk(3)
+            eps = guided_eps(eps_full, eps_image, eps_null, text_guidance, image_guidance)
+            if trace:
+                trace(z, eps_full, eps_image, eps_null, eps)
+            return eps
 
         return self.schedule.denoiser(guided if scales is None else distilled)
 

@@ -185,20 +185,21 @@ class PairNoise:
 @torch.no_grad()
 def sample_pairs(
     model, before, after, noise, steps=None, sampler=None, schedule=None,
-    *, control="self", scale=None, blend=None, fails=None,
+    *, control="self", scale=None, blend=None, fails=None, recorder=None,
 ):  # fmt: skip
     """B caption pairs -> (images before, images after), each [B, 3, H, W], about in [-1, 1].
 
     model: a `StableDiffusion`, before and after: lists of B captions, noise: a `PairNoise` of B seeds. control: which
     maps are borrowed for the fraction noise.p of the steps, one of CONTROLS. scale [B, L]: re-weights the tokens of the
-    captions after, at all steps. blend: a `LocalBlend`. fails: see `give_up`. steps, sampler and schedule as in
-    `model.solver`.
+    captions after, at all steps. blend: a `LocalBlend`. fails: see `give_up`. recorder: a `pages.record.Recorder`,
+    which looks on. steps, sampler and schedule as in `model.solver`.
     """
     sampler, sigmas = model.solver(steps, sampler, schedule)
     steps = len(sigmas) - 1
     alignment = None if control == "self" else Alignment.of(model.tokenizer, before, after, model.device)
     pair_control = PairControl(steps, noise.p, control, alignment, scale)
-    attend = blend.watch(pair_control) if blend else pair_control
+    attend = recorder.watch(pair_control) if recorder else pair_control
+    attend = blend.watch(attend) if blend else attend
     text, guidance = model.encode_text([*before, *after]), noise.guidance.repeat(2)[:, None, None, None]
 
     def denoiser_of(pairs):
@@ -206,10 +207,15 @@ def sample_pairs(
         rows = pairs.repeat(2)
         return model.denoiser(text[rows], guidance[rows], attend)
 
+    def callback(*step):
+        pair_control.next_step(*step)
+        if recorder:
+            recorder.next_step(*step)
+
     denoise = denoiser_of(torch.ones(len(before), dtype=torch.bool, device=model.device))
     denoise = blend.blend(denoise) if blend else denoise
     denoise = give_up(model, denoise, denoiser_of, fails, round(GIVE_UP_AT * steps)) if fails else denoise
-    latent = sampler(denoise, noise.first * sigmas[0].item(), sigmas, iter(noise), pair_control.next_step)
+    latent = sampler(denoise, noise.first * sigmas[0].item(), sigmas, iter(noise), callback)
     return model.decode(latent).chunk(2)
 
 

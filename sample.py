@@ -83,6 +83,20 @@ class Edit:
         self.settings = [(s_t, s_i, seed) for s_i in self.rows for s_t in self.columns for seed in self.seeds]
         self.results = []  # for each of the settings, an image after each instruction
 
+    def record(self, model, callback):
+        """Options of `InstructPix2Pix.edit` that note what the explain page shows."""
+        from attention import fused
+        from pages.record import Recorder
+
+        self.recorder = recorder = Recorder(model, self.texts, [0], [0], self.options.steps)
+
+        def step_done(*step):
+            recorder.next_step(*step)
+            if callback:
+                callback(*step)
+
+        return {"attend": recorder.watch(fused), "trace": recorder.trace, "callback": step_done}
+
     def write(self):
         """Write the results, and sheets of them."""
         from images import enlarge, grid, put_back
@@ -105,6 +119,12 @@ class Edit:
         if options.sheet or options.region:
             panels, labels = self.panels()
             self.save(grid(panels, len(panels), labels), self.out.with_name(f"{self.out.stem}_sheet.png"))
+        if options.explain:
+            from pages.explain import write_edit_page
+
+            images = self.whole, self.before, self.results[0][0]
+            write_edit_page(self.recorder, options.explain, self.texts[0], *images, self.repeated_by())
+            print(options.explain)
 
     def panels(self):
         """What a sheet shows of this edit, images and their labels: the input, the region, the result of each text."""
@@ -116,17 +136,24 @@ class Edit:
             labels.append(self.options.region or "mask")
         return [enlarge(image) for image in (*images, *self.results[0])], [*labels, *self.texts]
 
+    def repeated_by(self, **changed):
+        """The settings that repeat this edit."""
+        settings = {**vars(self.options), "image": self.path, "instr": self.texts[0], **changed}
+        return {name: value for name, value in settings.items() if name not in ("out", "again", "explain")}
+
     def save(self, image, path, **changed):
         """Write a PNG with the settings that repeat it, and print its path."""
         from images import save_png
 
-        settings = {**vars(self.options), "image": self.path, "instr": self.texts[0], **changed}
-        save_png(image, path, {name: value for name, value in settings.items() if name not in ("out", "again")})
+        save_png(image, path, self.repeated_by(**changed))
         print(path)
 
 
-def run(model, edits, options):
-    """Sample for edits of images of one size, `options.batch_size` at once. Raises UserError if memory runs out."""
+def run(model, edits, options, callback=None):
+    """Sample for edits of images of one size, `options.batch_size` at once; callback as in `InstructPix2Pix.edit`.
+
+    Raises UserError if memory runs out.
+    """
     from gpu.savings import Savings
 
     runs = [(edit, *settings) for edit in edits for settings in edit.settings]
@@ -134,7 +161,9 @@ def run(model, edits, options):
         batch, *scales, seeds = map(list, zip(*runs[start : start + options.batch_size], strict=True))
         images, masks, stages = [edit.whole for edit in batch], [edit.mask for edit in batch if edit.mask], []
         more = {name: getattr(options, name) for name in ("negative", "low_memory", "sampler", "schedule")}
-        more["savings"] = Savings.of(options)
+        more |= {"savings": Savings.of(options), "callback": callback}
+        if options.explain:
+            more |= batch[0].record(model, callback)
         for texts in zip(*(edit.texts for edit in batch), strict=True):
             settings = *scales, options.steps, seeds, options.resolution
             with cli.memory_reported("try --low-memory, a smaller --resolution or --batch-size 1"):

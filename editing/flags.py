@@ -40,6 +40,7 @@ def make_parser():
     add("--seed", type=SEED, default=0, metavar="S", help="of the noise (default: 0)")
     add("--num", type=between(1, 1000), default=1, metavar="N", help="N variants, seeds S, S+1, ..., and a sheet")
     add("--sweep", action="store_true", help="make a grid over both guidance scales, as in Fig. 4")
+    add("--explain", type=Path, metavar="FILE.html", help="write a page that shows this edit from inside, too")
     cli.add_savings(parser)
 
     group = parser.add_argument_group("keeping the rest of the image")
@@ -75,6 +76,8 @@ def parse(arguments=None):
     if options.full_size and not (options.mask or options.region):
         raise UserError("--full-size needs --mask or --region, which say what to put back into the original")
     jobs = make_jobs(options)
+    if options.explain:
+        check_explain(options, jobs)
     for image, texts, out in jobs:
         for text in texts:
             cli.check_instruction(text)
@@ -84,6 +87,17 @@ def parse(arguments=None):
         if os.path.exists(image) and any(path.samefile(image) for path in written):
             raise UserError(f"the output would overwrite the input {image}; choose another --out")
     return options, jobs
+
+
+def check_explain(options, jobs):
+    """Raise UserError unless --explain has one edit to show, with all of its branches as one batch."""
+    left_out = options.null_every or options.deep_every or options.cfg_above or options.cfg_below
+    if len(jobs) > 1 or options.num > 1 or options.sweep or options.then:
+        raise UserError("--explain shows one edit: give one image and one instruction, without --num, --sweep and --then")
+    if left_out or options.low_memory or options.compile:
+        raise UserError("--explain cannot be used together with --low-memory, --compile or what leaves out parts of a step")
+    if options.explain.suffix.lower() not in (".html", ".htm") or options.explain.is_dir():
+        raise UserError(f"the page {options.explain} should be a file that ends in .html")
 
 
 def make_jobs(options):

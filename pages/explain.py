@@ -1,0 +1,143 @@
+"""The explain page: one edit, or one pair of Prompt-to-Prompt, with what a `Recorder` noted while it was sampled."""
+
+import base64
+import math
+import zlib
+
+from cli import atomic_write
+
+import torch
+import torch.nn.functional as F
+
+from align import Alignment
+from attention import fused
+from diffusion import euler_ancestral
+from images import edit_size, enlarge, to_image, to_tensor
+from ip2p import InstructPix2Pix, guided_eps
+from pages.form import fill, jpeg_url, where
+from pages.record import Recorder
+from unet import Attention
+
+CODE = {  # where the page says that each of its parts is computed
+    "sizes": where(edit_size), "steps": where(euler_ancestral), "guidance": where(guided_eps),
+    "branches": where(InstructPix2Pix.denoiser), "words": where(Recorder.cross_maps), "attention": where(fused),
+    "self": where(Recorder.self_maps), "layer": where(Attention.forward),
+}  # fmt: skip
+
+
+def write_edit_page(recorder, out, text, whole, before, after, settings):
+    """Write the page of an edit. whole: the image that was given; before and after: as it was edited."""
+    data = common_data(recorder, [after], ["result"])
+    data |= {"kind": "edit", "title": text, "settings": settings, "size_rule": size_rule(whole.size, before.size)}
+    data |= {"pair": [["before", jpeg_url(enlarge(before, 512))], ["after", jpeg_url(enlarge(after, 512))]]}
+    panels = guidance_panels(recorder, settings["cfg_text"], settings["cfg_image"])
+    colours = linear_colours(recorder, after)
+    data["sprites"] = {name: sprite(in_colours(latent, colours, name)) for name, latent in panels.items()}
+    for step, parts in zip(data["steps"], recorder.latents, strict=True):
+        _, full, image, null, _ = parts
+        step["image_rms"] = (image - null).square().mean().sqrt().item()
+        step["text_rms"] = (full - image).square().mean().sqrt().item()
+    write(data, out)
+
+
+def write_pair_page(recorder, out, captions, images, settings, borrows, code):
+    """Write the page of a pair. borrows: for each step whether maps are borrowed; code: the function that does it."""
+    data = common_data(recorder, images, ["source", "target"])
+    alignment = Alignment.of(recorder.model.tokenizer, *([caption] for caption in captions))
+    (source, ours), (target, theirs) = zip(recorder.words, recorder.columns.cpu(), strict=True)
+    weights = ours.T @ alignment.mapper[0] * alignment.shared[0] @ theirs  # [source words, target words]
+    matches = [[source[i] for i in range(len(source)) if weights[i, j] > 0] for j in range(len(target))]
+    data |= {"kind": "pair", "title": " → ".join(captions), "settings": settings, "borrows": borrows}
+    data |= {"pair": [[s["title"], s["image"]] for s in data["subjects"]]}
+    data |= {"matches": list(zip(target, matches, strict=True))[:-2], "code": CODE | {"borrow": where(code)}}
+    write(data, out)
+
+
+def write(data, out):
+    """Write the page, whole or not at all."""
+    with atomic_write(out) as beside:
+        beside.write_text(fill("explain.html", data), encoding="utf-8")
+
+
+def common_data(recorder, results, titles):
+    """What both kinds of page show: the steps, and for each image its guesses, words and maps."""
+    subjects = []
+    for row, (title, words, result) in enumerate(zip(titles, recorder.words, results, strict=True)):
+        maps, scales = packed(torch.stack([step[row, :, : len(words)] for step in recorder.cross]), 2)
+        own, own_scales = packed(torch.stack([step[row] for step in recorder.own]), 1)
+        guesses = [images[row] for _, images in recorder.guesses]
+        size = guesses[0].shape[1:] if guesses else result.size[::-1]
+        guesses.append(F.interpolate(to_tensor(result)[None], size, mode="area")[0])
+        subjects.append({
+            "title": title, "image": jpeg_url(enlarge(result, 512)), "words": words, "maps": maps, "scales": scales,
+            "own": own, "own_scales": own_scales, "guesses": sprite(torch.stack(guesses)),
+        })  # fmt: skip
+    times = recorder.model.schedule.t(recorder.sigmas).tolist()
+    layers = [f"{layer.place}, {layer.size[0]}x{layer.size[1]}" for layer in recorder.maps if layer.cross]
+    return {
+        "steps": [{"sigma": sigma, "t": t} for sigma, t in zip(recorder.sigmas, times, strict=True)],
+        "subjects": subjects, "layers": layers, "grid": recorder.grid, "code": CODE,
+        "map_steps": recorder.map_steps, "guess_steps": recorder.guess_steps,
+    }  # fmt: skip
+
+
+def guidance_panels(recorder, text_guidance, image_guidance):
+    """Latents [steps, C, h, w] by name: the noisy latent, and Eq. 3 with each eps as the clean guess x - sigma eps.
+
+    The weights of the branches in Eq. 3 add up to 1, so that it holds for the clean guesses as it does for eps.
+    """
+    z, full, image, null, eps = torch.stack(recorder.latents).unbind(1)
+    sigma = torch.tensor(recorder.sigmas)[:, None, None, None]
+    x = z * (sigma**2 + 1).sqrt()
+    guesses = {"null": null, "image": image, "full": full, "result": eps}
+    panels = {"noisy": z} | {name: x - sigma * part for name, part in guesses.items()}
+    return panels | {"to_image": sigma * (null - image), "to_text": sigma * (image - full)}
+
+
+def linear_colours(recorder, result):
+    """[C + 1, 3]: the linear map from a latent, and a 1, to its mean colour that fits the decoded guesses best.
+
+    So a latent can be shown at every step; to decode them all would take longer than the edit itself.
+    """
+    seen = [(latent[0], image[0]) for latent, image in recorder.guesses] + [(recorder.last[0], to_tensor(result))]
+    latents = torch.cat([latent.flatten(1).T for latent, _ in seen])
+    colours = [F.adaptive_avg_pool2d(image, latent.shape[1:]).flatten(1).T for latent, image in seen]
+    ones = torch.ones(len(latents), 1)
+    return torch.linalg.lstsq(torch.cat([latents, ones], dim=1).double(), torch.cat(colours).double()).solution.float()
+
+
+def in_colours(latents, colours, name):
+    """Latents [n, C, h, w] -> images [n, 3, h, w]; a direction stands around grey, its largest value at full colour."""
+    images = torch.einsum("nchw,cd->ndhw", latents, colours[:-1])
+    if name.startswith("to_"):
+        return images / images.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-8)
+    return images + colours[-1][:, None, None]
+
+
+def sprite(frames):
+    """Images [n, 3, h, w] as one: {"url", "columns", "rows", "width", "height"}."""
+    count, _, height, width = frames.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = -(-count // columns)
+    frames = F.pad(frames, (0, 0, 0, 0, 0, 0, 0, rows * columns - count))
+    sheet = frames.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).reshape(3, rows * height, columns * width)
+    return {"url": jpeg_url(to_image(sheet), 80), "columns": columns, "rows": rows, "width": width, "height": height}
+
+
+def packed(maps, dim):
+    """(maps as bytes, compressed, in base64; their largest values along `dim`): value = byte / 255 * largest."""
+    largest = maps.movedim(dim, 0).flatten(1).amax(dim=1).clamp(min=1e-8)
+    shape = [-1 if axis == dim else 1 for axis in range(maps.dim())]
+    levels = (maps / largest.view(shape) * 255).round().to(torch.uint8).contiguous().numpy().tobytes()
+    return base64.b64encode(zlib.compress(levels, 9)).decode(), largest.tolist()
+
+
+def size_rule(whole, edited):
+    """What was done to an image of one size (width, height) to edit it at another: one sentence."""
+    scale = max(edited[0] / whole[0], edited[1] / whole[1])
+    resized = [round(side * scale) for side in whole]
+    cut = [have - kept for have, kept in zip(resized, edited, strict=True)]
+    return (
+        f"The image of {whole[0]}x{whole[1]} pixels was resized to {resized[0]}x{resized[1]}, and {cut[0]} columns and "
+        f"{cut[1]} rows were cropped evenly: {edited[0]}x{edited[1]}, both multiples of 64."
+    )

@@ -1,0 +1,19 @@
+const get = id => document.getElementById(id);
+
+function element(name, text, parent, className = "") {
+  const made = document.createElement(name);
+  made.textContent = text;
+  if (className) made.className = className;
+  parent.append(made);
+  return made;
+}
+
+// Two images [title, url], one over the other, and a slider that uncovers the second from the right.
+function compare(pair, parent) {
+  const box = element("div", "", parent, "compare"), slider = element("input", "", parent);
+  const images = pair.map(([alt, src]) => Object.assign(element("img", "", box), {alt, src}));
+  const uncover = () => { images[1].style.clipPath = `inset(0 0 0 ${slider.value}%)`; };
+  Object.assign(slider, {type: "range", value: 50, title: pair.map(([title]) => title).join(" | "), oninput: uncover});
+  slider.setAttribute("aria-label", `left ${pair[0][0]}, right ${pair[1][0]}`);
+  uncover();
+}
