@@ -279,9 +279,31 @@ def figure(options):
     rows, title = [f"seed {seed}" for seed in seeds], f"{options.source} -> {options.target}"
     save_png(grid([enlarge(to_image(x)) for x in sheet], len(columns), None, columns, rows, title), options.out)
     print(options.out)
+    if options.explain:
+        explain(model, options, resolution, steps, guidance)
 
 
-def sample_row(model, options, seed, p, resolution, steps, guidance, sampler):
+def explain(model, options, resolution, steps, guidance):
+    """The page of one pair: the first seed, with the last of the fractions p."""
+    from pages.explain import write_pair_page
+    from pages.record import Recorder
+
+    captions, p = [options.source, options.target], options.p[-1]
+    recorder = Recorder(model, captions, [2, 3], [0, 1], steps)
+    before, after = sample_row(model, options, options.seed, [p], resolution, steps, guidance, None, recorder)
+    control, borrows = PairControl(steps, torch.tensor([p])), []
+    for step in range(steps):
+        control.next_step(step - 1)
+        borrows.append(control.any_active)
+    settings = {"source": options.source, "target": options.target, "weights": options.weights, "p": p}
+    settings |= {"control": options.control, "steps": steps, "sampler": model.sampling.sampler, "guidance": guidance}
+    settings |= {"resolution": resolution, "seed": options.seed}
+    images = to_image(before[0]), to_image(after[0])
+    write_pair_page(recorder, options.explain, captions, images, settings, borrows, PairControl.of_first)
+    print(options.explain)
+
+
+def sample_row(model, options, seed, p, resolution, steps, guidance, sampler, recorder=None):
     """(images before, images after) of one seed for each of the fractions in the list p, as one batch."""
     tokenizer, captions, ways = model.tokenizer, (options.source, options.target), len(p)
     scale = torch.ones(ways, tokenizer.tokens, device=model.device) if options.reweight else None
@@ -298,7 +320,8 @@ def sample_row(model, options, seed, p, resolution, steps, guidance, sampler):
     noise = PairNoise([seed] * ways, shape, (guidance, guidance), device=model.device)
     noise.p = torch.tensor(p)
     texts = ([caption] * ways for caption in captions)
-    return sample_pairs(model, *texts, noise, steps, sampler, control=options.control, scale=scale, blend=blend)
+    more = {"control": options.control, "scale": scale, "blend": blend, "recorder": recorder}
+    return sample_pairs(model, *texts, noise, steps, sampler, **more)
 
 
 def reweighting(text):
@@ -326,6 +349,7 @@ def parse(arguments=None):
     add("--seed", type=SEED, default=0, metavar="S", help="of the first row (default: 0)")
     add("--num", type=WHOLE, default=2, metavar="N", help="rows, a seed each (default: 2)")
     add("--out", type=Path, default=Path("runs/p2p.png"), metavar="FILE.png", help="(default: %(default)s)")
+    add("--explain", type=Path, metavar="FILE.html", help="write a page that shows the first seed with the last P, too")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="number format")
     add("--low-memory", action="store_true", help="one P at a time: slower, in less memory")

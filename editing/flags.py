@@ -93,9 +93,9 @@ def check_explain(options, jobs):
     """Raise UserError unless --explain has one edit to show, with all of its branches as one batch."""
     left_out = options.null_every or options.deep_every or options.cfg_above or options.cfg_below
     if len(jobs) > 1 or options.num > 1 or options.sweep or options.then:
-        raise UserError("--explain shows one edit: give one image and one instruction, without --num, --sweep and --then")
+        raise UserError("--explain shows one edit: one image, one instruction, without --num, --sweep and --then")
     if left_out or options.low_memory or options.compile:
-        raise UserError("--explain cannot be used together with --low-memory, --compile or what leaves out parts of a step")
+        raise UserError("--explain cannot be used together with --low-memory, --compile or what leaves out parts")
     if options.explain.suffix.lower() not in (".html", ".htm") or options.explain.is_dir():
         raise UserError(f"the page {options.explain} should be a file that ends in .html")
 

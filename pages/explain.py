@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from align import Alignment
 from attention import fused
-from diffusion import euler_ancestral
+from diffusion import SAMPLERS
 from images import edit_size, enlarge, to_image, to_tensor
 from ip2p import InstructPix2Pix, guided_eps
 from pages.form import fill, jpeg_url, where
@@ -19,7 +19,7 @@ from pages.record import Recorder
 from unet import Attention
 
 CODE = {  # where the page says that each of its parts is computed
-    "sizes": where(edit_size), "steps": where(euler_ancestral), "guidance": where(guided_eps),
+    "sizes": where(edit_size), "guidance": where(guided_eps),
     "branches": where(InstructPix2Pix.denoiser), "words": where(Recorder.cross_maps), "attention": where(fused),
     "self": where(Recorder.self_maps), "layer": where(Attention.forward),
 }  # fmt: skip
@@ -27,8 +27,8 @@ CODE = {  # where the page says that each of its parts is computed
 
 def write_edit_page(recorder, out, text, whole, before, after, settings):
     """Write the page of an edit. whole: the image that was given; before and after: as it was edited."""
-    data = common_data(recorder, [after], ["result"])
-    data |= {"kind": "edit", "title": text, "settings": settings, "size_rule": size_rule(whole.size, before.size)}
+    data = common_data(recorder, [after], ["result"], settings)
+    data |= {"kind": "edit", "title": text, "size_rule": size_rule(whole.size, before.size)}
     data |= {"pair": [["before", jpeg_url(enlarge(before, 512))], ["after", jpeg_url(enlarge(after, 512))]]}
     panels = guidance_panels(recorder, settings["cfg_text"], settings["cfg_image"])
     colours = linear_colours(recorder, after)
@@ -42,14 +42,14 @@ def write_edit_page(recorder, out, text, whole, before, after, settings):
 
 def write_pair_page(recorder, out, captions, images, settings, borrows, code):
     """Write the page of a pair. borrows: for each step whether maps are borrowed; code: the function that does it."""
-    data = common_data(recorder, images, ["source", "target"])
+    data = common_data(recorder, images, ["source", "target"], settings)
     alignment = Alignment.of(recorder.model.tokenizer, *([caption] for caption in captions))
     (source, ours), (target, theirs) = zip(recorder.words, recorder.columns.cpu(), strict=True)
     weights = ours.T @ alignment.mapper[0] * alignment.shared[0] @ theirs  # [source words, target words]
     matches = [[source[i] for i in range(len(source)) if weights[i, j] > 0] for j in range(len(target))]
-    data |= {"kind": "pair", "title": " → ".join(captions), "settings": settings, "borrows": borrows}
+    data |= {"kind": "pair", "title": " → ".join(captions), "borrows": borrows}
     data |= {"pair": [[s["title"], s["image"]] for s in data["subjects"]]}
-    data |= {"matches": list(zip(target, matches, strict=True))[:-2], "code": CODE | {"borrow": where(code)}}
+    data |= {"matches": list(zip(target, matches, strict=True))[:-2], "code": data["code"] | {"borrow": where(code)}}
     write(data, out)
 
 
@@ -59,7 +59,7 @@ def write(data, out):
         beside.write_text(fill("explain.html", data), encoding="utf-8")
 
 
-def common_data(recorder, results, titles):
+def common_data(recorder, results, titles, settings):
     """What both kinds of page show: the steps, and for each image its guesses, words and maps."""
     subjects = []
     for row, (title, words, result) in enumerate(zip(titles, recorder.words, results, strict=True)):
@@ -76,8 +76,9 @@ def common_data(recorder, results, titles):
     layers = [f"{layer.place}, {layer.size[0]}x{layer.size[1]}" for layer in recorder.maps if layer.cross]
     return {
         "steps": [{"sigma": sigma, "t": t} for sigma, t in zip(recorder.sigmas, times, strict=True)],
-        "subjects": subjects, "layers": layers, "grid": recorder.grid, "code": CODE,
-        "map_steps": recorder.map_steps, "guess_steps": recorder.guess_steps,
+        "subjects": subjects, "layers": layers, "grid": recorder.grid,
+        "map_steps": recorder.map_steps, "guess_steps": recorder.guess_steps, "settings": settings,
+        "code": CODE | {"steps": where(SAMPLERS[settings["sampler"]])},
     }  # fmt: skip
 
 

@@ -31,6 +31,6 @@ def jpeg_url(image, quality=90):
 
 def where(function):
     """Where a function stands: "ip2p.py, line 25: guided_eps"."""
-    function = inspect.unwrap(function)
+    function = inspect.unwrap(getattr(function, "func", function))  # of a partial
     path = Path(function.__code__.co_filename).relative_to(HERE.parent)
     return f"{path.as_posix()}, line {function.__code__.co_firstlineno}: {function.__qualname__}"
