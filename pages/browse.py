@@ -3,18 +3,16 @@
 The page holds everything it needs, images included, and asks no network for anything. `browse.html` is its form.
 """
 
-import base64
 import json
 from dataclasses import asdict
-from pathlib import Path
 
 from cli import UserError, atomic_write
 
 from dataset import Filter, read_metadata, read_seeds
 from formats.configs import Config
 from images import open_image, to_jpeg
+from pages.form import data_url, fill
 
-FORM = Path(__file__).resolve().parent / "browse.html"
 SIDE, BYTES = 256, 30_000  # larger images are made smaller, or a page of many would be huge
 NUMBERS = ("p2p_threshold", "cfg_scale", "clip_sim_0", "clip_sim_1", "clip_sim_image", "clip_sim_dir")
 
@@ -37,7 +35,7 @@ def write_page(root, out, count):
             found, broken = [], broken + 1
         pairs += found
         scores = read_metadata(root / folder / "candidates.jsonl") if every else found
-        candidates += [[index, *(scored.get(name) for name in NUMBERS[2:])] for scored in scores]
+        candidates += [[index, *(scored.get(name) for name in NUMBERS)] for scored in scores]
     settings = Config.read(root / "settings.json").values if (root / "settings.json").exists() else {}
     data = {
         "title": root.resolve().name,
@@ -48,10 +46,8 @@ def write_page(root, out, count):
         "keep": settings.get("keep", 4),
         "total": total,
     }
-    # "<" could end the script that holds this
-    filled = FORM.read_text(encoding="utf-8").replace('"DATA"', json.dumps(data).replace("<", "\\u003c"))
     with atomic_write(out) as beside:
-        beside.write_text(filled, encoding="utf-8")
+        beside.write_text(fill("browse.html", data), encoding="utf-8")
     return f"{out}: {len(pairs)} of {total} pairs" + (f"; {broken} damaged edits are skipped" if broken else "")
 
 
@@ -64,16 +60,16 @@ def pairs_of(folder, index, seeds):
     known = {str(line["seed"]): line for line in read_metadata(path)} if path.exists() else {}
     pairs = []
     for seed in map(str, seeds):
-        images = [data_url(folder / f"{seed}_{side}.jpg") for side in (0, 1)]
+        images = [image_url(folder / f"{seed}_{side}.jpg") for side in (0, 1)]
         numbers = {name: known.get(seed, {}).get(name) for name in NUMBERS}
         pairs.append({"index": index, "folder": folder.name, "seed": seed, **texts, **numbers, "images": images})
     return pairs
 
 
-def data_url(path):
+def image_url(path):
     """An image file as a data URL: as it is, or smaller."""
     image, data = open_image(path), path.read_bytes()
     if max(image.size) > SIDE or len(data) > BYTES:
         image.thumbnail((SIDE, SIDE))
         data = to_jpeg(image, quality=90)
-    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+    return data_url(data)

@@ -30,7 +30,7 @@ def write_edit_page(recorder, out, text, whole, before, after, settings):
     data = common_data(recorder, [after], ["result"], settings)
     data |= {"kind": "edit", "title": text, "size_rule": size_rule(whole.size, before.size)}
     data |= {"pair": [["before", jpeg_url(enlarge(before, 512))], ["after", jpeg_url(enlarge(after, 512))]]}
-    panels = guidance_panels(recorder, settings["cfg_text"], settings["cfg_image"])
+    panels = guidance_panels(recorder)
     colours = linear_colours(recorder, after)
     data["sprites"] = {name: sprite(in_colours(latent, colours, name)) for name, latent in panels.items()}
     for step, parts in zip(data["steps"], recorder.latents, strict=True):
@@ -82,7 +82,7 @@ def common_data(recorder, results, titles, settings):
     }  # fmt: skip
 
 
-def guidance_panels(recorder, text_guidance, image_guidance):
+def guidance_panels(recorder):
     """Latents [steps, C, h, w] by name: the noisy latent, and Eq. 3 with each eps as the clean guess x - sigma eps.
 
     The weights of the branches in Eq. 3 add up to 1, so that it holds for the clean guesses as it does for eps.

@@ -43,6 +43,7 @@ class Job:
     settings: dict
     state: str = "waiting"  # then running; at last done, failed or cancelled
     step: int = 0
+    total: int = 0
     preview: str = ""
     message: str = ""
     files: list = field(default_factory=list)
@@ -127,6 +128,7 @@ class Studio:
         """Sample and write, as sample.py does with these settings."""
         folder, steps = self.folder / job.name, job.settings["steps"]
         options = Namespace(**{**vars(self.options), **job.settings})
+        job.total = steps * -(-options.num // options.batch_size)
         single = options.num == 1 and not self.model.unet.config.scales_width
         options.explain = folder / "explain.html" if single else None
         previews = spread(steps, PREVIEWS)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import struct
 import sys
 import tempfile
@@ -104,3 +105,35 @@ def run_main(capsys, monkeypatch):
         return Run(code, captured.out.splitlines(), lines_of(captured.err))
 
     return run
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """Headless Chromium. A test that ends well must leave its console without errors."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs chromium and chromedriver")
+    selenium = pytest.importorskip("selenium.webdriver")
+    options = selenium.ChromeOptions()
+    flags = ["headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking"]
+    flags += ["window-size=1280,3000"]
+    for flag in [*flags, "disable-component-update", "disable-sync", f"user-data-dir={tmp_path / 'profile'}"]:
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = selenium.Chrome(options, selenium.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    errors = [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+    driver.quit()
+    assert not errors
+
+
+@pytest.fixture
+def choose(browser):
+    """Put a control to a value, as its own events would tell the page."""
+
+    def put(name, value):
+        key = "checked" if isinstance(value, bool) else "value"
+        event = "new Event('input', {bubbles: true})"
+        script = f"const [x, value] = arguments; x.{key} = value; x.dispatchEvent({event})"
+        browser.execute_script(script, browser.find_element("id", name), value)
+
+    return put
