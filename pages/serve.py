@@ -7,9 +7,10 @@ taken from this machine's own pages alone, and files are written to one folder a
 """
 
 import base64
+import io
 import json
+import re
 import secrets
-import shutil
 import threading
 from argparse import Namespace
 from dataclasses import dataclass, field
@@ -71,25 +72,21 @@ class Studio:
             raise UserError(f"the number of variants should be from 1 to {VARIANTS}")
         if len(data) > BYTES:
             raise UserError(f"the image has more than {BYTES // 10**6} MB")
-        job = Job(secrets.token_hex(8), settings)
-        path = self.folder / job.name / "input"
-        path.parent.mkdir(parents=True)
         try:
-            path.write_bytes(data)
-            open_image(path)
-            with self.changed:
-                if sum(other.state == "waiting" for other in self.jobs.values()) >= WAITING:
-                    raise UserError(f"{WAITING} edits are waiting already; try again later")
-                self.jobs[job.name] = job
-                finished = [name for name, other in self.jobs.items() if other.state not in ("waiting", "running")]
-                for name in finished[: max(0, len(self.jobs) - KEPT)]:
-                    del self.jobs[name]  # its files stay
-                self.changed.notify()
-        except BaseException as error:
-            shutil.rmtree(path.parent)
-            if isinstance(error, UserError):
-                raise UserError(str(error).replace(str(path), "the image")) from error
-            raise
+            open_image(io.BytesIO(data))
+        except UserError as error:
+            raise UserError(re.sub("^<.*?>", "the image", str(error))) from error
+        job = Job(secrets.token_hex(8), settings)
+        with self.changed:
+            if sum(other.state == "waiting" for other in self.jobs.values()) >= WAITING:
+                raise UserError(f"{WAITING} edits are waiting already; try again later")
+            (self.folder / job.name).mkdir(parents=True)
+            (self.folder / job.name / "input").write_bytes(data)
+            self.jobs[job.name] = job
+            finished = [name for name, other in self.jobs.items() if other.state not in ("waiting", "running")]
+            for name in finished[: max(0, len(self.jobs) - KEPT)]:
+                del self.jobs[name]  # its files stay
+            self.changed.notify()
         return job
 
     def view(self, job):
@@ -110,10 +107,9 @@ class Studio:
         """Sample for one job after another, for ever."""
         while True:
             with self.changed:
-                waiting = (job for job in self.jobs.values() if job.state == "waiting")
-                while not (job := next(waiting, None)):
+                while not (waiting := [job for job in self.jobs.values() if job.state == "waiting"]):
                     self.changed.wait()
-                    waiting = (job for job in self.jobs.values() if job.state == "waiting")
+                job = waiting[0]
                 job.state = "running"
             try:
                 self.edit(job)
@@ -136,7 +132,7 @@ class Studio:
         def step_done(step, sigma, denoised):
             if job.cancelled:
                 raise Cancelled
-            job.step = step + 1
+            job.step += 1
             if step in previews:
                 job.preview = jpeg_url(to_image(decode_small(self.model, denoised)[1][0]))
 

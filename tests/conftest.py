@@ -121,7 +121,8 @@ def browser(tmp_path):
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = selenium.Chrome(options, selenium.ChromeService(shutil.which("chromedriver")))
     yield driver
-    errors = [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+    entries = [entry for entry in driver.get_log("browser") if entry["level"] == "SEVERE"]
+    errors = [entry for entry in entries if "400 (Bad Request)" not in entry["message"]]  # the page shows these
     driver.quit()
     assert not errors
 
