@@ -18,6 +18,7 @@ from pages.form import fill, jpeg_url, where
 from pages.record import Recorder
 from unet import Attention
 
+LATENTS = 32  # shown a side at most; of more, every second or so
 CODE = {  # where the page says that each of its parts is computed
     "sizes": where(edit_size), "guidance": where(guided_eps),
     "branches": where(InstructPix2Pix.denoiser), "words": where(Recorder.cross_maps), "attention": where(fused),
@@ -32,7 +33,9 @@ def write_edit_page(recorder, out, text, whole, before, after, settings):
     data |= {"pair": [["before", jpeg_url(enlarge(before, 512))], ["after", jpeg_url(enlarge(after, 512))]]}
     panels = guidance_panels(recorder)
     colours = linear_colours(recorder, after)
-    data["sprites"] = {name: sprite(in_colours(latent, colours, name)) for name, latent in panels.items()}
+    every = -(-max(recorder.last.shape[2:]) // LATENTS)
+    panels = {name: in_colours(latent[:, :, ::every, ::every], colours, name) for name, latent in panels.items()}
+    data["sprites"] = {name: sprite(images) for name, images in panels.items()}
     for step, parts in zip(data["steps"], recorder.latents, strict=True):
         _, full, image, null, _ = parts
         step["image_rms"] = (image - null).square().mean().sqrt().item()

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import colourful
+from PIL import Image
 from random_model import random_model, tiny_model
 
 import p2p
 import sample
 from attention import Layer, fused
 from formats.checkpoint import save_folder
-from images import open_image, read_settings, resize_and_crop
+from images import open_image, read_settings, resize_and_crop, to_tensor
 from ip2p import InstructPix2Pix
 from pages.explain import guidance_panels, size_rule, write_edit_page
 from pages.record import Recorder, spread
@@ -127,6 +128,26 @@ def test_sample_writes_the_same_image_with_a_page(run_main, tmp_path, model_fold
     assert (data["title"], data["settings"]["seed"], len(data["steps"])) == (TEXT, 0, 2)
     assert "explain" not in read_settings(tmp_path / "b.png")
     assert data["code"]["guidance"].startswith("ip2p.py, line ")
+
+
+@pytest.mark.slow
+def test_a_page_of_100_steps_at_512_pixels_has_less_than_4_mb(tmp_path):
+    """With latents and images of noise, which no format makes small."""
+    recorder = Recorder(InstructPix2Pix(tiny_model()), ["make the house a tall castle made of ice"], [0], [0], 100)
+    generator = torch.Generator().manual_seed(0)
+    photo = np.random.default_rng(0).integers(0, 60, (512, 512, 3), np.uint8)
+    photo = Image.fromarray(photo // 2 + np.array(colourful(512, 512)) // 4 * 3)
+    x = to_tensor(photo.resize((256, 256)))[None]
+    recorder.grid, recorder.last = (16, 16), torch.randn(1, 4, 64, 64, generator=generator)
+    recorder.sigmas = recorder.model.schedule.sigmas(100)[:-1].tolist()
+    recorder.latents = list(torch.randn(100, 5, 4, 64, 64, generator=generator))
+    recorder.guesses = [(torch.randn(1, 4, 32, 32, generator=generator), x)] * 23
+    recorder.cross = list(torch.rand(8, 1, 16, 10, 16, 16, generator=generator))
+    recorder.own = list(torch.rand(8, 1, 256, 256, generator=generator))
+    recorder.maps = {Layer(i, "down", True, (64, 64)): None for i in range(16)}
+    settings = {"cfg_text": 4.0, "cfg_image": 1.5, "sampler": "euler_ancestral", "seed": 1}
+    write_edit_page(recorder, tmp_path / "page.html", TEXT, photo, photo, photo, settings)
+    assert (tmp_path / "page.html").stat().st_size < 4_000_000
 
 
 @pytest.mark.parametrize(
