@@ -9,6 +9,7 @@ taken from this machine's own pages alone, and files are written to one folder a
 import base64
 import io
 import json
+import mimetypes
 import re
 import secrets
 import threading
@@ -60,7 +61,7 @@ class Studio:
 
     def add(self, request):
         """A job from what a page sent. Raises UserError for what cannot be edited."""
-        with reported_as("the request cannot be read", (ValueError, TypeError, KeyError, AttributeError)):
+        with reported_as("the request cannot be read"):
             settings = {name: kind(request[name]) for name, kind in NUMBERS.items()}
             data = base64.b64decode(request["image"].partition("base64,")[2], validate=True)
         settings["instr"], own = request.get("instr"), self.options
@@ -160,8 +161,7 @@ class Handler(BaseHTTPRequestHandler):
             case ["jobs", name] if job := self.studio.jobs.get(name):
                 self.answer(200, self.studio.view(job))
             case ["files", name, _] if (job := self.studio.jobs.get(name)) and self.path in job.files:
-                kinds = {".png": "image/png", ".html": "text/html; charset=utf-8"}
-                kind = kinds.get(Path(self.path).suffix, "application/octet-stream")
+                kind = mimetypes.guess_type(self.path)[0] or "application/octet-stream"
                 self.answer(200, (self.studio.folder / name / Path(self.path).name).read_bytes(), kind)
             case _:
                 self.answer(404, {"message": "there is nothing here"})
@@ -170,7 +170,6 @@ class Handler(BaseHTTPRequestHandler):
         """A new job, or the end of one."""
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > BYTES * 4 // 3 + 10_000:
-            self.close_connection = True
             return self.answer(413, {"message": f"an image of at most {BYTES // 10**6} MB is needed"})
         body = self.rfile.read(int(length))
         match self.path.strip("/").split("/"):
@@ -179,7 +178,7 @@ class Handler(BaseHTTPRequestHandler):
                     with reported_as("the request cannot be read"):
                         request = json.loads(body)
                     self.answer(200, self.studio.view(self.studio.add(request)))
-                except UserError as error:
+                except (UserError, OSError) as error:
                     self.answer(400, {"message": str(error)})
             case ["jobs", name, "cancel"] if job := self.studio.jobs.get(name):
                 self.studio.cancel(job)

@@ -130,7 +130,7 @@ def test_in_a_browser(browser, choose, root):
         pixels = browser.execute_script(script + "return [...plot.getContext('2d').getImageData(0, 0, w, h).data]")
         return sum(pixels[i + 3] == 255 for i in range(0, len(pixels), 4))
 
-    assert browser.find_element("id", "axes").text == "candidates: p 0.01 to 0.50 across, guidance -42.0 to 7.0 up"
+    assert browser.find_element("id", "axes").text == "p 0.01 to 0.50, guidance -42.0 to 7.0 up"
     night, mosaic, tree = (TEXTS[edit] for edit in (0, 7, 12))
     assert listed() == [(night, False), (night, False), (mosaic, False), (tree, False)]
     passing = "4 of 7 candidates of these edits would pass (57 %), and 4 of them be kept, at most 2 of an edit."

@@ -102,6 +102,7 @@ def test_an_edit_is_that_of_sample(server, run_main, tmp_path, model_folder, num
         ({"image": as_url(colourful(100, 5))}, "at least 8 pixels a side"),
         ({"instr": "  "}, "the instruction is empty"),
         ({"instr": None}, "should be a text"),
+        ({"steps": float("inf")}, "the request cannot be read"),
         ({"steps": 0}, "the steps should be a whole number between 1 and 1000"),
         ({"cfg_text": float("nan")}, "the text guidance should be between"),
         ({"seed": -1}, "a seed should be a whole number"),
