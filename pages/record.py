@@ -48,11 +48,13 @@ def decode_small(model, latent):
 
 
 class Recorder:
-    """Looks on while a batch is sampled.
+    """Looks on while a batch is sampled, of which R images are recorded, with one text each.
 
-    R images are recorded, one text each. Kept, on the CPU: `sigmas`, one a step; `latents`, a step's [5, C, h, w] of
-    `trace`; `guesses`, (step, latents [R, C, ., .], images [R, 3, ., .]); `cross`, (step, maps [R, layers, W, ., .]);
-    `own`, maps of self-attention [R, places, places], averaged over the layers that have as many places.
+    On the CPU it keeps
+    sigmas: one a step; latents: a step's [5, C, h, w] of `trace`;
+    guesses: (latents [R, C, ., .], images [R, 3, ., .]) at all of `guess_steps` but the last; last: the last latents;
+    cross: at each of `map_steps` [R, layers, W, rows, columns], W the columns of `word_columns`;
+    own: at each of `map_steps` the self-attention [R, places, places], averaged over the layers of so many places.
     """
 
     def __init__(self, model, texts, rows, latent_rows, steps):

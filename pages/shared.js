@@ -17,3 +17,10 @@ function compare(pair, parent) {
   slider.setAttribute("aria-label", `left ${pair[0][0]}, right ${pair[1][0]}`);
   uncover();
 }
+
+// A line of a list <dl>.
+function entry(list, term, text) {
+  const line = element("div", "", list);
+  element("dt", term, line);
+  element("dd", text, line);
+}
