@@ -94,7 +94,7 @@ def test_maps_equal_those_in_memory_in_a_full_size_layer():
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "heun"])
 def test_what_is_recorded(sampler):
     """The steps of a run: Eq. 3 holds for the clean guesses, and the last of them is the result."""
-    model, image = InstructPix2Pix(random_model()), colourful(64, 64)
+    model, image = InstructPix2Pix(tiny_model()), colourful(64, 64)
     recorder, edited = recorded(model, image, steps=10, sampler=sampler, resolution=64)
     assert edited == model.edit(image, TEXT, steps=10, seed=1, sampler=sampler, resolution=64)  # to the bit
     assert recorder.sigmas == model.schedule.sigmas(10)[:-1].tolist()
@@ -176,7 +176,7 @@ def shown(browser, name):
 def test_the_page_of_an_edit_in_a_browser(browser, choose, tmp_path):
     """Every control; the numbers are Python's."""
     model, image = InstructPix2Pix(random_model()), colourful(64, 64)
-    recorder, edited = recorded(model, image, steps=10)
+    recorder, edited = recorded(model, image, steps=10, resolution=64)
     settings = {"cfg_text": 4.0, "cfg_image": 1.5, "sampler": "euler_ancestral", "seed": 1}
     write_edit_page(recorder, tmp_path / "page.html", TEXT, image, image, edited, settings)
     browser.get((tmp_path / "page.html").as_uri())
