@@ -21,10 +21,10 @@ from tqdm import tqdm
 from align import Alignment, phrase_tokens
 from attention import fused
 from formats import checkpoint
+from gpu.savings import give_up
 from images import enlarge, grid, save_png, to_image
 from stable_diffusion import StableDiffusion
 
-GIVE_UP_AT = 0.4  # of the steps: when a candidate's clean guess is looked at
 P_RANGE = (0.1, 0.9)  # Sec. 3.1.2: p ~ U(0.1, 0.9) for every pair
 CONTROLS = ("self", "cross", "both")  # which maps are borrowed; the authors' released code: self
 
@@ -191,8 +191,8 @@ def sample_pairs(
 
     model: a `StableDiffusion`, before and after: lists of B captions, noise: a `PairNoise` of B seeds. control: which
     maps are borrowed for the fraction noise.p of the steps, one of CONTROLS. scale [B, L]: re-weights the tokens of the
-    captions after, at all steps. blend: a `LocalBlend`. fails: see `give_up`. recorder: a `pages.record.Recorder`,
-    which looks on. steps, sampler and schedule as in `model.solver`.
+    captions after, at all steps. blend: a `LocalBlend`. fails: see `gpu.savings.give_up`. recorder: looks on, a
+    `pages.record.Recorder`. steps, sampler and schedule as in `model.solver`.
     """
     sampler, sigmas = model.solver(steps, sampler, schedule)
     steps = len(sigmas) - 1
@@ -214,33 +214,9 @@ def sample_pairs(
 
     denoise = denoiser_of(torch.ones(len(before), dtype=torch.bool, device=model.device))
     denoise = blend.blend(denoise) if blend else denoise
-    denoise = give_up(model, denoise, denoiser_of, fails, round(GIVE_UP_AT * steps)) if fails else denoise
+    denoise = give_up(model, denoise, denoiser_of, fails, steps) if fails else denoise
     latent = sampler(denoise, noise.first * sigmas[0].item(), sigmas, iter(noise), callback)
     return model.decode(latent).chunk(2)
-
-
-def give_up(model, denoise, denoiser_of, fails, evaluations):
-    """A `denoise(x, sigma)` for pairs that leaves out, after so many evaluations, those that are failing.
-
-    fails(images before, images after) -> bool [B], from the clean guesses there. What is given up stays as noisy as it
-    is; the others are sampled as before, in a smaller batch. denoiser_of(pairs): makes the denoise of some pairs.
-    """
-    count, pairs = 0, None
-
-    def giving_up(x, sigma):
-        nonlocal count, pairs, denoise
-        count += 1
-        if pairs is not None:
-            guess, rows = x.clone(), pairs.repeat(2)
-            guess[rows] = denoise(x[rows], sigma) if rows.any() else x[rows]
-            return guess
-        guess = denoise(x, sigma)
-        if count == evaluations:
-            pairs = ~fails(*model.decode(guess).chunk(2))
-            denoise = denoiser_of(pairs)
-        return guess
-
-    return giving_up
 
 
 # ---- the program: Fig. 3 ----

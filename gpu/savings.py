@@ -1,8 +1,13 @@
-"""What an evaluation of an editor may leave out. Nothing here is exact, so nothing is left out unless asked for."""
+"""What sampling may leave out: parts of an editor's evaluations, and pairs that will not pass the filter.
+
+Nothing here is exact, so nothing is left out unless asked for.
+"""
 
 from dataclasses import dataclass, fields
 
 import torch
+
+GIVE_UP_AT = 0.4  # of the steps: when a pair's clean guesses are looked at
 
 
 @dataclass(frozen=True)
@@ -47,3 +52,27 @@ class Savings:
             return torch.cat([full, image, null])
 
         return sparing
+
+
+def give_up(model, denoise, denoiser_of, fails, steps):
+    """A `denoise(x, sigma)` for pairs that leaves out those that fail at GIVE_UP_AT of the steps.
+
+    fails(images before, images after) -> bool [B], from the clean guesses there. What is given up stays as noisy as it
+    is; the others are sampled as before, in a smaller batch. denoiser_of(pairs): makes the denoise of some pairs.
+    """
+    count, pairs = 0, None
+
+    def giving_up(x, sigma):
+        nonlocal count, pairs, denoise
+        count += 1
+        if pairs is not None:
+            guess, rows = x.clone(), pairs.repeat(2)
+            guess[rows] = denoise(x[rows], sigma) if rows.any() else x[rows]
+            return guess
+        guess = denoise(x, sigma)
+        if count == round(GIVE_UP_AT * steps):
+            pairs = ~fails(*model.decode(guess).chunk(2))
+            denoise = denoiser_of(pairs)
+        return guess
+
+    return giving_up
