@@ -96,12 +96,13 @@ class LatentDiffusion:
 class StableDiffusion(LatentDiffusion):
     """Text to image."""
 
-    def denoiser(self, text, guidance, attend=fused):
+    def denoiser(self, text, guidance, attend=fused, null_text=None):
         """The sampler's `denoise(x, sigma)` under classifier-free guidance (Ho and Salimans 2022, Eq. 6).
 
-        text [B, L, E]; guidance: a number, or a tensor [B, 1, 1, 1]. The UNet sees one batch [null..., text...].
+        text [B, L, E]; guidance: a number, or a tensor [B, 1, 1, 1]; null_text [B, L, E]: another text than the empty
+        one. The UNet sees one batch [null..., text...].
         """
-        contexts = torch.cat([self.null_text.expand_as(text), text])
+        contexts = torch.cat([self.null_text.expand_as(text) if null_text is None else null_text, text])
 
         def guided(z, t):
             eps_null, eps_text = self.predict_eps(z.repeat(2, 1, 1, 1), t, contexts, attend).chunk(2)

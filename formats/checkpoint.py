@@ -269,19 +269,20 @@ def write_new(path):
 def save_folder(model, folder, dtype=None):
     """Write a Model as a folder that diffusers opens. dtype None: as it is. Raises UserError if `folder` exists."""
     editor = model.unet.config.in_channels == 8
+    more = {"unet": {"sample_size": model.sampling.resolution // model.vae.config.factor}}  # of diffusers' default image
     with write_new(folder) as beside:
         (beside / "tokenizer").mkdir(parents=True)
         model.tokenizer.save(beside / "tokenizer")
         for name, part in PARTS.items():
-            save_part(part, getattr(model, name), beside / name, dtype)
+            save_part(part, getattr(model, name), beside / name, dtype, **more.get(name, {}))
         write_json(beside / "scheduler" / "scheduler_config.json", configs.SCHEDULER)
         write_json(beside / "sampling.json", asdict(model.sampling))
         write_json(beside / "model_index.json", configs.EDITOR if editor else configs.TEXT_TO_IMAGE)
 
 
-def save_part(part, network, folder, dtype):
-    """Write one network into its own folder."""
-    write_json(folder / "config.json", part.config_json(network.config))
+def save_part(part, network, folder, dtype, **more):
+    """Write one network into its own folder; more: for its config.json."""
+    write_json(folder / "config.json", part.config_json(network.config) | more)
     write_tensors(folder / f"{part.stem}.safetensors", renamed(network, "diffusers", dtype))
 
 
