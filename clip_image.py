@@ -49,12 +49,16 @@ class CLIPImage(nn.Module):
 
     def forward(self, x):
         """Normalised images x [B, 3, size, size] (see `preprocess`) -> projected class token [B, projection]."""
+        return self.projection(self.norm_out(self.tokens(x, len(self.blocks))[:, 0]))
+
+    def tokens(self, x, count):
+        """x as for `forward` -> what its tokens are after `count` blocks, the class token first: [B, N, width]."""
         patches = self.patch_embedding(x).flatten(2).transpose(1, 2)  # [B, N, C]
         first = self.class_embedding.expand(len(x), 1, -1)
         h = self.norm_in(torch.cat([first, patches], dim=1) + self.position_embedding.weight)
-        for block in self.blocks:
+        for block in self.blocks[:count]:
             h = block(h)
-        return self.projection(self.norm_out(h[:, 0]))
+        return h
 
     def preprocess(self, images):
         """Images [B, 3, H, W] in [0, 1] of any size -> what `forward` takes: squeezed to a square, not cropped."""

@@ -66,9 +66,12 @@ class CLIPText(nn.Module):
 
     def features(self, ids):
         """ids [B, L] -> unit vectors [B, projection], comparable with those of `CLIPImage.features`."""
+        return nn.functional.normalize(self.projected(ids), dim=-1)
+
+    def projected(self, ids):
+        """ids [B, L] -> the projected end token [B, projection], not normalised."""
         end = (ids == self.config.end_token).int().argmax(dim=1)  # the first end token; the padding repeats it
-        pooled = self(ids)[torch.arange(len(ids), device=ids.device), end]
-        return nn.functional.normalize(self.projection(pooled), dim=-1)
+        return self.projection(self(ids)[torch.arange(len(ids), device=ids.device), end])
 
 
 class Block(nn.Module):

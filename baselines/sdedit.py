@@ -12,7 +12,7 @@ from ip2p import as_image, one_size
 
 
 def encode(sd, images):
-    """PIL images of one shape -> their scaled latents [B, C, h, w], the modes; resized as `InstructPix2Pix.edit` does."""
+    """PIL images of one shape -> their scaled latents [B, C, h, w], by the mode; resized as in ip2p.py."""
     resized = [resize_and_crop(as_image(image), sd.sampling.resolution) for image in images]
     return sd.encode_image(one_size(resized)) * sd.vae.config.scaling
 

@@ -1,0 +1,151 @@
+"""Prompt-to-Prompt on real images: DDIM inversion beside diffusers', null texts, and the edit with maps in memory."""
+
+from itertools import pairwise
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from conftest import colourful
+from random_model import random_model
+from reference import relative_error
+
+from align import Alignment, phrase_tokens
+from attention import Layer, fused
+from baselines.real_p2p import (
+    INVERSIONS, TextControl, ddim_invert, ddim_sigmas, edit_inverted, edit_real, guided_step, invert, null_text,
+)  # fmt: skip
+from baselines.sdedit import encode
+from images import to_image
+from mini.evaluation import held_out_edits
+from mini.world import caption, render
+from p2p import LocalBlend
+from stable_diffusion import StableDiffusion
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BEFORE, AFTER = "a red house by the sea", "a red tree by the sea"
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+IMAGES = [colourful(128, 64, seed) for seed in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return StableDiffusion(random_model(seed=6, in_channels=4))
+
+
+@pytest.fixture(scope="module")
+def mini():
+    """The bundled model, two scenes, and their captions before and after."""
+    edits = held_out_edits(14)[:2]
+    texts = [[caption(scene) for scene in scenes] for scenes in zip(*((e.before, e.after) for e in edits), strict=True)]
+    return StableDiffusion.load("models/mini/sd"), [render(edit.before) for edit in edits], *texts
+
+
+def psnr(one, other):
+    error = np.asarray(one).astype(float) - np.asarray(other)
+    return 10 * np.log10(255**2 / np.square(error).mean())
+
+
+@pytest.mark.parametrize("steps", [4, 7])
+@torch.no_grad()
+def test_ddim_inversion_equals_diffusers(model, steps):
+    theirs = diffusers.DDIMInverseScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    theirs.set_timesteps(steps)
+    text, z = model.encode_text([BEFORE, AFTER]), encode(model, IMAGES)
+    expected = [z]
+    for t in theirs.timesteps:
+        expected.append(theirs.step(model.unet(expected[-1], t.repeat(2), text), t, expected[-1]).prev_sample)
+    sigmas = ddim_sigmas(model.schedule, steps)
+    ours = ddim_invert(model, IMAGES, [BEFORE, AFTER], steps)
+    for x, sigma, z in zip(ours, sigmas, reversed(expected), strict=True):
+        assert relative_error(x / (1 + sigma**2) ** 0.5, z) <= 1e-5
+
+
+def test_null_texts_bring_every_step_below_the_threshold(mini):
+    """That of the released code, 1e-5 + 2e-5 i, on scenes of the miniature; alone or in a batch."""
+    model, images, before, _ = mini
+    trajectory = ddim_invert(model, images, before, 10)
+    nulls, sigmas = null_text(model, trajectory, before, 4.0), ddim_sigmas(model.schedule, 10).tolist()
+    x, text = trajectory[0], model.encode_text(before)
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
+        z, t = x / (1 + sigma**2) ** 0.5, torch.full((2,), model.schedule.t(sigma).item())
+        with torch.no_grad():
+            null, full = (model.unet(z, t, context) for context in (nulls[i], text))
+        x = x + (null + 4 * (full - null)) * (following - sigma)
+        errors = ((x - trajectory[i + 1]) / (1 + following**2) ** 0.5).square().mean(dim=(1, 2, 3))
+        assert (errors < 1e-5 + 2e-5 * i).all()
+    alone = null_text(model, trajectory[:, 1:], before[1:], 4.0)
+    assert relative_error(alone[-1], nulls[-1][1:]) <= 1e-3
+
+
+def test_the_reconstruction_is_the_image(mini):
+    """As well as the autoencoder can give it back, about; without guidance, or with a null text made for it."""
+    model, images, before, after = mini
+    round_trip = to_image(model.decode(encode(model, images[:1]))[0])
+    found = {}
+    for inversion in INVERSIONS:
+        rebuilt, edited = edit_real(model, images[0], before[0], after[0], 0.4, inversion=inversion, steps=10)
+        found[inversion] = psnr(rebuilt, round_trip)
+        assert psnr(edited, rebuilt) < 40
+    assert found["null-text"] > found["source-caption"] > found["ddim"] > 20
+    assert found["null-text"] > 33
+
+
+def with_maps(active, text_only=True):
+    """Self-attention with maps in memory: one pair's second map is the first's, in the half with text."""
+
+    def attend(q, k, v, layer):
+        maps = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3)
+        if active() and not layer.cross:
+            maps[3] = maps[2]
+        return maps @ v
+
+    return attend
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("inversion", ["ddim", "source-caption"])
+def test_an_edit_equals_one_written_out(model, inversion):
+    """Step by step with diffusers' DDIM and maps in memory; the first half of the steps is controlled."""
+    inverted = invert(model, IMAGES[:1], [BEFORE], 4, 3.0, inversion)
+    theirs = diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    theirs.set_timesteps(4)
+    sigma = ddim_sigmas(model.schedule, 4)[0]
+    z, text = (inverted.trajectory[0] / (1 + sigma**2) ** 0.5).float().repeat(2, 1, 1, 1), model.encode_text([BEFORE, AFTER])
+    null = (model.null_text if inversion == "ddim" else text[:1]).expand_as(text)
+    for step, t in enumerate(theirs.timesteps):
+        attend = with_maps(lambda step=step: step < 2)
+        both = model.unet(z.repeat(2, 1, 1, 1), t.repeat(4), torch.cat([null, text]), attend)
+        eps_null, eps_text = both.chunk(2)
+        z = theirs.step(eps_null + 3.0 * (eps_text - eps_null), t, z).prev_sample
+    expected = [to_image(image) for image in model.decode(z)]
+    ours = edit_inverted(model, inverted, [BEFORE], [AFTER], 0.5, 3.0)
+    for (one,), other in zip(ours, expected, strict=True):
+        assert np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= 1
+    assert psnr(ours[1][0], edit_inverted(model, inverted, [BEFORE], [AFTER], 0, 3.0)[1][0]) < 45
+
+
+def test_large_self_maps_stay_free():
+    control = TextControl(4, torch.tensor([1.0]))
+    q, k, v = torch.randn(3, 4, 1, 33 * 32, 4, generator=torch.Generator().manual_seed(0))
+    large, small = Layer(0, "down", False, (33, 32)), Layer(1, "down", False, (32, 32))
+    assert torch.equal(control(q, k, v, large), fused(q, k, v))
+    part = q[:, :, :1024], k[:, :, :1024], v[:, :, :1024]
+    changed = (control(*part, small) - fused(*part)).abs().amax(dim=(1, 2, 3)) > 0.01
+    assert changed.tolist() == [False, False, False, True]
+
+
+@torch.no_grad()
+def test_cross_maps_and_blending(model):
+    """Cross-attention control moves the edit, blending leaves what is outside its words as it was."""
+    texts = [[BEFORE], [AFTER]]
+    inverted, words = invert(model, IMAGES[:1], [BEFORE], 6, 3.0, "ddim"), torch.zeros(2, model.tokenizer.tokens)
+    for row, (text, word) in enumerate(((BEFORE, "house"), (AFTER, "tree"))):
+        words[row, phrase_tokens(model.tokenizer, text, word)] = 1
+    free, crossed = (edit_inverted(model, inverted, *texts, 0.8, 3.0, control=kind)[1][0] for kind in ("self", "both"))
+    assert psnr(free, crossed) < 45
+    blend = LocalBlend(words, 6, size=(16, 32), threshold=0.97)
+    rebuilt, blended = edit_inverted(model, inverted, *texts, 0.8, 3.0, blend=blend)
+    assert 0 < blend.mask(16, 32).float().mean() < 0.9
+    assert psnr(blended[0], rebuilt[0]) > psnr(free, rebuilt[0]) + 1
