@@ -10,10 +10,17 @@ from conftest import colourful
 from random_model import random_model
 from reference import relative_error
 
-from align import Alignment, phrase_tokens
-from attention import Layer, fused
+from align import phrase_tokens
+from attention import Layer, fused, reference
 from baselines.real_p2p import (
-    INVERSIONS, TextControl, ddim_invert, ddim_sigmas, edit_inverted, edit_real, guided_step, invert, null_text,
+    INVERSIONS,
+    TextControl,
+    ddim_invert,
+    ddim_sigmas,
+    edit_inverted,
+    edit_real,
+    invert,
+    null_text,
 )  # fmt: skip
 from baselines.sdedit import encode
 from images import to_image
@@ -92,16 +99,12 @@ def test_the_reconstruction_is_the_image(mini):
     assert found["null-text"] > 33
 
 
-def with_maps(active, text_only=True):
+def with_maps(q, k, v, layer):
     """Self-attention with maps in memory: one pair's second map is the first's, in the half with text."""
-
-    def attend(q, k, v, layer):
-        maps = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3)
-        if active() and not layer.cross:
-            maps[3] = maps[2]
-        return maps @ v
-
-    return attend
+    maps = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3)
+    if not layer.cross:
+        maps[3] = maps[2]
+    return maps @ v
 
 
 @torch.no_grad()
@@ -111,13 +114,12 @@ def test_an_edit_equals_one_written_out(model, inversion):
     inverted = invert(model, IMAGES[:1], [BEFORE], 4, 3.0, inversion)
     theirs = diffusers.DDIMScheduler(**BETAS, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
     theirs.set_timesteps(4)
-    sigma = ddim_sigmas(model.schedule, 4)[0]
-    z, text = (inverted.trajectory[0] / (1 + sigma**2) ** 0.5).float().repeat(2, 1, 1, 1), model.encode_text([BEFORE, AFTER])
+    scale, text = (1 + ddim_sigmas(model.schedule, 4)[0].item() ** 2) ** 0.5, model.encode_text([BEFORE, AFTER])
+    z = (inverted.trajectory[0] / scale).repeat(2, 1, 1, 1)
     null = (model.null_text if inversion == "ddim" else text[:1]).expand_as(text)
     for step, t in enumerate(theirs.timesteps):
-        attend = with_maps(lambda step=step: step < 2)
-        both = model.unet(z.repeat(2, 1, 1, 1), t.repeat(4), torch.cat([null, text]), attend)
-        eps_null, eps_text = both.chunk(2)
+        attend = with_maps if step < 2 else reference
+        eps_null, eps_text = model.unet(z.repeat(2, 1, 1, 1), t.repeat(4), torch.cat([null, text]), attend).chunk(2)
         z = theirs.step(eps_null + 3.0 * (eps_text - eps_null), t, z).prev_sample
     expected = [to_image(image) for image in model.decode(z)]
     ours = edit_inverted(model, inverted, [BEFORE], [AFTER], 0.5, 3.0)

@@ -13,7 +13,16 @@ from reference import clip_reference
 from baselines import text2live as module
 from baselines.layer_network import LayerNetwork
 from baselines.text2live import (
-    GREEN, MADGRAD, Recipe, composite, direction_loss, sparsity_loss, spherical, structure_loss, text2live, total_loss,
+    GREEN,
+    MADGRAD,
+    Recipe,
+    composite,
+    direction_loss,
+    sparsity_loss,
+    spherical,
+    structure_loss,
+    text2live,
+    total_loss,
 )  # fmt: skip
 from baselines.views import clip_views, perspective, training_view, warp
 from clip_image import CLIP, MEAN, STD, CLIPImageConfig
@@ -162,14 +171,14 @@ def test_perspective_moves_the_corners_and_leaves_white_behind():
 
 
 def test_an_edit_moves_towards_its_caption():
-    """On a scene of the miniature, in few iterations; equal seeds give equal edits, and no one else's numbers change."""
+    """On a scene of the miniature, in few iterations. Equal seeds give equal edits; other random numbers stay."""
     clip, edit = load_clip("models/mini/clip"), held_out_edits(14)[0]
     image, texts = render(edit.before), (caption(edit.before), caption(edit.after))
-    recipe = Recipe(("{}",), ("{}, on green",), width=8, views=2, mirror=0.0, whole_every=1)
+    recipe = Recipe(("{}",), (), width=8, views=4, mirror=0.0)
     torch.manual_seed(5)
     first = text2live(clip, image, *texts, steps=1, recipe=recipe)
     drawn = torch.rand(3)
-    edited, layer, opacity = text2live(clip, image, *texts, steps=60, recipe=recipe)
+    edited, layer, opacity = text2live(clip, image, *texts, steps=25, recipe=recipe)
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(3))
     assert np.array_equal(first[0], text2live(clip, image, *texts, steps=1, recipe=recipe)[0])
