@@ -69,21 +69,39 @@ def test_ddim_inversion_equals_diffusers(model, steps):
         assert relative_error(x / (1 + sigma**2) ** 0.5, z) <= 1e-5
 
 
-def test_null_texts_bring_every_step_below_the_threshold(mini):
-    """That of the released code, 1e-5 + 2e-5 i, on scenes of the miniature; alone or in a batch."""
+@torch.no_grad()
+def errors_of_steps(model, trajectory, captions, guidance, nulls):
+    """The guided steps' mean square distances to the trajectory, of z: [steps, B]."""
+    x, text, errors = trajectory[0], model.encode_text(captions), []
+    sigmas = ddim_sigmas(model.schedule, len(nulls)).tolist()
+    for (sigma, following), null, goal in zip(pairwise(sigmas), nulls, trajectory[1:], strict=True):
+        z, t = x / (1 + sigma**2) ** 0.5, torch.full((len(x),), model.schedule.t(sigma).item())
+        without, full = (model.unet(z, t, context) for context in (null, text))
+        x = x + (without + guidance * (full - without)) * (following - sigma)
+        errors.append(((x - goal) / (1 + following**2) ** 0.5).square().mean(dim=(1, 2, 3)))
+    return torch.stack(errors)
+
+
+def test_null_texts_bring_the_steps_closer(mini):
+    """Two scenes of the miniature, each as it would be alone."""
     model, images, before, _ = mini
-    trajectory = ddim_invert(model, images, before, 10)
-    nulls, sigmas = null_text(model, trajectory, before, 4.0), ddim_sigmas(model.schedule, 10).tolist()
-    x, text = trajectory[0], model.encode_text(before)
-    for i, (sigma, following) in enumerate(pairwise(sigmas)):
-        z, t = x / (1 + sigma**2) ** 0.5, torch.full((2,), model.schedule.t(sigma).item())
-        with torch.no_grad():
-            null, full = (model.unet(z, t, context) for context in (nulls[i], text))
-        x = x + (null + 4 * (full - null)) * (following - sigma)
-        errors = ((x - trajectory[i + 1]) / (1 + following**2) ** 0.5).square().mean(dim=(1, 2, 3))
-        assert (errors < 1e-5 + 2e-5 * i).all()
-    alone = null_text(model, trajectory[:, 1:], before[1:], 4.0)
-    assert relative_error(alone[-1], nulls[-1][1:]) <= 1e-3
+    trajectory = ddim_invert(model, images, before, 2)
+    nulls, empty = null_text(model, trajectory, before, 4.0, 5), [model.null_text.expand(2, -1, -1)] * 2
+    fitted, free = (errors_of_steps(model, trajectory, before, 4.0, chosen) for chosen in (nulls, empty))
+    assert (fitted < 0.9 * free).all()
+    alone = null_text(model, trajectory[:, 1:], before[1:], 4.0, 5)
+    assert relative_error(torch.stack(alone), torch.stack(nulls)[:, 1:]) <= 1e-2
+
+
+@pytest.mark.slow
+def test_null_texts_bring_every_step_below_the_threshold(mini):
+    """That of the released code, 1e-5 + 2e-5 i, in its 50 steps."""
+    model, (image, _), (before, _), _ = mini
+    trajectory, limits = ddim_invert(model, [image], [before], 50), 1e-5 + 2e-5 * torch.arange(50)[:, None]
+    nulls, empty = null_text(model, trajectory, [before], 1.2, inner_steps=40), [model.null_text] * 50
+    fitted, free = (errors_of_steps(model, trajectory, [before], 1.2, chosen) for chosen in (nulls, empty))
+    assert (fitted < limits).all()
+    assert (free > limits).sum() > 25
 
 
 def test_the_reconstruction_is_the_image(mini):
@@ -92,11 +110,11 @@ def test_the_reconstruction_is_the_image(mini):
     round_trip = to_image(model.decode(encode(model, images[:1]))[0])
     found = {}
     for inversion in INVERSIONS:
-        rebuilt, edited = edit_real(model, images[0], before[0], after[0], 0.4, inversion=inversion, steps=10)
+        rebuilt, edited = edit_real(model, images[0], before[0], after[0], 0.4, inversion=inversion, steps=5)
         found[inversion] = psnr(rebuilt, round_trip)
         assert psnr(edited, rebuilt) < 40
     assert found["null-text"] > found["source-caption"] > found["ddim"] > 20
-    assert found["null-text"] > 33
+    assert found["null-text"] > 30
 
 
 def with_maps(q, k, v, layer):
