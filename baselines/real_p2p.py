@@ -74,6 +74,7 @@ def ddim_invert(sd, images, captions, steps):
     return torch.stack(trajectory[::-1])
 
 
+@torch.enable_grad()  # whatever the caller has
 def null_text(sd, trajectory, captions, guidance, inner_steps=INNER_STEPS):
     """The null texts, one [B, L, E] a step, with which guidance follows a trajectory of `ddim_invert`; sd in float32.
 

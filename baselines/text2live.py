@@ -13,7 +13,8 @@ from tqdm import trange
 
 from baselines.layer_network import LayerNetwork
 from baselines.views import clip_views, training_view
-from images import to_image, to_rgb, to_tensor
+from images import to_image, to_tensor
+from ip2p import as_image
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ GREEN = (0 / 255, 177 / 255, 64 / 255)  # of the screen
 COMPOSITION, DIRECTION, STRUCTURE, SPARSITY, SCREEN = 1.0, 1.0, 2.0, 6.0, 1.0  # weights of the losses
 
 
+@torch.enable_grad()  # whatever the caller has
 def text2live(clip, image, caption_before, caption_after, *, steps=1000, seed=0, recipe=PHOTOGRAPHS, progress=False):
     """Edit a PIL image by the captions before and after. clip: (CLIP, its tokenizer), as `load_clip` returns them.
 
@@ -46,7 +48,7 @@ def text2live(clip, image, caption_before, caption_after, *, steps=1000, seed=0,
     """
     clip, tokenizer = clip
     device = clip.logit_scale.device
-    whole = (to_tensor(to_rgb(image))[None].to(device) + 1) / 2
+    whole = (to_tensor(as_image(image))[None].to(device) + 1) / 2
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = LayerNetwork(min(image.size), recipe.width).to(device)

@@ -170,6 +170,7 @@ def test_perspective_moves_the_corners_and_leaves_white_behind():
 # ---- a whole edit ----
 
 
+@torch.no_grad()
 def test_an_edit_moves_towards_its_caption():
     """On a scene of the miniature, in few iterations. Equal seeds give equal edits; other random numbers stay."""
     clip, edit = load_clip("models/mini/clip"), held_out_edits(14)[0]
