@@ -1,12 +1,12 @@
 """Prompt-to-Prompt on real images: invert the image to noise, then sample it again beside its edit.
 
-DDIM inversion (Song et al. 2021; Hertz et al. 2022, Sec. 4) runs the sampler backwards, from the image to the noise
-that gives it back, exactly so only in the limit of many steps and without guidance. Guidance moves the way back off the
-image. What the null text is in it decides how far, one of INVERSIONS:
+DDIM inversion (Song et al. 2021; Hertz et al. 2022) runs the sampler backwards, from the image to a noise. Sampling from
+this noise gives the image back, exactly only with infinitely many steps and guidance 1. Under higher guidance the result
+depends on the null text, which is one of INVERSIONS:
 
-    "ddim"            the empty text, and so nothing is done about it
-    "source-caption"  the image's own caption: its branch has guidance 1, for free (Miyake et al. 2023)
-    "null-text"       an embedding a step, optimised to give the image back (Mokady et al. 2023)
+    "ddim"            the empty text: the result is not quite the image
+    "source-caption"  the image's own caption, with which guidance has no effect on the image (Miyake et al. 2023)
+    "null-text"       an embedding for each step, optimised to give the image back (Mokady et al. 2023)
 """
 
 from functools import partial
@@ -79,7 +79,7 @@ def null_text(sd, trajectory, captions, guidance, inner_steps=INNER_STEPS):
     """The null texts, one [B, L, E] a step, with which guidance follows a trajectory of `ddim_invert`; sd in float32.
 
     At step i Adam, with a rate falling from 0.01, minimises the distance of the guided step's end to the trajectory:
-    the mean square over a latent z (Mokady et al. 2023, Eq. 3), until it is below 1e-5 + 2e-5 i.
+    the mean square over a latent z (Mokady et al. 2023), until it is below 1e-5 + 2e-5 i.
     """
     text, sigmas = sd.encode_text(captions), ddim_sigmas(sd.schedule, len(trajectory) - 1).tolist()
     x, null, nulls = trajectory[0], sd.null_text.expand_as(text), []

@@ -3,6 +3,9 @@
 The layer is a colour C and an opacity a, and the edited image (1 - a) I + a C. CLIP compares the result with texts; a
 structure loss keeps it like the input and a sparsity loss keeps the opacity low. It adds and recolours textures; it can
 neither move things nor change the layout. Images are [B, 3, H, W] in [0, 1].
+
+Other than in the released code, CLIP's views are squeezed to squares (as everywhere here), and there is no bootstrap by
+a region's relevancy.
 """
 
 from dataclasses import dataclass
@@ -66,7 +69,7 @@ def text2live(clip, image, caption_before, caption_after, *, steps=1000, seed=0,
 
 
 def total_loss(clip, tokenizer, network, image, caption_before, caption_after, recipe):
-    """All losses for one image, or view of it, [1, 3, H, W]: Eq. 2."""
+    """All losses for one image, or view of it, [1, 3, H, W]."""
     colour, opacity = network(image)
     edited = composite(image, colour, opacity)
     templates = some_of(recipe.templates)

@@ -69,7 +69,7 @@ def test_each_loss_equals_its_equation():
 
 
 def test_the_whole_loss_beside_transformers(clip, monkeypatch):
-    """Eq. 2 with the released code's weights, and transformers' features; one view and one template, not random."""
+    """The sum with the released code's weights, and transformers' features; one view and one template, not random."""
     monkeypatch.setattr(module, "clip_views", lambda image, size, *_: F.interpolate(image, (size, size), mode="area"))
     image, colour, opacity = torch.rand(3, 1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     opacity, theirs, tokenizer = opacity[:, :1], clip_reference(clip[0]), clip[1]
