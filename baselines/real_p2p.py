@@ -1,7 +1,7 @@
 """Prompt-to-Prompt on real images: invert the image to noise, then sample it again beside its edit.
 
-DDIM inversion (Song et al. 2021; Hertz et al. 2022) runs the sampler backwards, from the image to a noise. Sampling from
-this noise gives the image back, exactly only with infinitely many steps and guidance 1. Under higher guidance the result
+DDIM inversion (Song et al. 2021; Hertz et al. 2022) runs the sampler backwards, from the image to a noise. Sampling
+from it gives the image back, exactly only with infinitely many steps and guidance 1. Under higher guidance the result
 depends on the null text, which is one of INVERSIONS:
 
     "ddim"            the empty text: the result is not quite the image
