@@ -268,7 +268,7 @@ def write_new(path):
 
 def save_folder(model, folder, dtype=None):
     """Write a Model as a folder that diffusers opens. dtype None: as it is. Raises UserError if `folder` exists."""
-    editor = model.unet.config.in_channels == 8
+    editor = model.unet.config.in_channels == 2 * model.unet.config.out_channels
     more = {"unet": {"sample_size": model.sampling.resolution // model.vae.config.factor}}  # diffusers' default
     with write_new(folder) as beside:
         (beside / "tokenizer").mkdir(parents=True)
