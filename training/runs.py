@@ -1,6 +1,7 @@
 """What a training run needs around its loop: EMA, processes, signals, states to resume from, metrics."""
 
 import json
+import math
 import os
 import signal
 import time
@@ -10,12 +11,14 @@ from pathlib import Path
 
 from cli import UserError, atomic_write, own_device, reported_as
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
-from training.plot import draw_losses
+from pages.plot import Curve, Panel, plot
 
 LOG_EVERY = 5.0  # seconds between two lines of metrics.jsonl, after those of the first steps
+DRAW_EVERY = 60.0  # seconds between two drawings of loss.png, which takes one
 FIRST_STEPS = 20
 PROCESSES, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # as torchrun sets them
 
@@ -151,7 +154,7 @@ class Log:
     def __init__(self, out, step, seconds):
         """step, seconds: how far a resumed run is. Lines of later steps are dropped, for they will come again."""
         self.path, self.losses = out / "metrics.jsonl", []  # of the steps since the last line
-        self.began, self.written = time.monotonic() - seconds, time.monotonic()
+        self.began, self.written, self.drawn = time.monotonic() - seconds, time.monotonic(), -math.inf
         lines = read_metrics(self.path) if self.path.exists() else []
         self.lines = [line for line in lines if line["step"] <= step]
 
@@ -174,12 +177,42 @@ class Log:
         }
 
     def write(self, line):
-        """Add a line to the file, and draw the plot anew."""
+        """Add a line to the file; draw the plot anew with a validation loss, and otherwise once a minute."""
         self.lines.append(line)
         with atomic_write(self.path) as beside:
             beside.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
-        draw_losses(self.lines, self.path.with_name("loss.png"))
+        if "validation" in line or time.monotonic() - self.drawn > DRAW_EVERY:
+            draw_losses(self.lines, self.path.with_name("loss.png"))
+            self.drawn = time.monotonic()
         self.losses, self.written = [], time.monotonic()
+
+
+def draw_losses(lines, path):
+    """Plot the losses of metrics over the steps, on a log scale: of training (blue; dots as logged), of validation."""
+    loss, validation = (  # a logarithm needs numbers above 0
+        np.array([(line["step"], line[name]) for line in lines if 0 < line.get(name, 0) < math.inf]).reshape(-1, 2)
+        for name in ("loss", "validation")
+    )
+    dots = Curve("", loss, joined=False, radius=2 if len(loss) < 1000 else 1, colour="#9cbce4")
+    mean = Curve("loss", smooth(loss), radius=0, colour="#1f5fae")
+    shown = [dots, mean, Curve("validation", validation, colour="#c2571a")]
+    plot([Panel(shown, "step", "loss, on a log scale", log=True)], path)
+
+
+def smooth(curve):
+    """The means of each point's neighbours in a curve of steps and losses [n, 2], up to n / 40 on each side.
+
+    As many before a point as after it: otherwise the mean would lag behind a falling loss. The ends, which have fewer,
+    are left out where n is large. A logged loss is the mean of the steps since the one before, and weighs as many.
+    """
+    if not len(curve):
+        return curve
+    weights, index = np.diff(curve[:, 0], prepend=0), np.arange(len(curve))
+    sums = np.pad(np.cumsum([weights * curve[:, 1], weights], axis=1), ((0, 0), (1, 0)))
+    near = np.minimum(np.minimum(index, index[::-1]), len(curve) // 40)
+    totals, counts = sums[:, index + near + 1] - sums[:, index - near]
+    end = len(curve) // 100
+    return np.stack([curve[:, 0], totals / counts], axis=1)[end : len(curve) - end]
 
 
 def read_metrics(path):
