@@ -116,10 +116,11 @@ def draw_axes(image, draw, panel):
 
 def draw_curve(draw, panel, curve, colour):
     """Draw a curve, its intervals and notes; returns pixels that they cover, [n, 2]."""
-    points, font = panel.place(curve.points), ImageFont.load_default(FINE * 15)
+    points, font, bars = panel.place(curve.points), ImageFont.load_default(FINE * 15), []
     if curve.intervals is not None:
         ends = (panel.place(np.stack([curve.points[:, 0], side], axis=1)) for side in curve.intervals.T)
-        for low, high in zip(*ends, strict=True):
+        bars = [*zip(*ends, strict=True)]
+        for low, high in bars:
             draw.line([*low, *high], fill=f"{colour}a0", width=FINE * 2)
     if curve.joined:
         draw.line([*map(tuple, points)], fill=colour, width=FINE * LINE, joint="curve")
@@ -128,9 +129,9 @@ def draw_curve(draw, panel, curve, colour):
     notes = [(x + FINE * 8, y - FINE * 3, note) for (x, y), note in zip(points, curve.notes, strict=False) if note]
     for x, y, note in notes:
         draw.text((x, y), note, fill=colour, font=font, anchor="ld")
-    index = np.linspace(0, len(points) - 1, min(2000, 20 * len(points)) if curve.joined else len(points))
-    along = np.stack([np.interp(index, np.arange(len(points)), side) for side in points.T], axis=1)
-    return np.concatenate([along, *[[(x + FINE * 10, y - FINE * 8)] * 20 for x, y, _ in notes]])
+    lines = [points[i : i + 2] for i in range(len(points) - 1)] if curve.joined and len(points) < 100 else [points]
+    covered = [np.linspace(line[0], line[-1], 60) if len(line) == 2 else line for line in (*lines, *bars)]
+    return np.concatenate([points, *covered, *[[(x + FINE * 10, y - FINE * 8)] * 20 for x, y, _ in notes]])
 
 
 def free_box(points, size, taken, boxes):
