@@ -15,7 +15,7 @@ from cli import SCALE, SEED, STEPS, WHOLE, Parser, add_sampler, add_savings, che
 import torch
 
 from mini.evaluation import evaluate_pairs, evaluate_world
-from section4 import chains, compare, curves
+from section4 import chains, compare, curves, limits
 
 MINI = Path("models/mini")
 
@@ -74,6 +74,8 @@ COMMANDS = {
     "ablation": Command("Fig. 10: editors from other data", curves.add_ablation_flags, curves.run_ablation, "ablation"),
     "compare": Command("Fig. 9: all methods side by side", compare.add_flags, compare.run, "compare"),
     "sequence": Command("Fig. 13: edits one after another", chains.add_flags, chains.run, "sequence"),
+    "failures": Command("Fig. 13: move, swap, double", limits.add_flags, limits.run, "failures"),
+    "bias": Command("Fig. 14: what is added where nothing is said", limits.add_bias_flags, limits.run_bias, "bias"),
 }
 
 

@@ -48,7 +48,7 @@ class Panel:
             drawn += [] if curve.band is None else [curve.band]
         x, y = np.concatenate(drawn).T
         points = np.stack([x, np.log(y) if self.log else y], axis=1)
-        low, high = points.min(axis=0), points.max(axis=0)
+        low, high, self.whole = points.min(axis=0), points.max(axis=0), not (x % 1).any()
         margin = 0.06 * np.where(high > low, high - low, 0.1 + abs(high))
         self.low, self.high = low - margin, high + margin
 
@@ -96,7 +96,7 @@ def draw_axes(image, draw, panel):
     (x0, y0), (x1, y1) = panel.low, panel.high
     if panel.log:
         y0, y1 = math.exp(y0), math.exp(y1)
-    for value in range(len(panel.names)) if panel.names else ticks(x0, x1):
+    for value in range(len(panel.names)) if panel.names else ticks(x0, x1, whole=panel.whole):
         x = panel.place([[value, y1]])[0, 0]
         draw.line([x, top, x, bottom], fill=grey, width=FINE)
         text = panel.names[value] if panel.names else f"{value:,.6g}"
@@ -151,9 +151,9 @@ def free_box(points, size, taken, boxes):
     return best
 
 
-def ticks(low, high, most=7):
-    """At most `most` + 1 round numbers between two: multiples of 1, 2 or 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10((high - low) / most))
+def ticks(low, high, most=7, whole=False):
+    """At most `most` + 1 round numbers between two: multiples of 1, 2 or 5 times a power of ten, or whole ones."""
+    power = 10.0 ** max(math.floor(math.log10((high - low) / most)), 0 if whole else -99)
     unit = next(unit for unit in (power, 2 * power, 5 * power, 10 * power) if (high - low) / unit <= most)
     return [round(unit * i, 12) for i in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
 

@@ -1,6 +1,6 @@
-"""Edits one after another (Sec. 5, Fig. 13): what is left of the image, beside as many round trips of the autoencoder.
+"""Edits one after another (Sec. 5, Fig. 13): what is left, beside round trips of the autoencoder.
 
-The miniature's world knows the scene after each edit. Three ways to the same place are measured after k edits: each edit
+The miniature's world knows the scene after each edit. Three ways are measured, after k edits: each edit
 is made on the result before it, as a user would; the true scene after k edits goes through the autoencoder once; and
 the first scene goes through it k times, without any edit.
 """
@@ -88,9 +88,9 @@ def panels(rows):
     for key, factor in (("success", 100), ("l1_outside", 1)):
         for way, name in WAYS.items():
             own = [row for row in rows if row["way"] == way]
-            points, ends = ([[row[n] for n in names] for row in own]
-                            for names in (("count", key), (f"{key}_low", f"{key}_high")))  # fmt: skip
-            curves[key].append(Curve(name, np.array(points) * (1, factor), intervals=factor * np.array(ends)))
+            middle, low, high = (np.array([[row["count"], factor * row[k]] for row in own])
+                                 for k in (key, f"{key}_low", f"{key}_high"))  # fmt: skip
+            curves[key].append(Curve(name, middle, np.concatenate([low, high[::-1]])))
     x = "edits, or round trips"
     return [Panel(curves["success"], x, "success, %", "Is everything as it should be?"),
             Panel(curves["l1_outside"], x, TITLES["l1_outside"], "What is left of the rest")]  # fmt: skip

@@ -130,7 +130,8 @@ class Lab:
 
     def edited(self, cases, jobs):
         """Edit all cases by all jobs, as in `run`; returns [[the path of each job's image] of each case]."""
-        paths = [[self.out / "images" / f"{number:05d}" / f"{name}.png" for name in jobs] for number in range(len(cases))]
+        folders = [self.out / "images" / f"{number:05d}" for number in range(len(cases))]
+        paths = [[folder / f"{name}.png" for name in jobs] for folder in folders]
         size = self.options.batch_size
         todo = [(column, start) for start in range(0, len(cases), size) for column in range(len(jobs))
                 if not all(own[column].exists() for own in paths[start : start + size])]  # fmt: skip

@@ -9,7 +9,6 @@ from typing import NamedTuple
 from baselines.real_p2p import edit_inverted, invert
 from baselines.sdedit import sdedit
 from baselines.text2live import text2live
-
 from section4.lab import captions_of
 
 
@@ -57,9 +56,8 @@ def by_p2p(inversion):
 
 def by_text2live(lab, steps, cases):
     """Text2Live, an optimisation of so many steps for each image, with the first CLIP."""
-    texts, (clip, tokenizer) = captions_of(cases), lab.clips[0]
-    images = [case.images(lab.side)[0] for case in cases]
-    return [text2live(clip, tokenizer, *one, steps=steps)[0] for one in zip(images, *texts, strict=True)]
+    images, texts = [case.images(lab.side)[0] for case in cases], captions_of(cases)
+    return [text2live(lab.clips[0], *one, steps=steps)[0] for one in zip(images, *texts, strict=True)]
 
 
 def fitted(lab, images):
