@@ -35,6 +35,8 @@ CLIP_L_IMAGE = CLIPImageConfig()
 class CLIPImage(nn.Module):
     """Images to CLIP's image feature."""
 
+    mean, std = MEAN, STD  # of the images that it was trained on
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -64,12 +66,33 @@ class CLIPImage(nn.Module):
         """Images [B, 3, H, W] in [0, 1] of any size -> what `forward` takes: squeezed to a square, not cropped."""
         size = (self.config.size, self.config.size)
         x = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
-        mean, std = (torch.tensor(values, device=x.device, dtype=x.dtype)[:, None, None] for values in (MEAN, STD))
+        return self.normalise(x)
+
+    def normalise(self, x):
+        """Images [B, 3, H, W] in [0, 1] -> with the mean and the deviation of the training images taken out."""
+        mean, std = torch.tensor([self.mean, self.std], device=x.device, dtype=x.dtype)[:, :, None, None]
         return (x - mean) / std
 
     def features(self, images):
         """Images [B, 3, H, W] in [0, 1] -> unit vectors [B, projection]."""
         return F.normalize(self(self.preprocess(images)), dim=-1)
+
+
+class DINO(CLIPImage):
+    """DINO's vision transformer (Caron et al. 2021): images to its class token, trained without any texts.
+
+    It is CLIP's tower without the first norm and the projection, with other constants.
+    """
+
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.patch_embedding = nn.Conv2d(3, config.width, config.patch, stride=config.patch)
+        self.norm_in = self.projection = nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.eps = 1e-6
 
 
 class CLIP(nn.Module):

@@ -15,7 +15,7 @@ from cli import SCALE, SEED, STEPS, WHOLE, Parser, add_sampler, add_savings, che
 import torch
 
 from mini.evaluation import evaluate_pairs, evaluate_world
-from section4 import chains, compare, curves, limits
+from section4 import chains, compare, curves, limits, magicbrush
 
 MINI = Path("models/mini")
 
@@ -76,6 +76,7 @@ COMMANDS = {
     "sequence": Command("Fig. 13: edits one after another", chains.add_flags, chains.run, "sequence"),
     "failures": Command("Fig. 13: move, swap, double", limits.add_flags, limits.run, "failures"),
     "bias": Command("Fig. 14: what is added where nothing is said", limits.add_bias_flags, limits.run_bias, "bias"),
+    "magicbrush": Command("MagicBrush's five metrics", magicbrush.add_flags, magicbrush.run, "magicbrush"),
 }
 
 

@@ -15,7 +15,7 @@ from cli import UserError, atomic_write, check_sampling, reported_as
 
 import torch
 
-from clip_image import CLIP
+from clip_image import CLIP, DINO
 from clip_text import CLIP_L_TEXT, CLIPText, CLIPTokenizer
 from diffusion import Sampling
 from formats import configs, hub
@@ -113,6 +113,19 @@ def load_clip(path, device="cpu"):
     folder = hub.find(path, "clip")
     clip = load_part(CLIP_TOWERS, folder)
     return clip.to(device, torch.float32), load_tokenizer(folder, clip.config[0])
+
+
+def load_dino(path, device="cpu"):
+    """Read DINO from a folder in the layout of transformers' ViTModel, or a hub id."""
+    folder = hub.find(path, "dino")
+    config = Config.read(folder / "config.json")
+    # transformers' tokens have a batch of one, and a pooling layer that DINO was not trained with
+    tensors = {name: tensor for name, tensor in read_component(folder).items() if not name.startswith("pooler.")}
+    for name in ("embeddings.cls_token", "embeddings.position_embeddings"):
+        if name in tensors:
+            tensors[name] = tensors[name].squeeze()
+    dino = fill(lambda: DINO(configs.dino_from(config)), tensors, lambda name: [name.diffusers], folder)
+    return dino.to(device, torch.float32)
 
 
 def load_folder(folder, parts, ema=None):

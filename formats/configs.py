@@ -215,6 +215,13 @@ def clip_from(config):
     return replace(text_from(text), **shared), CLIPImageConfig(**tower_from(image, IMAGE), **shared)
 
 
+def dino_from(config):
+    """transformers' ViTConfig (a Config) -> CLIPImageConfig."""
+    config.fixed({"hidden_act": "gelu", "qkv_bias": True})
+    sizes = config.sizes(IMAGE | {"patch": ("patch_size", 16)})
+    return CLIPImageConfig(**sizes, activation="gelu", projection=sizes["width"])
+
+
 def clip_json(config):
     """(CLIPTextConfig, CLIPImageConfig) -> transformers' configuration."""
     text, image = config

@@ -26,6 +26,8 @@ PUBLIC = {  # by their short names
     "ip2p": Public("timbrooks/instruct-pix2pix", "the authors' InstructPix2Pix", 4.3, "MIT"),
     "sd15": Public("stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.5", 4.3, "CreativeML OpenRAIL-M"),
     "clip": Public("openai/clip-vit-large-patch14", "CLIP ViT-L/14", 1.7, "MIT"),
+    "clip-b32": Public("openai/clip-vit-base-patch32", "CLIP ViT-B/32", 0.6, "MIT"),
+    "dino": Public("facebook/dino-vits16", "DINO ViT-S/16", 0.09, "Apache-2.0"),
     "vae": Public("stabilityai/sd-vae-ft-mse", "the fine-tuned autoencoder", 0.3, "MIT"),
 }
 
@@ -43,6 +45,7 @@ KINDS = {
     "sd": Kind("sd15", "sd", ("unet", "vae", "text_encoder")),
     "clip": Kind("clip", "clip", ("",)),
     "vae": Kind("vae", "sd", ("vae",)),
+    "dino": Kind("dino", "", ("",)),
     "tokenizer": Kind("clip", "clip", ()),
 }
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_|pytorch_)?model(\.fp16)?(-\d{5}-of-\d{5})?(\.fp16)?\.(safetensors|bin)")
@@ -68,7 +71,7 @@ def choose_files(names, kind):
     prefixes = [f"{part}/" if part and not alone else "" for part in KINDS[kind].parts]
     weights = [[p + w for w in best_weights(n[len(p) :] for n in names if n.startswith(p))] for p in prefixes]
     texts = [n for n in names if n.count("/") < 2 and n.endswith((".json", "merges.txt"))]
-    tokenizer = kind == "vae" or any(n.endswith(("merges.txt", "tokenizer.json")) for n in texts)
+    tokenizer = kind in ("vae", "dino") or any(n.endswith(("merges.txt", "tokenizer.json")) for n in texts)
     whole = tokenizer and all(part and set(part) <= set(names) for part in weights)
     return [*sum(weights, []), *texts] if whole else []
 
@@ -79,7 +82,7 @@ def find(path, kind="editor"):
     kind: of `KINDS`, says which files are needed and which model "mini" is. A short name wins over a folder of that
     name, which is ./NAME. Raises UserError.
     """
-    if path == "mini":
+    if path == "mini" and kind != "dino":
         return MINI / KINDS[kind].bundled
     repository = PUBLIC[path].repository if path in PUBLIC else str(path)
     if path not in PUBLIC:

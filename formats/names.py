@@ -89,7 +89,17 @@ CLIP_IMAGE = [
 ]
 # No original layout of both towers is known; transformers' stands in.
 CLIP = [*under("text.", "", "", CLIP_TEXT), *under("image.", "", "", CLIP_IMAGE), ("logit_scale", "logit_scale")]
-TABLES = {"UNet": UNET, "VAE": VAE, "CLIPText": CLIP_TEXT, "CLIP": CLIP}  # by class
+DINO_BLOCK = [
+    ("norm1", "layernorm_before"), ("norm2", "layernorm_after"), ("mlp_in", "intermediate.dense"),
+    ("mlp_out", "output.dense"), ("to_q", "attention.attention.query"), ("to_k", "attention.attention.key"),
+    ("to_v", "attention.attention.value"), ("to_out", "attention.output.dense"),
+]
+DINO = [
+    ("class_embedding", "embeddings.cls_token"), ("position_embedding.weight", "embeddings.position_embeddings"),
+    ("patch_embedding", "embeddings.patch_embeddings.projection"), ("norm_out", "layernorm"),
+    *under("blocks.#.", "encoder.layer.#.", "encoder.layer.#.", DINO_BLOCK),
+]
+TABLES = {"UNet": UNET, "VAE": VAE, "CLIPText": CLIP_TEXT, "CLIP": CLIP, "DINO": DINO}  # by class
 ALIASES = [("text_model.", "")]  # what some files call the same: the text tower's level, and the VAE's attention
 OLDER = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # in diffusers
 for _, theirs, original in VAE_ATTENTION[1:]:
@@ -98,7 +108,7 @@ for _, theirs, original in VAE_ATTENTION[1:]:
 
 
 def foreign_names(network):
-    """{our name: Name} for every weight of a UNet, VAE, CLIPText or CLIP, in the network's own order."""
+    """{our name: Name} for every weight of a UNet, VAE, CLIPText, CLIP or DINO, in the network's own order."""
     table = {row[0]: (row[1], row[-1]) for row in TABLES[type(network).__name__]}
     names = {}
     for key in network.state_dict():

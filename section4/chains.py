@@ -1,8 +1,8 @@
 """Edits one after another (Sec. 5, Fig. 13): what is left, beside round trips of the autoencoder.
 
-The miniature's world knows the scene after each edit. Three ways are measured, after k edits: each edit
-is made on the result before it, as a user would; the true scene after k edits goes through the autoencoder once; and
-the first scene goes through it k times, without any edit.
+The miniature's world knows the scene after each edit. Three ways are measured, after k edits: each edit is made on the
+result before it, as a user would; the true scene after k edits goes through the autoencoder once; and the first scene
+goes through it k times, without any edit.
 """
 
 from dataclasses import replace

@@ -39,16 +39,16 @@ def row_of(name, scores, keys, weights):
     return row
 
 
-def rows_table(rows, titles):
-    """Rows of `row_of` as a table in Markdown; titles: {key: the column's title}."""
-    return table(titles.values(), {row["name"]: [cell(row, key) for key in titles] for row in rows})
+def rows_table(rows, titles, digits=3):
+    """Rows of `row_of` as a table in Markdown; titles: {key: the column's title}; digits: behind the point."""
+    return table(titles.values(), {row["name"]: [cell(row, key, digits) for key in titles] for row in rows})
 
 
-def cell(row, key):
+def cell(row, key, digits):
     """A value of a row as a text, with its interval where it has one; fractions that are successes in percent."""
     value, low, high = (row.get(f"{key}{ending}") for ending in ("", "_low", "_high"))
     if isinstance(value, str) or value is None:
         return value or ""
-    digits, factor = (1, 100) if key.endswith("success") else (3, 1)
+    digits, factor = (1, 100) if key.endswith("success") else (digits, 1)
     text = f"{factor * value:.{digits}f}" + " %" * (factor == 100)
     return text if low is None else f"{text} [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
