@@ -67,8 +67,9 @@ def load_model(options):
 class Edit:
     """An image, its instructions, and what comes of them with all seeds or guidance scales that were asked for."""
 
-    def __init__(self, options, image, texts, out, model):
+    def __init__(self, options, image, texts, out, model, chooser=None):
         """Open the image and the mask. Raises UserError."""
+        from editing.best import candidates
         from images import fit_mask, open_image, resize_and_crop
 
         self.options, self.path, self.texts, self.out, self.whole = options, image, texts, out, open_image(image)
@@ -79,8 +80,10 @@ class Edit:
         image_factors, text_factors = (SWEEP_IMAGE, SWEEP_TEXT) if options.sweep else ([1], [1])
         self.rows = [min(100, options.cfg_image * factor) for factor in image_factors]
         self.columns = [min(100, options.cfg_text * factor) for factor in text_factors]
-        self.seeds = range(options.seed, options.seed + options.num)
+        self.seeds, self.chooser = range(options.seed, options.seed + options.num), chooser
         self.settings = [(s_t, s_i, seed) for s_i in self.rows for s_t in self.columns for seed in self.seeds]
+        if chooser:
+            self.settings = candidates(options.best, options.cfg_text, options.cfg_image, options.seed)
         self.results = []  # for each of the settings, an image after each instruction
 
     def record(self, model, callback):
@@ -101,7 +104,13 @@ class Edit:
         """Write the results, and sheets of them."""
         from images import enlarge, grid, put_back
 
-        options, edited = self.options, [stages[-1] for stages in self.results]
+        options, edited, chosen = self.options, [stages[-1] for stages in self.results], {}
+        if self.chooser:
+            best = self.chooser.choose(self.before, edited)
+            self.results, edited = [self.results[best]], [edited[best]]
+            chosen = dict(zip(("cfg_text", "cfg_image", "seed"), self.settings[best], strict=True))
+            say(f"of {options.best} the best is {', '.join(f'{name} {value:g}' for name, value in chosen.items())}")
+            chosen |= {"best": None, "caption_before": None, "caption_after": None}  # repeated, it is one edit
         shown = [enlarge(image) for image in (self.before, *edited)]
         if options.full_size:
             edited = [put_back(image, self.whole, self.mask) for image in edited]
@@ -115,7 +124,7 @@ class Edit:
                 self.save(one, path, seed=seed, num=1)
             labels = ["input", *(f"seed {seed}" for seed in self.seeds)]
             result = grid(shown, min(4, len(shown)), labels, title=" - ".join(self.texts))
-        self.save(result, self.out)
+        self.save(result, self.out, **chosen)
         if options.sheet or options.region:
             panels, labels = self.panels()
             self.save(grid(panels, len(panels), labels), self.out.with_name(f"{self.out.stem}_sheet.png"))
@@ -182,10 +191,14 @@ def say(message):
 def main(arguments=None):
     """Read the settings, load the model, edit, write."""
     options, jobs = parse(arguments)
+    from editing.best import Chooser
     from images import grid, save_png, thumbnail
 
     options.weights = choose_weights(options, jobs)
-    model = load_model(options)
+    model, chooser = load_model(options), None
+    if options.best:
+        captions = [options.caption_before, options.caption_after] if options.caption_before else None
+        chooser = Chooser(captions, options.clip or ("mini" if options.weights == "mini" else "clip"), options.device)
     start, failed, waiting, shown, labels = time.monotonic(), [], [], [], []
 
     def finish_waiting():
@@ -199,7 +212,7 @@ def main(arguments=None):
 
     for image, texts, out in jobs:
         try:
-            edit = Edit(options, image, texts, out, model)
+            edit = Edit(options, image, texts, out, model, chooser)
         except UserError as error:
             if len(jobs) == 1:
                 raise

@@ -43,6 +43,12 @@ def make_parser():
     add("--explain", type=Path, metavar="FILE.html", help="write a page that shows this edit from inside, too")
     cli.add_savings(parser)
 
+    add = parser.add_argument_group("scales for this image").add_argument
+    add("--best", type=between(2, 1000), metavar="N", help="try N scales and seeds, keep the best one")
+    add("--caption-before", metavar="TEXT", help="what the image shows: lets CLIP choose, not the samples' agreement")
+    add("--caption-after", metavar="TEXT", help="what it should show after the edit")
+    add("--clip", metavar="DIR", help="the CLIP that chooses (default: mini for mini, else clip)")
+
     group = parser.add_argument_group("keeping the rest of the image")
     add = group.add_mutually_exclusive_group().add_argument
     add("--mask", metavar="FILE", help="an image as large: white may change, black keeps its pixels")
@@ -73,11 +79,17 @@ def parse(arguments=None):
         raise UserError('name the image to edit with --image, and what to change with --instr "make it night"')
     if options.sweep and (options.num > 1 or options.then):
         raise UserError("--sweep cannot be used together with --num or --then")
+    if options.best and (options.sweep or options.num > 1):
+        raise UserError("--best cannot be used together with --sweep or --num")
+    if bool(options.caption_before) != bool(options.caption_after) or (options.caption_before and not options.best):
+        raise UserError("--caption-before and --caption-after belong together, and to --best")
     if options.full_size and not (options.mask or options.region):
         raise UserError("--full-size needs --mask or --region, which say what to put back into the original")
     jobs = make_jobs(options)
     if options.explain:
         check_explain(options, jobs)
+    if options.caption_before and len(jobs) > 1:
+        raise UserError("the captions of --best describe one image; edit several in several runs")
     for image, texts, out in jobs:
         for text in texts:
             cli.check_instruction(text)

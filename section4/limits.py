@@ -147,7 +147,7 @@ def run_bias(options):
         own = [{"name": value, "attribute": name} | fractions(found[name], data[name], value) for value in options_of]
         rows += own
         chi, p = chi_squared([found[name][v] for v in options_of], [row["data_success"] for row in own])
-        tests.append(f"{name}: chi-squared {chi:.1f}, p = {p:.2g} that the editor chooses as its data does")
+        tests.append(f"{name}: chi-squared {chi:.1f}, p = {p:.2g} for choices as in the data")
         curves = [bars("the editor", own, "success", -0.08), bars("its data", own, "data_success", 0.08)]
         panels.append(Panel(curves, name, "of what is added, %", f'"add a star": which {name}?', names=tuple(options_of)))
     texts = ["# What an instruction leaves open", f"`{options.command}`: {added} of {len(edits)} edits added the thing"]

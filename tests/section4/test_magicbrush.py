@@ -2,7 +2,6 @@
 
 import json
 
-import evaluate
 import numpy as np
 import pytest
 import torch
@@ -12,6 +11,7 @@ from random_model import randomise, small_tokenizer
 from reference import clip_reference, relative_error
 from safetensors.torch import save_file
 
+import evaluate
 from clip_image import CLIP, DINO, CLIPImageConfig
 from clip_text import CLIPTextConfig
 from formats.checkpoint import load_dino, save_clip
