@@ -30,12 +30,8 @@ def agreement(images):
     return -torch.cdist(flat, flat, p=1).mean(dim=1) / flat.shape[1]
 
 
-def directional(similarities, floor):
-    """The directional similarity of N candidates, [N]; those below the floor of image similarity rank below all others.
-
-    similarities: of `CLIP.edit_similarities`.
-    """
-    image, direction = similarities["clip_sim_image"], similarities["clip_sim_dir"]
+def directional(image, direction, floor):
+    """Directional similarities [N]; below all others where the image similarity [N] is below the floor."""
     return torch.where(image >= floor, direction, image - floor - 1)  # a direction is at least -1
 
 
@@ -56,7 +52,8 @@ class Chooser:
         if not self.captions:
             return agreement(x)
         shown = [(some.to(self.ids.device) + 1) / 2 for some in (to_tensor(before).expand_as(x), x)]
-        return directional(self.clip.edit_similarities(*shown, *self.ids[:, None].expand(2, len(x), -1)), self.floor)
+        found = self.clip.edit_similarities(*shown, *self.ids[:, None].expand(2, len(x), -1))
+        return directional(found["clip_sim_image"], found["clip_sim_dir"], self.floor)
 
     def choose(self, before, images):
         """The number of the best candidate."""

@@ -93,7 +93,7 @@ def describe(request, response, failure=""):
 
 
 @contextmanager
-def reported():
+def reported(program="datagen.py"):
     """Report errors in one line, those of tasks as well: a user's mistake, or, with exit code 1, what may pass."""
     try:
         yield
@@ -101,7 +101,7 @@ def reported():
         error = errors.exceptions[0]
         text = describe(error.request, getattr(error, "response", None), f"{error} ({error.__cause__})")
         if isinstance(error, FAILURES):
-            sys.exit(f"datagen.py: {text}")
+            sys.exit(f"{program}: {text}")
         raise UserError(text) from None
     except* (OSError, UserError) as errors:
         raise errors.exceptions[0] from None

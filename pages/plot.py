@@ -61,11 +61,10 @@ class Panel:
 
 
 def plot(panels, path):
-    """Draw panels side by side into a PNG."""
-    sheets = [draw_panel(panel).reduce(FINE) for panel in panels]
-    image = Image.new("RGB", (WIDTH * len(sheets), HEIGHT), "white")
-    for number, sheet in enumerate(sheets):
-        image.paste(sheet, (number * WIDTH, 0))
+    """Draw panels into a PNG, two in a row."""
+    image = Image.new("RGB", (WIDTH * min(2, len(panels)), HEIGHT * -(-len(panels) // 2)), "white")
+    for number, panel in enumerate(panels):
+        image.paste(draw_panel(panel).reduce(FINE), (number % 2 * WIDTH, number // 2 * HEIGHT))
     save_png(image, path)
 
 

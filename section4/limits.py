@@ -149,7 +149,7 @@ def run_bias(options):
         chi, p = chi_squared([found[name][v] for v in options_of], [row["data_success"] for row in own])
         tests.append(f"{name}: chi-squared {chi:.1f}, p = {p:.2g} for choices as in the data")
         curves = [bars("the editor", own, "success", -0.08), bars("its data", own, "data_success", 0.08)]
-        panels.append(Panel(curves, name, "of what is added, %", f'"add a star": which {name}?', names=tuple(options_of)))
+        panels.append(Panel(curves, name, "of what is added, %", f'"add a star": which {name}?', names=options_of))
     texts = ["# What an instruction leaves open", f"`{options.command}`: {added} of {len(edits)} edits added the thing"]
     titles = {"success": "the editor", "data_success": "its data"}
     write_report(lab.out, "bias", rows, [*texts, rows_table(rows, titles), *tests], panels)

@@ -24,9 +24,9 @@ class Method(NamedTuple):
 
 def ours(lab, image_guidance, cases, **settings):
     """InstructPix2Pix with this s_I; settings: others of `InstructPix2Pix.edit` than the model's own."""
-    settings = {"steps": lab.steps, "resolution": lab.side, "image_guidance": image_guidance} | settings
+    settings = {"steps": lab.steps, "seed": [case.seed for case in cases]} | settings
     images, texts = [case.images(lab.side)[0] for case in cases], [case.instruction for case in cases]
-    return lab.editor.edit(images, texts, seed=[case.seed for case in cases], **settings)
+    return lab.editor.edit(images, texts, image_guidance=image_guidance, resolution=lab.side, **settings)
 
 
 def by_sdedit(lab, strength, cases, texts=None):
