@@ -7,11 +7,13 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from images import save_png
+from pages.ticks import log_ticks, ticks
 
 COLOURS = "#1f5fae", "#c2571a", "#2f8f5b", "#8a4fa3", "#a5822a", "#c23b5e", "#4f6b80", "#333333"
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 660, 112, 32, 64, 88  # of a panel and its margins, in pixels
 FINE = 2  # all is drawn this many times larger, then averaged down
-LINE, DOT = 3, 5.5  # the width of a line and the radius of a dot, in pixels
+AROUND = [(side, up, far) for far in (1, 3) for side in (1, 0, -1) for up in (0, -1, 1) if side or up]
+AROUND = np.array(sorted(AROUND, key=lambda place: (place[2], abs(place[0] * place[1]))))  # where a name may stand
 
 
 @dataclass
@@ -24,8 +26,13 @@ class Curve:
     intervals: np.ndarray | None = None  # [n, 2]: from which y to which
     notes: tuple = ()  # a short text for each point, as the setting that gave it; "" for none
     joined: bool = True
-    radius: float = DOT  # of the dots; 0: none
+    radius: float = 5.5  # of the dots, in pixels; 0: none
     colour: str | None = None  # default: the next of COLOURS
+
+    def ends(self):
+        """The points at the lower and at the upper ends of the intervals."""
+        sides = [] if self.intervals is None else self.intervals.T
+        return [np.stack([self.points[:, 0], side], axis=1) for side in sides]
 
 
 @dataclass
@@ -41,11 +48,8 @@ class Panel:
 
     def __post_init__(self):
         """Find the range of the axes, with a margin, from all that is drawn; without points from 0 to 1."""
-        drawn = [np.array([[0.0, 0.1], [1.0, 1.0]])] if not any(len(curve.points) for curve in self.curves) else []
-        for curve in self.curves:
-            sides = [] if curve.intervals is None else curve.intervals.T
-            drawn += [curve.points, *(np.stack([curve.points[:, 0], side], 1) for side in sides)]
-            drawn += [] if curve.band is None else [curve.band]
+        drawn = [part for curve in self.curves for part in (curve.points, curve.band, *curve.ends())]
+        drawn = [part for part in drawn if part is not None and len(part)] or [np.array([[0.0, 0.1], [1.0, 1.0]])]
         x, y = np.concatenate(drawn).T
         points = np.stack([x, np.log(y) if self.log else y], axis=1)
         low, high, self.whole = points.min(axis=0), points.max(axis=0), not (x % 1).any()
@@ -55,9 +59,9 @@ class Panel:
     def place(self, points):
         """Points [n, 2] -> pixels [n, 2] of the enlarged panel."""
         x, y = np.asarray(points, dtype=float).T
-        up = (np.stack([x, np.log(y) if self.log else y], axis=1) - self.low) / (self.high - self.low)
-        across = LEFT + (WIDTH - LEFT - RIGHT) * up[:, 0]
-        return FINE * np.stack([across, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * up[:, 1]], axis=1)
+        right, up = ((np.stack([x, np.log(y) if self.log else y], axis=1) - self.low) / (self.high - self.low)).T
+        pixels = LEFT + (WIDTH - LEFT - RIGHT) * right, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * up
+        return FINE * np.stack(pixels, axis=1)
 
 
 def plot(panels, path):
@@ -73,11 +77,11 @@ def draw_panel(panel):
     image = Image.new("RGB", (FINE * WIDTH, FINE * HEIGHT), "white")
     draw = ImageDraw.Draw(image, "RGBA")
     draw_axes(image, draw, panel)
-    colours = [curve.colour or COLOURS[number % len(COLOURS)] for number, curve in enumerate(panel.curves)]
-    for curve, colour in zip(panel.curves, colours, strict=True):
-        if curve.band is not None and len(curve.band):
+    coloured = [(curve, curve.colour or COLOURS[i % len(COLOURS)]) for i, curve in enumerate(panel.curves)]
+    curves = [(curve, colour) for curve, colour in coloured if len(curve.points)]
+    for curve, colour in curves:
+        if curve.band is not None:
             draw.polygon([*map(tuple, panel.place(curve.band))], fill=f"{colour}28")
-    curves = [(curve, colour) for curve, colour in zip(panel.curves, colours, strict=True) if len(curve.points)]
     taken = [draw_curve(draw, panel, curve, colour) for curve, colour in curves]  # what a name should not cover
     boxes, font = [], ImageFont.load_default(FINE * 20)
     for curve, colour in curves:
@@ -92,22 +96,20 @@ def draw_axes(image, draw, panel):
     """The grid, the numbers at it, the titles."""
     font, black, grey = ImageFont.load_default(FINE * 17), "#222222", "#e6e6e6"
     left, right, top, bottom = (FINE * side for side in (LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM))
-    (x0, y0), (x1, y1) = panel.low, panel.high
-    if panel.log:
-        y0, y1 = math.exp(y0), math.exp(y1)
+    (x0, x1), (y0, y1) = zip(panel.low, panel.high, strict=True)
+    y0, y1 = (math.exp(y0), math.exp(y1)) if panel.log else (y0, y1)
     for value in range(len(panel.names)) if panel.names else ticks(x0, x1, whole=panel.whole):
-        x = panel.place([[value, y1]])[0, 0]
+        x, text = panel.place([[value, y1]])[0, 0], panel.names[value] if panel.names else f"{value:,.6g}"
         draw.line([x, top, x, bottom], fill=grey, width=FINE)
-        text = panel.names[value] if panel.names else f"{value:,.6g}"
         draw.text((x, bottom + FINE * 10), text, fill=black, font=font, anchor="ma")
     for value in log_ticks(y0, y1) if panel.log else ticks(y0, y1):
         y = panel.place([[x0, value]])[0, 1]
         draw.line([left, y, right, y], fill=grey, width=FINE)
         draw.text((left - FINE * 10, y), f"{value:.6g}", fill=black, font=font, anchor="rm")
     draw.line([left, top, left, bottom, right, bottom], fill=black, width=FINE)
+    draw.text((left, FINE * 24), panel.title, fill=black, font=ImageFont.load_default(FINE * 22), anchor="lm")
     font = ImageFont.load_default(FINE * 20)
     draw.text(((left + right) / 2, FINE * (HEIGHT - 20)), panel.x, fill=black, font=font, anchor="ms")
-    draw.text((left, FINE * 24), panel.title, fill=black, font=ImageFont.load_default(FINE * 22), anchor="lm")
     upright = Image.new("RGB", (bottom - top, FINE * 30), "white")
     ImageDraw.Draw(upright).text(((bottom - top) / 2, FINE * 15), panel.y, fill=black, font=font, anchor="mm")
     image.paste(upright.rotate(90, expand=True), (FINE * 8, top))
@@ -115,14 +117,12 @@ def draw_axes(image, draw, panel):
 
 def draw_curve(draw, panel, curve, colour):
     """Draw a curve, its intervals and notes; returns pixels that they cover, [n, 2]."""
-    points, font, bars = panel.place(curve.points), ImageFont.load_default(FINE * 15), []
-    if curve.intervals is not None:
-        ends = (panel.place(np.stack([curve.points[:, 0], side], axis=1)) for side in curve.intervals.T)
-        bars = [*zip(*ends, strict=True)]
-        for low, high in bars:
-            draw.line([*low, *high], fill=f"{colour}a0", width=FINE * 2)
+    points, font = panel.place(curve.points), ImageFont.load_default(FINE * 15)
+    bars = [*zip(*map(panel.place, curve.ends()), strict=True)]
+    for bar in bars:
+        draw.line([*map(tuple, bar)], fill=f"{colour}a0", width=FINE * 2)
     if curve.joined:
-        draw.line([*map(tuple, points)], fill=colour, width=FINE * LINE, joint="curve")
+        draw.line([*map(tuple, points)], fill=colour, width=FINE * 3, joint="curve")
     for point in points if curve.radius else ():
         draw.circle(tuple(point), FINE * curve.radius, fill=colour)
     notes = [(x + FINE * 8, y - FINE * 3, note) for (x, y), note in zip(points, curve.notes, strict=False) if note]
@@ -134,32 +134,15 @@ def draw_curve(draw, panel, curve, colour):
 
 
 def free_box(points, size, taken, boxes):
-    """Where beside its points a name covers least: the pixels (left, top, right, bottom) of its box."""
-    (width, height), gap, best, least = size[2:], FINE * 12, None, math.inf
-    for x, y in points[:: max(1, len(points) // 20)][::-1]:
-        for side, up in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)):
-            middle = x + side * (width / 2 + gap), y + up * (height / 2 + gap)
-            low, high = np.subtract(middle, (width / 2, height / 2)), np.add(middle, (width / 2, height / 2))
-            room = low[0] > FINE * LEFT and low[1] > FINE * 40
-            room = room and high[0] < FINE * (WIDTH - 4) and high[1] < FINE * (HEIGHT - BOTTOM)
-            cost = 10_000 * (not room) + (side != 0 and up != 0)
-            cost += 10 * ((taken > low - gap / 2) & (taken < high + gap / 2)).all(axis=1).sum()
-            cost += 1000 * sum((low < other[2:]).all() and (high > other[:2]).all() for other in boxes)
-            if cost < least:
-                best, least = (*low, *high), cost
-    return best
+    """Where beside its points, best the last, a name covers least: the pixels (left, top, right, bottom) of its box."""
+    half, points = np.array(size[2:]) / 2, points[:: max(1, len(points) // 20)][::-1, None]
+    least, most = FINE * np.array([[LEFT, 40], [WIDTH - 4, HEIGHT - BOTTOM]])
 
+    def cost(middle):
+        low, high = middle - half, middle + half
+        covered = ((taken > low - FINE * 6) & (taken < high + FINE * 6)).all(axis=1).sum()
+        crossed = sum((low < other[2:]).all() and (high > other[:2]).all() for other in boxes)
+        return covered + 1e4 * crossed + 1e5 * ((low < least).any() or (high > most).any())
 
-def ticks(low, high, most=7, whole=False):
-    """At most `most` + 1 round numbers between two: multiples of 1, 2 or 5 times a power of ten, or whole ones."""
-    power = 10.0 ** max(math.floor(math.log10((high - low) / most)), 0 if whole else -99)
-    unit = next(unit for unit in (power, 2 * power, 5 * power, 10 * power) if (high - low) / unit <= most)
-    return [round(unit * i, 12) for i in range(math.ceil(low / unit), math.floor(high / unit) + 1)]
-
-
-def log_ticks(low, high):
-    """Round numbers between two for a log scale: powers of ten, their 2 and 5 fold; evenly spaced where few fit."""
-    powers = [10.0**power for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)))]
-    factors = (1, 2, 5) if len(powers) < 5 else (1,)
-    found = [power * factor for power in powers for factor in factors if low <= power * factor <= high]
-    return found if len(found) > 2 else ticks(low, high)
+    best = min((points + AROUND[:, :2] * (half + FINE * 12 * AROUND[:, 2:])).reshape(-1, 2), key=cost)
+    return *(best - half), *(best + half)

@@ -54,7 +54,7 @@ def run(options):
     for way, name in WAYS.items():
         middle, low, high = (np.array([[row["count"], 100 * row[key]] for row in rows if row["way"] == way])
                              for key in ("success", "success_low", "success_high"))  # fmt: skip
-        curves.append(Curve(name, middle, np.concatenate([low, high[::-1]])))
+        curves.append(Curve(name, middle, np.concatenate([low, high[::-1]]) if way in ("one", "oracle") else None))
     panel = Panel(curves, "candidates", "success, %", f"The best of N, {len(cases):,} edits")
     texts = ["# The best of N samples", f"`{options.command}`: {len(cases)} edits; in brackets 95 % intervals"]
     write_report(lab.out, "best", rows, [*texts, rows_table(rows, {"success": "success"})], [panel])

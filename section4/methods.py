@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from baselines.real_p2p import edit_inverted, invert
 from baselines.sdedit import sdedit
-from baselines.text2live import text2live
+from baselines.text2live import MINIATURE, PHOTOGRAPHS, text2live
 from section4.lab import captions_of
 
 
@@ -55,9 +55,11 @@ def by_p2p(inversion):
 
 
 def by_text2live(lab, steps, cases):
-    """Text2Live, an optimisation of so many steps for each image, with the first CLIP."""
-    images, texts = [case.images(lab.side)[0] for case in cases], captions_of(cases)
-    return [text2live(lab.clips[0], *one, steps=steps)[0] for one in zip(images, *texts, strict=True)]
+    """Text2Live with the first CLIP, an optimisation of each image in so many steps; None: the usual number."""
+    recipe, usual = (MINIATURE, 300) if cases[0].scenes else (PHOTOGRAPHS, 1000)
+    inputs = [case.images(lab.side)[0] for case in cases], *captions_of(cases)
+    how = {"steps": steps or usual, "recipe": recipe}
+    return [text2live(lab.clips[0], *one, **how)[0] for one in zip(*inputs, strict=True)]
 
 
 def fitted(lab, images):
@@ -72,6 +74,6 @@ METHODS = {
     "p2p-null": Method("Prompt-to-Prompt, null-text", "p", TENTHS, 0.5, by_p2p("null-text")),
     "p2p-caption": Method("Prompt-to-Prompt, source caption", "p", TENTHS, 0.5, by_p2p("source-caption")),
     "sdedit-instruction": Method("SDEdit (instruction)", "strength", TENTHS[2:], 0.6, by_sdedit_instruction),
-    "text2live": Method("Text2Live", "steps", (300,), 300, by_text2live),
+    "text2live": Method("Text2Live", "steps", (100, 300, 1000), None, by_text2live),
 }
 OF_FIG_8 = "ip2p", "sdedit", "p2p-null", "p2p-caption"

@@ -16,7 +16,6 @@ from section4.lab import Lab, add_models, joined, read_json, world_only, write_j
 from section4.methods import METHODS, ours
 from section4.report import row_of, rows_table, write_report
 from section4.statistics import auc, interval, resamples, spearman
-from section4.vision import rate
 
 METRICS = {  # score: its name in the report, and 1 or -1: is more or less of it good?
     "direction": ("CLIP directional similarity", 1), "image": ("CLIP image similarity", 1),
@@ -59,7 +58,7 @@ def run(options):
     texts = ["# Which metric tells the truth?", f"`{options.command}`: {len(own)} editors, {len(cases)} edits each"]
     texts += [rows_table(rows, TITLES), conclusion(rows)]
     texts.append(rows_table(own.values(), {"success": "success"} | {key: title for key, (title, _) in known.items()}))
-    write_report(lab.out, "metrics", rows, texts, panels(groups, own, known))
+    write_report(lab.out, "metrics", rows, texts, panels(groups, own, rows))
     write_json(lab.out / "editors.json", [*own.values()])
 
 
@@ -96,6 +95,8 @@ def measured(lab, cases, jobs):
         if lab.options.vision:
             path = lab.out / "vision" / f"{name}.json"
             if not path.exists():
+                from section4.vision import rate  # here, since the client takes seconds to load
+
                 triples = [(case.load()[0], image, case.instruction) for case, image in zip(cases, images, strict=True)]
                 write_json(path, rate(lab.options.vision, triples))
             scores[name]["vision"] = np.array(read_json(path))
@@ -129,13 +130,13 @@ def conclusion(rows):
     )
 
 
-def panels(groups, own, known):
-    """Success over the mean of each metric, a point for each editor."""
+def panels(groups, own, rows):
+    """Success over the mean of each metric, a point for each editor; the metrics in the order of `rows`."""
     drawn = []
-    for key in [key for key in ("direction", "image", "product", "l1_input", "vision") if key in known]:
+    for key, row in [(key, row) for key, (title, _) in METRICS.items() for row in rows if row["name"] == title]:
         curves = []
         for colour, (group, some) in zip(COLOURS, groups.items(), strict=False):
             points = np.array([[own[name][key], 100 * own[name]["success"]] for name in some]).reshape(-1, 2)
             curves.append(Curve(GROUPS[group], points, joined=False, colour=colour))
-        drawn.append(Panel(curves, known[key][0], "success, %", known[key][0]))
+        drawn.append(Panel(curves, row["name"], "success, %", f"rank correlation {row['rank']:.2f}"))
     return drawn

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image, ImageDraw
 
 from pages import plot
-from pages.plot import Curve, Panel, log_ticks, ticks
+from pages.plot import Curve, Panel
+from pages.ticks import log_ticks, ticks
 
 
 def test_ticks_are_round():
