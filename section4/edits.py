@@ -110,7 +110,7 @@ def of_row(path, place, row, seed):
     if isinstance(row, UserError):
         raise row
     columns = {}
-    for name in ("before", "edit", "output", "caption", "after"):  # "input" names an image, once it is taken
+    for name in ("before", "after", "edit", "caption", "output"):  # "input" and "output" are images where none else are
         columns[name] = guess([column for column in row if column not in columns.values()], STEMS[name])
     with reported_as(place):
         if not columns["before"] or not columns["edit"]:

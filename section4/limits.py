@@ -183,6 +183,7 @@ def chi_squared(counts, shares):
     """Pearson's statistic of counts against expected shares, and the probability of one as large (a large N)."""
     counts, shares = np.array(counts, dtype=float), np.array(shares)
     expected = counts.sum() * shares
-    statistic = ((counts - expected) ** 2 / expected).sum()
+    with np.errstate(divide="ignore", invalid="ignore"):  # infinite for a choice that the data never makes
+        statistic = np.nansum((counts - expected) ** 2 / expected)
     half = torch.tensor([(len(counts) - 1) / 2, statistic / 2], dtype=torch.float64)
     return float(statistic), float(torch.special.gammaincc(half[0], half[1]))

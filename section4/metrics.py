@@ -7,6 +7,8 @@ damage outside the edit does (Spearman's rank correlation)?
 
 from functools import partial
 
+from cli import UserError
+
 import numpy as np
 
 from images import open_image
@@ -52,6 +54,8 @@ def run(options):
     known = {key: METRICS[key] for key in METRICS if key in next(iter(scores.values()))}
     values = {key: sign * np.array([one[key] for one in scores.values()]) for key, (_, sign) in known.items()}
     truth = {key: np.array([one[key] for one in scores.values()]) for key in ("success", "l1_outside")}
+    if len(np.unique(truth["success"])) < 2:
+        raise UserError("no edit succeeds, or every one does, so that no metric can be judged; take more edits")
     rows = [{"name": title} | judged(values[key], truth) for key, (title, _) in known.items()]
     weights = resamples(len(cases))
     own = {name: row_of(name, one, ["success", "l1_outside", *known], weights) for name, one in scores.items()}

@@ -14,6 +14,7 @@ ERRORS = {  # what a request is answered with: status, code and message
 }  # fmt: skip
 CONTENTS = {  # what the model writes instead of the two texts
     "wrong schema": '{"edit": "x", "caption": "y"}', "numbers": '{"edit": 1, "output": 2}', "no list": "[]",
+    "marks": '{"followed": "7", "kept": "9"}',
     "prose": "make it night: at night", "nothing": None, "deep in": '{"a":' * 10_000,
     "blank": '{"edit": "  ", "output": "x"}', "surrogate": '{"edit": "\\ud800", "output": "x"}',
     "huge": json.dumps({"edit": "x" * 2**20, "output": "x"}),
@@ -110,6 +111,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def chat(self, request):
         model, caption = self.model, request["messages"][-1]["content"]
+        if isinstance(caption, list):  # images and a text
+            caption = next(part["text"] for part in caption if part["type"] == "text")
         with model.lock:
             model.asked[caption] += 1
             model.requests.append(request) if len(model.requests) < 100 else None

@@ -2,24 +2,30 @@
 
 import json
 from dataclasses import replace
+from unittest.mock import ANY
 
-import evaluate
+from cli import UserError
+
 import pytest
 import torch
 from conftest import colourful
 from language_model import LanguageModel
 from random_model import randomise, small_tokenizer, tiny_model
+from test_evaluate import Oracle
 
+import evaluate
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIPTextConfig
-from dataset import Pair, write_edit, write_seeds
 from formats.checkpoint import save_clip, save_folder
 from images import open_image
+from mini.evaluation import held_out_edits
 from mini.judge import Judge
-from mini.world import KINDS, SIZE, held_out
-from section4 import methods
+from mini.world import SIZE, Edit, Scene, Thing, held_out
+from pages import plot
+from section4 import limits, methods, metrics
 from section4.chains import random_chain
 from section4.limits import chi_squared
+from section4.vision import rate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NO_EDITS = ["copy the input", "true image", "true image, autoencoder"]
@@ -39,6 +45,12 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     Judge().save(folder / "judge.safetensors")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def coarse_plots(monkeypatch):
+    """Drawn at once at their size, without averaging down: a quarter of the time."""
+    monkeypatch.setattr(plot, "FINE", 1)
 
 
 @pytest.fixture
@@ -124,7 +136,7 @@ def test_fig_9_of_ones_own_image(evaluated, tmp_path, monkeypatch):
 def test_repeated_edits(evaluated, tmp_path):
     code, _, rows = evaluated("sequence", "--length", "2")
     assert (code, len(rows)) == (0, 6)
-    assert {(row["way"], row["count"]) for row in rows} == {(way, k) for way in ("edits", "once", "trips") for k in (1, 2)}
+    assert [(row["way"], row["count"]) for row in rows[3:]] == [("edits", 2), ("once", 2), ("trips", 2)]
     assert (tmp_path / "out" / "images" / "00003" / "edit_2.png").exists()
 
 
@@ -136,7 +148,8 @@ def test_places_and_numbers(evaluated):
 
 def test_what_is_left_open(evaluated, monkeypatch, tmp_path):
     """A judge that reads the same thing in every image; the data is a file of two edits."""
-    edits = [{"caption": "a", "edit": f"add a {words}", "output": "b"} for words in ("small red star", "small pink ball")]
+    added = "small red star", "small pink ball"
+    edits = [{"caption": "a", "edit": f"add a {words}", "output": "b"} for words in added]
     (tmp_path / "edits.jsonl").write_text("".join(json.dumps(edit) + "\n" for edit in edits))
     shapes = {"ball": 1, "star": 2, "heart": 3}
     monkeypatch.setattr(limits, "open_edit", lambda rng: star_to_add())
@@ -154,13 +167,42 @@ def star_to_add():
 
 
 def test_the_metrics_are_judged_by_success(evaluated, monkeypatch):
-    """Also by a vision-language model, here a server that gives every edit the same marks."""
+    """A judge that takes an image for the nearest true one, and a vision-language model that is always content."""
     monkeypatch.setenv("OPENAI_API_KEY", "any")
-    monkeypatch.setattr(Judge, "read", lambda self, x: labels([seen[x[0, 0, 0, 0].item() > 0]] * len(x)))
+    monkeypatch.setattr(Judge, "load", lambda *_: Oracle(held_out_edits(14)[:2]))
+    for name in ("TEXT_FACTORS", "IMAGE_FACTORS", "STEPS"):
+        monkeypatch.setattr(metrics, name, (1,))
+    arguments = "metrics", "--vision", "any-model", "--count", "2", "--batch-size", "2"
     with LanguageModel(lambda caption, time: "marks") as model:
         monkeypatch.setenv("OPENAI_BASE_URL", model.url)
-        code, line, rows = evaluated("metrics", "--vision", "any-model", "--count", "2")
-    ...
+        code, line, rows = evaluated(*arguments)
+    assert code == 0, line
+    found = {row["name"]: row for row in rows}
+    assert found["L1 to the true image"]["auc_success"] == 1
+    assert found["a vision-language model"]["auc_success"] == 0.5
+    parts = model.requests[0]["messages"][1]["content"]
+    assert [part["type"] for part in parts] == ["image_url", "image_url", "text"]
+    assert all(part["image_url"]["url"].startswith("data:image/jpeg;base64,") for part in parts[:2])
+    assert evaluated(*arguments)[2] == rows  # without the server: its marks are kept
+
+
+def test_a_vision_language_model_without_marks_is_named(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
+    with LanguageModel(lambda caption, time: "prose") as model:
+        monkeypatch.setenv("OPENAI_BASE_URL", model.url)
+        with pytest.raises(UserError, match="any-model gave no two marks from 0 to 10 in 3 answers"):
+            rate("any-model", [(colourful(8, 8), colourful(8, 8), "make it night")])
+
+
+def test_the_best_of_several(evaluated, monkeypatch):
+    """An oracle never does worse than one sample, and all ways are the same with one candidate."""
+    monkeypatch.setattr(Judge, "load", lambda *_: Oracle(held_out_edits(14)[:4]))
+    code, _, rows = evaluated("best", "--best", "3")
+    rates = {(row["way"], row["count"]): row["success"] for row in rows}
+    assert code == 0
+    assert {count for _, count in rates} == {1, 2, 3}
+    assert all(rates["oracle", 3] >= rate for rate in rates.values())
+    assert len({rate for (_, count), rate in rates.items() if count == 1}) == 1
 
 
 def test_chains_lead_from_scene_to_scene():
