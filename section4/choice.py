@@ -33,7 +33,7 @@ def add_flags(parser):
 def run(options):
     """Write the success of each way over the number of candidates, as `write_report` does."""
     world_only(options)
-    lab, cases = Lab(options), find_cases(options, options.count)
+    cases, lab = find_cases(options, options.count), Lab(options)
     own, floor = lab.editor.sampling, Filter.read(hub.find(options.clip[0], "clip")).image_image
     settings = candidates(options.best, own.text_guidance, own.image_guidance, 0)
     jobs = {f"candidate_{number:02d}": partial(candidate, lab, *one) for number, one in enumerate(settings)}

@@ -26,8 +26,8 @@ def add_flags(parser):
 
 def run(options):
     """Write compare.png, a row for each edit, and every image in compare/."""
-    lab, columns = Lab(options), ["input", *(METHODS[name].name for name in options.methods)]
     cases = own_case(options) if options.image else find_cases(options, options.count)
+    lab, columns = Lab(options), ["input", *(METHODS[name].name for name in options.methods)]
     columns += ["true image"] * bool(cases[0].images(lab.side)[1])
     jobs = {name: partial(METHODS[name].edit, lab, METHODS[name].usual) for name in options.methods}
     shown, labels = [], []

@@ -45,7 +45,7 @@ def add_flags(parser):
 
 def run(options):
     """Write Fig. 8, and with a second CLIP Fig. 23, as `write_report` does."""
-    lab, cases = Lab(options), find_cases(options, options.count)
+    cases, lab = find_cases(options, options.count), Lab(options)
     values = {name: evenly(METHODS[name].values, options.points) for name in options.methods}
     jobs = {f"{name}-{v:g}": partial(METHODS[name].edit, lab, v) for name in values for v in values[name]}
     found = lab.run(cases, jobs | references(lab, cases))
@@ -75,7 +75,7 @@ def named_paths(text):
 
 def run_ablation(options):
     """Write Fig. 10, as `write_report` does. An edit's score is the mean over the seeds of a training."""
-    lab, cases, series = Lab(options), find_cases(options, options.count), []
+    cases, lab, series = find_cases(options, options.count), Lab(options), []
     values = evenly(METHODS["ip2p"].values, options.points)
     found = lab.run(cases, references(lab, cases))
     for number, (name, paths) in enumerate(options.editors):
@@ -133,8 +133,10 @@ def points_of(one, weights):
 
 def compared(series, weights):
     """Which curve is higher? The lead of the first over each other one, where their image similarities overlap."""
-    (name, first, many_first), *others = [(one.name, *points_of(one, weights)) for one in series if len(one.values) > 1]
-    cells = {}
+    curves, cells = [(one.name, *points_of(one, weights)) for one in series if len(one.values) > 1], {}
+    if len(curves) < 2:
+        return []
+    (name, first, many_first), *others = curves
     for other, points, many in others:
         low, high = max(first[:, 1].min(), points[:, 1].min()), min(first[:, 1].max(), points[:, 1].max())
         cells[other] = "they do not overlap", ""
@@ -145,7 +147,7 @@ def compared(series, weights):
             low_lead, high_lead = interval(leads.mean(axis=1))
             cells[other] = f"{low:.3f} to {high:.3f}", f"{mean:+.4f} [{low_lead:+.4f}, {high_lead:+.4f}]"
     columns = "image similarities", "mean lead in directional similarity"
-    return [f"At equal image similarity, {name} leads by so much:", table(columns, cells)] if cells else []
+    return [f"At equal image similarity, {name} leads by so much:", table(columns, cells)]
 
 
 def panels(series, weights, title):
@@ -158,7 +160,7 @@ def panels(series, weights, title):
         if len(points) > 1:
             low, high = interval(at_height(many, heights).T).T
             band = np.concatenate([np.stack([low, heights], 1), np.stack([high, heights], 1)[::-1]])
-        look = {"joined": len(points) > 1, "notes": notes, "colour": "#555555" if len(points) == 1 else COLOURS[number]}
+        look = {"joined": len(points) > 1, "notes": notes, "colour": "#555555" if len(points) == 1 else COLOURS[number % len(COLOURS)]}
         similarities.append(Curve(one.name, points, band, **look))
         if "success" in one.scores[0]:
             rates = [(s["image"].mean(), s["success"].mean()) for s in one.scores]

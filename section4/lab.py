@@ -4,7 +4,6 @@ Results of a batch of edits are one file, OUT/scores/NAME/000000.json, which is 
 """
 
 import json
-from argparse import Namespace
 from copy import copy
 from functools import cached_property
 from pathlib import Path
@@ -49,19 +48,16 @@ def world_only(options):
 
 
 class Lab:
-    """The models of a command, each loaded when it is first needed, and where its results go."""
+    """The models of a command, and where its results go."""
 
     def __init__(self, options):
         """Begin, or resume, OUT. Raises UserError where it was begun with other settings."""
         self.options, self.out, self.steps = options, options.out, options.steps
         self.inverted = None, None  # the last batch that Prompt-to-Prompt has inverted, and its inversion
+        self.editor = InstructPix2Pix.load(options.weights, options.device)
+        self.clips = [load_clip(path, options.device) for path in options.clip]  # each with its tokenizer
         self.out.mkdir(parents=True, exist_ok=True)
         keep_settings(self.out / "settings.json", vars(options), noted=NOTED)
-
-    @cached_property
-    def editor(self):
-        """The InstructPix2Pix."""
-        return InstructPix2Pix.load(self.options.weights, self.options.device)
 
     @cached_property
     def sd(self):
@@ -69,16 +65,11 @@ class Lab:
         return StableDiffusion.load(self.options.sd, self.options.device)
 
     @cached_property
-    def clips(self):
-        """[(CLIP, its tokenizer), ...]."""
-        return [load_clip(path, self.options.device) for path in self.options.clip]
-
-    @cached_property
     def judge(self):
         """The judge of the world."""
         return Judge.load(self.options.judge, self.options.device)
 
-    @cached_property
+    @property
     def side(self):
         """Pixels a side of the images that all methods edit."""
         return self.editor.sampling.resolution
@@ -142,10 +133,9 @@ class Lab:
         return paths
 
     def with_editor(self, path):
-        """The same with another editor, which is loaded when it is first needed."""
+        """The same with another editor."""
         other = copy(self)
-        vars(other).pop("editor", None)
-        other.options = Namespace(**vars(self.options) | {"weights": path})
+        other.editor = InstructPix2Pix.load(path, self.options.device)
         return other
 
     def through_vae(self, images):

@@ -49,13 +49,13 @@ def add_flags(parser):
 def run(options):
     """Write both settings' means beside the published ones, as `write_report` does."""
     turns = find_turns(options.generated, options.truth, options.captions)
+    models = load_clip(options.clip, options.device), load_dino(options.dino, options.device)
     keep_settings(options.out / "settings.json", vars(options), noted=("command", "device", "threads", "out"))
     pairs = sorted({pair for some in turns.values() for pair in some})
-    models, size, parts = None, options.batch_size, []
+    size, parts = options.batch_size, []
     for start in tqdm(range(0, len(pairs), size), unit="batch"):
         path = options.out / "scores" / f"{start:06d}.json"
         if not path.exists():
-            models = models or (load_clip(options.clip, options.device), load_dino(options.dino, options.device))
             write_json(path, measure(*models, *zip(*pairs[start : start + size], strict=True)))
         parts.append(read_json(path))
     scores, rows = joined(parts), []

@@ -48,7 +48,7 @@ def add_flags(parser):
 def run(options):
     """Write the table of all metrics, as `write_report` does, and a figure of the editors."""
     world_only(options)
-    lab, cases = Lab(options), find_cases(options, options.count)
+    cases, lab = find_cases(options, options.count), Lab(options)
     groups = editors(lab)
     scores = measured(lab, cases, {name: edit for some in groups.values() for name, edit in some.items()})
     known = {key: METRICS[key] for key in METRICS if key in next(iter(scores.values()))}

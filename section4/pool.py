@@ -1,10 +1,10 @@
 """Data sets for Fig. 10 from one pool of candidates: what the CLIP filter keeps, and as many pairs drawn randomly.
 
-    python datagen.py images ... --min-image-text -1 --min-image-image -1 --min-direction -1 --samples 16 --keep 16 --out P
-    python -m section4.pool P --out runs/ablation --clip mini    # runs/ablation/filtered and runs/ablation/random
+    python datagen.py images ... --min-image-text -1 --min-image-image -1 --min-direction -1 --keep 16 --out P
+    python -m section4.pool P --out runs/ablation --clip mini    # makes filtered and random there
 
-An edit counts once in training, however many pairs it has, so the random set has as many pairs of the same edits: of the
-two sets only the choice among an edit's candidates differs, and not how many edits or pairs there are.
+An edit counts once in training, however many pairs it has, so the random set has as many pairs of the same edits: only
+the choice among an edit's candidates differs, and not how many edits or pairs there are.
 """
 
 import shutil

@@ -166,6 +166,7 @@ def star_to_add():
     return Edit("add", "add a star", scene, replace(scene, right=Thing("star", "red", "large")))
 
 
+@pytest.mark.slow
 def test_the_metrics_are_judged_by_success(evaluated, monkeypatch):
     """A judge that takes an image for the nearest true one, and a vision-language model that is always content."""
     monkeypatch.setenv("OPENAI_API_KEY", "any")
