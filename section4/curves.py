@@ -160,7 +160,8 @@ def panels(series, weights, title):
         if len(points) > 1:
             low, high = interval(at_height(many, heights).T).T
             band = np.concatenate([np.stack([low, heights], 1), np.stack([high, heights], 1)[::-1]])
-        look = {"joined": len(points) > 1, "notes": notes, "colour": "#555555" if len(points) == 1 else COLOURS[number % len(COLOURS)]}
+        colour = COLOURS[number % len(COLOURS)] if len(points) > 1 else "#555555"
+        look = {"joined": len(points) > 1, "notes": notes, "colour": colour}
         similarities.append(Curve(one.name, points, band, **look))
         if "success" in one.scores[0]:
             rates = [(s["image"].mean(), s["success"].mean()) for s in one.scores]
