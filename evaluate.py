@@ -15,7 +15,7 @@ from cli import SCALE, SEED, STEPS, WHOLE, Parser, add_sampler, add_savings, che
 import torch
 
 from mini.evaluation import evaluate_pairs, evaluate_world
-from section4 import chains, choice, compare, curves, limits, magicbrush, metrics
+from section4 import chains, choice, compare, curves, limits, magicbrush, metrics, prices
 
 MINI = Path("models/mini")
 
@@ -78,6 +78,7 @@ COMMANDS = {
     "bias": Command("Fig. 14: what is added where nothing is said", limits.add_bias_flags, limits.run_bias, "bias"),
     "magicbrush": Command("MagicBrush's five metrics", magicbrush.add_flags, magicbrush.run, "magicbrush"),
     "metrics": Command("which metric tells the truth?", metrics.add_flags, metrics.run, "metrics"),
+    "prices": Command("success against UNet evaluations an edit", prices.add_flags, prices.run, "prices"),
     "best": Command("sample.py --best: one sample, the best of N, the oracle", choice.add_flags, choice.run, "best"),
 }
 

@@ -15,12 +15,12 @@ import numpy as np
 from images import enlarge, grid, open_image, save_png
 from mini import world
 from mini.phrasings import PHRASINGS
-from pages.plot import Curve, Panel
 from section4.edits import of_world
 from section4.lab import Lab, add_models, world_only
 from section4.methods import ours
 from section4.report import row_of, rows_table, write_report
 from section4.statistics import resamples
+from training.plot import Curve, Panel
 
 WAYS = {
     "edits": "edits, each on the result of the last", "trips": "round trips of the autoencoder, no edit",

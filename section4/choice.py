@@ -11,12 +11,12 @@ from dataset import Filter
 from editing.best import agreement, candidates, directional
 from formats import hub
 from images import open_image, to_tensor
-from pages.plot import Curve, Panel
 from section4.edits import find_cases
 from section4.lab import Lab, add_models, world_only
 from section4.methods import ours
 from section4.report import row_of, rows_table, write_report
 from section4.statistics import resamples
+from training.plot import Curve, Panel
 
 WAYS = {
     "one": "one sample", "direction": "by directional similarity (needs captions)", "agreement": "by agreement",

@@ -12,12 +12,12 @@ from cli import WHOLE
 import numpy as np
 
 from mini.evaluation import table, wilson
-from pages.plot import COLOURS, Curve, Panel
 from section4.edits import find_cases
 from section4.lab import Lab, add_models
 from section4.methods import METHODS, OF_FIG_8, ours
 from section4.report import row_of, rows_table, write_report
 from section4.statistics import at_height, interval, resamples
+from training.plot import COLOURS, Curve, Panel
 
 HEIGHTS = 50  # image similarities at which curves are compared
 TITLES = {

@@ -21,11 +21,11 @@ from mini import world
 from mini.datagen import triplet
 from mini.evaluation import TOUCHED, held_out_edits, l1_outside, wilson
 from mini.judge import ATTRIBUTES, right
-from pages.plot import Curve, Panel
 from section4.edits import of_world
 from section4.lab import Lab, add_models, world_only
 from section4.methods import ours
 from section4.report import rows_table, write_report
+from training.plot import Curve, Panel
 
 SHOWN = 4  # edits of each kind on the sheet
 ORDINARY = "as in training"

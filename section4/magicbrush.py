@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from formats.checkpoint import load_clip, load_dino
 from images import open_image, to_tensor
-from pages.plot import Curve, Panel
 from section4.lab import joined, read_json, write_json
 from section4.report import row_of, rows_table, write_report
 from section4.statistics import resamples
+from training.plot import Curve, Panel
 
 PUBLISHED = {  # of InstructPix2Pix, single-turn (Zhang et al. 2023, Table 3)
     "l1": 0.1122, "l2": 0.0371, "clip_i": 0.8524, "dino": 0.7428, "clip_t": 0.2764,

@@ -12,12 +12,12 @@ from cli import UserError
 import numpy as np
 
 from images import open_image
-from pages.plot import COLOURS, Curve, Panel
 from section4.edits import find_cases
 from section4.lab import Lab, add_models, joined, read_json, world_only, write_json
 from section4.methods import METHODS, ours
 from section4.report import row_of, rows_table, write_report
 from section4.statistics import auc, interval, resamples, spearman
+from training.plot import COLOURS, Curve, Panel
 
 METRICS = {  # score: its name in the report, and 1 or -1: is more or less of it good?
     "direction": ("CLIP directional similarity", 1), "image": ("CLIP image similarity", 1),

@@ -6,8 +6,8 @@ import json
 from cli import atomic_write
 
 from mini.evaluation import table, wilson
-from pages.plot import plot
 from section4.statistics import means
+from training.plot import plot
 
 
 def write_report(out, name, rows, paragraphs, panels):

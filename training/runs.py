@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pages.plot import Curve, Panel, plot
+from training.plot import Curve, Panel, plot
 
 LOG_EVERY = 5.0  # seconds between two lines of metrics.jsonl, after those of the first steps
 DRAW_EVERY = 60.0  # seconds between two drawings of loss.png, which takes one

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from unittest.mock import ANY
 
-from cli import UserError
+from cli import SAMPLERS, UserError
 
 import pytest
 import torch
@@ -17,15 +17,16 @@ import evaluate
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIPTextConfig
 from formats.checkpoint import save_clip, save_folder
+from gpu.savings import Savings
 from images import open_image
 from mini.evaluation import held_out_edits
 from mini.judge import Judge
 from mini.world import SIZE, Edit, Scene, Thing, held_out
-from pages import plot
-from section4 import limits, methods, metrics
+from section4 import limits, methods, metrics, prices
 from section4.chains import random_chain
 from section4.limits import chi_squared
 from section4.vision import rate
+from training import plot
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NO_EDITS = ["copy the input", "true image", "true image, autoencoder"]
@@ -105,6 +106,20 @@ def test_a_stopped_run_resumes(evaluated, tmp_path, monkeypatch):
     code, line, _ = evaluated(*arguments, "--seed", "1")
     assert code == 2
     assert "the output was begun with seed 0, not 1" in line
+
+
+def test_the_price_list(evaluated, monkeypatch, tmp_path):
+    """Every sampler at every number of steps, and what is left out; the cheapest that is as good is named."""
+    monkeypatch.setattr(prices, "STEPS", (2, 4))
+    monkeypatch.setattr(prices, "SAVED", {"null-2": Savings(null_every=2), "deep-2": Savings(deep_every=2)})
+    code, _, rows = evaluated("prices", "--count", "2", "--steps", "4")
+    assert code == 0
+    costs = {row["name"]: row["evaluations"] for row in rows}
+    assert len(costs) == 2 * len(SAMPLERS) + 1 + 4
+    assert [costs[name] for name in ("euler 2", "heun 2", "unipc 4", "authors: 100 steps")] == [6, 9, 12, 300]
+    assert [costs[f"unipc 4, {saving}"] for saving in ("null-2", "deep-2")] == [10, 12]
+    assert [row["evaluations"] for row in rows] == sorted(costs.values())
+    assert "The cheapest within a point of the best, 0.0 %: euler" in (tmp_path / "out" / "prices.md").read_text()
 
 
 def test_fig_10_of_three_editors_the_last_with_two_seeds(evaluated, folder):

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from images import save_png
-from pages.ticks import log_ticks, ticks
+from training.ticks import log_ticks, ticks
 
 COLOURS = "#1f5fae", "#c2571a", "#2f8f5b", "#8a4fa3", "#a5822a", "#c23b5e", "#4f6b80", "#333333"
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 960, 660, 112, 32, 64, 88  # of a panel and its margins, in pixels

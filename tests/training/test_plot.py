@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from pages import plot
-from pages.plot import Curve, Panel
-from pages.ticks import log_ticks, ticks
+from training import plot
+from training.plot import Curve, Panel
+from training.ticks import log_ticks, ticks
 
 
 def test_ticks_are_round():
