@@ -192,7 +192,7 @@ def sample_pairs(
     model: a `StableDiffusion`, before and after: lists of B captions, noise: a `PairNoise` of B seeds. control: which
     maps are borrowed for the fraction noise.p of the steps, one of CONTROLS. scale [B, L]: re-weights the tokens of the
     captions after, at all steps. blend: a `LocalBlend`. fails: see `gpu.savings.give_up`. recorder: looks on, a
-    `pages.record.Recorder`. steps, sampler and schedule as in `model.solver`.
+    `editing.record.Recorder`. steps, sampler and schedule as in `model.solver`.
     """
     sampler, sigmas = model.solver(steps, sampler, schedule)
     steps = len(sigmas) - 1
@@ -261,8 +261,8 @@ def figure(options):
 
 def explain(model, options, resolution, steps, guidance):
     """The page of one pair: the first seed, with the last of the fractions p."""
+    from editing.record import Recorder
     from pages.explain import write_pair_page
-    from pages.record import Recorder
 
     captions, p = [options.source, options.target], options.p[-1]
     recorder = Recorder(model, captions, [2, 3], [0, 1], steps)

@@ -89,7 +89,7 @@ class Edit:
     def record(self, model, callback):
         """Options of `InstructPix2Pix.edit` that note what the explain page shows."""
         from attention import fused
-        from pages.record import Recorder
+        from editing.record import Recorder
 
         self.recorder = recorder = Recorder(model, self.texts, [0], [0], self.options.steps)
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from align import Alignment
 from attention import fused
 from diffusion import SAMPLERS
+from editing.record import Recorder
 from images import edit_size, enlarge, to_image, to_tensor
 from ip2p import InstructPix2Pix, guided_eps
 from pages.form import fill, jpeg_url, where
-from pages.record import Recorder
 from unet import Attention
 
 LATENTS = 32  # shown a side at most; of more, every second or so

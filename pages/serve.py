@@ -23,9 +23,9 @@ from cli import UserError, reported_as, run_program
 
 import sample
 from editing.flags import make_parser, variants
+from editing.record import decode_small, spread
 from images import open_image, save_png, to_image
 from pages.form import data_url, fill, jpeg_url
-from pages.record import decode_small, spread
 
 BYTES = 20_000_000  # of an image that is sent
 WAITING, KEPT, VARIANTS, PREVIEWS = 100, 200, 16, 12  # jobs at most, variants of one edit, clean guesses shown

@@ -15,11 +15,11 @@ from random_model import random_model, tiny_model
 import p2p
 import sample
 from attention import Layer, fused
+from editing.record import Recorder, spread
 from formats.checkpoint import save_folder
 from images import open_image, read_settings, resize_and_crop, to_tensor
 from ip2p import InstructPix2Pix
 from pages.explain import guidance_panels, size_rule, write_edit_page
-from pages.record import Recorder, spread
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
