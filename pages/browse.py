@@ -1,19 +1,18 @@
 """A data set as one page: every pair with its numbers, and sliders that show what other thresholds would keep.
 
-The page holds everything it needs, images included, and asks no network for anything. `browse.html` is its form.
+The page holds everything it needs, images included, and asks no network for anything. `browse.html` is its body.
 """
 
-import json
 from dataclasses import asdict
 
-from cli import UserError, atomic_write
+from cli import UserError
 
-from dataset import Filter, read_metadata, read_seeds
+from dataset import Filter, read_metadata, read_prompt, read_seeds
 from formats.configs import Config
-from images import open_image, to_jpeg
-from pages.form import data_url, fill
+from images import open_image
+from pages.form import jpeg_url, write
 
-SIDE, BYTES = 256, 30_000  # larger images are made smaller, or a page of many would be huge
+SIDE = 256  # larger images are made smaller, or a page of many would be huge
 NUMBERS = ("p2p_threshold", "cfg_scale", "clip_sim_0", "clip_sim_1", "clip_sim_image", "clip_sim_dir")
 
 
@@ -25,51 +24,41 @@ def write_page(root, out, count):
     """
     every = sorted(path.parent for path in root.glob("[0-9]*/candidates.jsonl"))
     noted = [(folder.name, [line["seed"] for line in read_metadata(folder / "metadata.jsonl")]) for folder in every]
-    edits = noted or read_seeds(root)
-    total = sum(len(seeds) for _, seeds in edits)
-    pairs, candidates, broken = [], [], 0
-    for index, (folder, seeds) in enumerate(edits[:: max(1, -(-total // count))]):
+    listed = noted or read_seeds(root)
+    total = sum(len(seeds) for _, seeds in listed)
+    edits, broken = [], 0
+    for folder, seeds in listed[:: max(1, -(-total // count))]:
         try:
-            found = pairs_of(root / folder, index, seeds)
+            edits.append(page_edit(root / folder, [str(seed) for seed in seeds]))
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError):
-            found, broken = [], broken + 1
-        pairs += found
-        scores = read_metadata(root / folder / "candidates.jsonl") if every else found
-        candidates += [[index, *(scored.get(name) for name in NUMBERS)] for scored in scores]
+            broken += 1
     settings = Config.read(root / "settings.json").values if (root / "settings.json").exists() else {}
     data = {
         "title": root.resolve().name,
-        "pairs": pairs,
-        "candidates": candidates,
+        "edits": edits,
         "every": bool(every),  # are candidates that were not kept among them?
         "thresholds": {name: settings.get(f"min_{name}", own) for name, own in asdict(Filter()).items()},
         "keep": settings.get("keep", 4),
         "total": total,
     }
-    with atomic_write(out) as beside:
-        beside.write_text(fill("browse.html", data), encoding="utf-8")
-    return f"{out}: {len(pairs)} of {total} pairs" + (f"; {broken} damaged edits are skipped" if broken else "")
+    write("browse.html", data, out)
+    pairs = sum(len(edit["pairs"]) for edit in edits)
+    return f"{out}: {pairs} of {total} pairs" + (f"; {broken} damaged edits are skipped" if broken else "")
 
 
-def pairs_of(folder, index, seeds):
-    """The pairs of one edit, as the page takes them; what is not known of a pair is None."""
-    prompt = json.loads((folder / "prompt.json").read_text(encoding="utf-8-sig"))
+def page_edit(folder, seeds):
+    """One edit, as the page takes it. pairs: (place among the candidates, seed, images); unknown NUMBERS are None."""
+    prompt = read_prompt(folder)
     prompt = {"caption": prompt.get("input", ""), "output": "", **prompt}  # the authors' older files say input
-    texts = {name: str(prompt[name]) for name in ("caption", "edit", "output")}
-    path = folder / "metadata.jsonl"
-    known = {str(line["seed"]): line for line in read_metadata(path)} if path.exists() else {}
+    files = [folder / "candidates.jsonl", folder / "metadata.jsonl"]
+    known = next((read_metadata(path) for path in files if path.exists()), [])
+    scores = {seed: {} for seed in seeds} | {str(line["seed"]): line for line in known}
     pairs = []
-    for seed in map(str, seeds):
-        images = [image_url(folder / f"{seed}_{side}.jpg") for side in (0, 1)]
-        numbers = {name: known.get(seed, {}).get(name) for name in NUMBERS}
-        pairs.append({"index": index, "folder": folder.name, "seed": seed, **texts, **numbers, "images": images})
-    return pairs
-
-
-def image_url(path):
-    """An image file as a data URL: as it is, or smaller."""
-    image, data = open_image(path), path.read_bytes()
-    if max(image.size) > SIDE or len(data) > BYTES:
-        image.thumbnail((SIDE, SIDE))
-        data = to_jpeg(image, quality=90)
-    return data_url(data)
+    for seed in seeds:
+        images = [open_image(folder / f"{seed}_{side}.jpg") for side in (0, 1)]
+        for image in images:
+            image.thumbnail((SIDE, SIDE))
+        pairs.append([list(scores).index(seed), seed, [jpeg_url(image) for image in images]])
+    candidates = [{name: scored.get(name) for name in NUMBERS} for scored in scores.values()]
+    texts = {name: str(prompt[name]) for name in ("caption", "edit", "output")}
+    return {"folder": folder.name, "candidates": candidates, "pairs": pairs, **texts}

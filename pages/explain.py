@@ -1,10 +1,6 @@
 """The explain page: one edit, or one pair of Prompt-to-Prompt, with what a `Recorder` noted while it was sampled."""
 
 import base64
-import math
-import zlib
-
-from cli import atomic_write
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +11,7 @@ from diffusion import SAMPLERS
 from editing.record import Recorder
 from images import edit_size, enlarge, to_image, to_tensor
 from ip2p import InstructPix2Pix, guided_eps
-from pages.form import fill, jpeg_url, where
+from pages.form import jpeg_url, where, write
 from unet import Attention
 
 LATENTS = 32  # shown a side at most; of more, every second or so
@@ -31,16 +27,14 @@ def write_edit_page(recorder, out, text, whole, before, after, settings):
     data = common_data(recorder, [after], ["result"], settings)
     data |= {"kind": "edit", "title": text, "size_rule": size_rule(whole.size, before.size)}
     data |= {"pair": [["before", jpeg_url(enlarge(before, 512))], ["after", jpeg_url(enlarge(after, 512))]]}
-    panels = guidance_panels(recorder)
     colours = linear_colours(recorder, after)
     every = -(-max(recorder.last.shape[2:]) // LATENTS)
-    panels = {name: in_colours(latent[:, :, ::every, ::every], colours, name) for name, latent in panels.items()}
-    data["sprites"] = {name: sprite(images) for name, images in panels.items()}
-    for step, parts in zip(data["steps"], recorder.latents, strict=True):
-        _, full, image, null, _ = parts
-        step["image_rms"] = (image - null).square().mean().sqrt().item()
-        step["text_rms"] = (full - image).square().mean().sqrt().item()
-    write(data, out)
+    panels = guidance_panels(recorder).items()
+    data["panels"] = {x: urls(in_colours(latents[:, :, ::every, ::every], colours, x), 80) for x, latents in panels}
+    _, full, image, null, _ = torch.stack(recorder.latents).unbind(1)
+    for name, direction in (("to_image", image - null), ("to_text", full - image)):
+        data[name] = direction.square().mean(dim=(1, 2, 3)).sqrt().tolist()
+    write("explain.html", data, out)
 
 
 def write_pair_page(recorder, out, captions, images, settings, borrows, code):
@@ -53,13 +47,7 @@ def write_pair_page(recorder, out, captions, images, settings, borrows, code):
     data |= {"kind": "pair", "title": " → ".join(captions), "borrows": borrows}
     data |= {"pair": [[s["title"], s["image"]] for s in data["subjects"]]}
     data |= {"matches": list(zip(target, matches, strict=True))[:-2], "code": data["code"] | {"borrow": where(code)}}
-    write(data, out)
-
-
-def write(data, out):
-    """Write the page, whole or not at all."""
-    with atomic_write(out) as beside:
-        beside.write_text(fill("explain.html", data), encoding="utf-8")
+    write("explain.html", data, out)
 
 
 def common_data(recorder, results, titles, settings):
@@ -73,15 +61,14 @@ def common_data(recorder, results, titles, settings):
         guesses.append(F.interpolate(to_tensor(result)[None], size, mode="area")[0])
         subjects.append({
             "title": title, "image": jpeg_url(enlarge(result, 512)), "words": words, "maps": maps, "scales": scales,
-            "own": own, "own_scales": own_scales, "guesses": sprite(torch.stack(guesses)),
+            "own": own, "own_scales": own_scales, "guesses": urls(guesses, 80),
         })  # fmt: skip
-    times = recorder.model.schedule.t(recorder.sigmas).tolist()
-    layers = [f"{layer.place}, {layer.size[0]}x{layer.size[1]}" for layer in recorder.maps if layer.cross]
+    layers = [layer for layer in recorder.maps if layer.cross]
     return {
-        "steps": [{"sigma": sigma, "t": t} for sigma, t in zip(recorder.sigmas, times, strict=True)],
-        "subjects": subjects, "layers": layers, "grid": recorder.grid,
+        "sigma": recorder.sigmas, "t": recorder.model.schedule.t(recorder.sigmas).tolist(),
         "map_steps": recorder.map_steps, "guess_steps": recorder.guess_steps, "settings": settings,
-        "code": CODE | {"steps": where(SAMPLERS[settings["sampler"]])},
+        "layers": [f"{i}: {layer.place}, {layer.size[0]}x{layer.size[1]}" for i, layer in enumerate(layers, 1)],
+        "subjects": subjects, "grid": recorder.grid, "code": CODE | {"steps": where(SAMPLERS[settings["sampler"]])},
     }  # fmt: skip
 
 
@@ -118,22 +105,16 @@ def in_colours(latents, colours, name):
     return images + colours[-1][:, None, None]
 
 
-def sprite(frames):
-    """Images [n, 3, h, w] as one: {"url", "columns", "rows", "width", "height"}."""
-    count, _, height, width = frames.shape
-    columns = math.ceil(math.sqrt(count))
-    rows = -(-count // columns)
-    frames = F.pad(frames, (0, 0, 0, 0, 0, 0, 0, rows * columns - count))
-    sheet = frames.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).reshape(3, rows * height, columns * width)
-    return {"url": jpeg_url(to_image(sheet), 80), "columns": columns, "rows": rows, "width": width, "height": height}
+def urls(images, quality):
+    """Images [3, h, w] as URLs that hold them."""
+    return [jpeg_url(to_image(image), quality) for image in images]
 
 
 def packed(maps, dim):
-    """(maps as bytes, compressed, in base64; their largest values along `dim`): value = byte / 255 * largest."""
-    largest = maps.movedim(dim, 0).flatten(1).amax(dim=1).clamp(min=1e-8)
-    shape = [-1 if axis == dim else 1 for axis in range(maps.dim())]
-    levels = (maps / largest.view(shape) * 255).round().to(torch.uint8).contiguous().numpy().tobytes()
-    return base64.b64encode(zlib.compress(levels, 9)).decode(), largest.tolist()
+    """(maps as bytes in base64; their largest values along `dim`): value = byte / 255 * largest."""
+    largest = maps.amax(dim=[axis for axis in range(maps.dim()) if axis != dim], keepdim=True).clamp(min=1e-8)
+    levels = (maps / largest * 255).round().to(torch.uint8).contiguous().numpy()
+    return base64.b64encode(levels).decode(), largest.flatten().tolist()
 
 
 def size_rule(whole, edited):

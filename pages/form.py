@@ -1,9 +1,11 @@
-"""A page is one file: a template, the style and script that all pages share, and its data. It asks no network."""
+"""A page is one file: the head that all pages share, its data, and a body of its own. It asks no network."""
 
 import base64
 import inspect
 import json
 from pathlib import Path
+
+from cli import atomic_write
 
 from images import to_jpeg
 
@@ -11,12 +13,18 @@ HERE = Path(__file__).resolve().parent
 
 
 def fill(name, data):
-    """The HTML of the template of this name with its data, anything that JSON can hold."""
-    html = (HERE / name).read_text(encoding="utf-8")
-    for mark, shared in (("/* STYLE */", "style.css"), ("/* SHARED */", "shared.js")):
-        html = html.replace(mark, (HERE / shared).read_text(encoding="utf-8"))
-    # "<" could end the script that holds this
-    return html.replace('"DATA"', json.dumps(data).replace("<", "\\u003c"))
+    """The page whose body is the file of this name, with its data, anything that JSON can hold."""
+    head, style, script, body = (
+        (HERE / file).read_text(encoding="utf-8") for file in ("head.html", "style.css", "shared.js", name)
+    )
+    head = head.replace("/* STYLE */", style).replace("/* SHARED */", script)
+    return head.replace('"DATA"', json.dumps(data).replace("<", "\\u003c")) + body  # "<" could end the script
+
+
+def write(name, data, out):
+    """`fill` to a file, whole or not at all."""
+    with atomic_write(out) as beside:
+        beside.write_text(fill(name, data), encoding="utf-8")
 
 
 def data_url(data, kind="image/jpeg"):

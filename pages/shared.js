@@ -8,13 +8,18 @@ function element(name, text, parent, className = "") {
   return made;
 }
 
+function addImage(src, alt, parent, className = "") {
+  return Object.assign(element("img", "", parent, className), {src, alt});
+}
+
 // Two images [title, url], one over the other, and a slider that uncovers the second from the right.
 function compare(pair, parent) {
   const box = element("div", "", parent, "compare"), slider = element("input", "", parent);
-  const images = pair.map(([alt, src]) => Object.assign(element("img", "", box), {alt, src}));
-  const uncover = () => { images[1].style.clipPath = `inset(0 0 0 ${slider.value}%)`; };
-  Object.assign(slider, {type: "range", value: 50, title: pair.map(([title]) => title).join(" | "), oninput: uncover});
-  slider.setAttribute("aria-label", `left ${pair[0][0]}, right ${pair[1][0]}`);
+  const [, after] = pair.map(([title, src]) => addImage(src, title, box));
+  const uncover = () => { after.style.clipPath = `inset(0 0 0 ${slider.value}%)`; };
+  Object.assign(slider, {type: "range", value: 50, ariaLabel: `left ${pair[0][0]}, right ${pair[1][0]}`});
+  slider.title = slider.ariaLabel;
+  slider.oninput = uncover;
   uncover();
 }
 

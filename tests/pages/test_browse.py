@@ -64,19 +64,22 @@ def test_the_page_holds_it_all(root, capsys):
     datagen.main(["browse", str(root)])
     assert capsys.readouterr().out == f"{root / 'index.html'}: 4 of 4 pairs\n"
     data = page_data(root / "index.html")
-    assert [(int(pair["folder"]), int(pair["seed"])) for pair in data["pairs"]] == list(SCORES)
-    assert [pair["edit"] for pair in data["pairs"]] == [TEXTS[edit] for edit, _ in SCORES]
+    assert [(int(edit["folder"]), edit["edit"]) for edit in data["edits"]] == list(TEXTS.items())
     assert (data["total"], data["keep"], data["every"]) == (4, 2, True)
     assert data["thresholds"] == {"image_text": 0.2, "image_image": 0.6, "direction": 0.2}
-    order = {edit: index for index, edit in enumerate(TEXTS)}
-    every = {**SCORES, **REFUSED}.items()
-    every = sorted([order[edit], seed / 100, 8.0 - seed, *scores] for (edit, seed), scores in every)
-    assert sorted(data["candidates"]) == every
-    for pair in data["pairs"]:
-        for side, url in enumerate(pair["images"]):
-            assert np.array_equal(pixels(url), image(int(pair["seed"]) + side))
+    pairs = []
+    for edit in data["edits"]:
+        number, candidates = int(edit["folder"]), [list(x.values()) for x in edit["candidates"]]
+        every = [(seed, scores) for (of, seed), scores in {**SCORES, **REFUSED}.items() if of == number]
+        assert candidates == [[seed / 100, 8.0 - seed, *scores] for seed, scores in every]
+        for place, seed, images in edit["pairs"]:
+            assert candidates[place][0] == int(seed) / 100
+            pairs.append((number, int(seed)))
+            for side, url in enumerate(images):
+                assert np.array_equal(pixels(url), image(int(seed) + side))
+    assert pairs == list(SCORES)
     text = (root / "index.html").read_text(encoding="utf-8")
-    assert text.count("</script>") == 1
+    assert "</script><b>" not in text
     assert not re.search(r'(src|href)="?http|url\(|@import|fetch\(', text)
 
 
@@ -91,9 +94,9 @@ def test_a_data_set_of_the_authors_tools(tmp_path, capsys):
     datagen.main(["browse", str(tmp_path)])
     assert "1 of 1 pairs" in capsys.readouterr().out
     data = page_data(tmp_path / "index.html")
-    (pair,) = data["pairs"]
-    assert (pair["caption"], pair["edit"], pair["output"], pair["folder"]) == ("a", "as a cat", "b", "0454444")
-    assert data["candidates"] == [[0, *[None] * 6]]
+    (edit,) = data["edits"]
+    assert (edit["caption"], edit["edit"], edit["output"], edit["folder"]) == ("a", "as a cat", "b", "0454444")
+    assert [list(candidate.values()) for candidate in edit["candidates"]] == [[None] * 6]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +104,7 @@ def test_a_data_set_of_the_authors_tools(tmp_path, capsys):
     [
         (lambda root: [path.unlink() for path in root.rglob("*.json*")], "seeds.json cannot be read"),
         (lambda root: (root / "settings.json").write_text("{"), "settings.json cannot be read"),
-        (lambda root: (root / "0000000/candidates.jsonl").write_text("{}"), "candidates.jsonl cannot be read"),
+        (lambda root: (root / "0000000/metadata.jsonl").write_text("{}"), "metadata.jsonl cannot be read"),
     ],
 )
 def test_mistakes(root, change, words):

@@ -3,7 +3,6 @@
 import base64
 import json
 import re
-import zlib
 
 import numpy as np
 import pytest
@@ -41,7 +40,7 @@ def page_data(path):
 
 
 def unpacked(text, *shape):
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(shape) / 255
+    return np.frombuffer(base64.b64decode(text), np.uint8).reshape(shape) / 255
 
 
 def check_maps(recorder, q, k, layer):
@@ -125,7 +124,7 @@ def test_sample_writes_the_same_image_with_a_page(run_main, tmp_path, model_fold
     assert result.out == [str(tmp_path / "b.png"), str(page)]
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     data = page_data(page)
-    assert (data["title"], data["settings"]["seed"], len(data["steps"])) == (TEXT, 0, 2)
+    assert (data["title"], data["settings"]["seed"], len(data["sigma"])) == (TEXT, 0, 2)
     assert "explain" not in read_settings(tmp_path / "b.png")
     assert data["code"]["guidance"].startswith("ip2p.py, line ")
 
@@ -212,7 +211,8 @@ def test_the_page_of_an_edit_in_a_browser(browser, choose, tmp_path):
     assert shown(browser, "play") == "Pause"
     browser.execute_script("document.querySelector('.compare + input').value = 0")
     sizes = browser.execute_script("return [...document.images].map(x => x.naturalWidth)")
-    assert sizes == [512] * 4
+    side = recorder.last.shape[3]
+    assert sizes == [512] * 2 + [side, 64] + [side] * 6 + [512] * 2
 
 
 def test_the_page_of_a_pair_in_a_browser(browser, run_main, tmp_path):

@@ -112,7 +112,7 @@ def test_an_edit_is_that_of_sample(server, run_main, tmp_path, model_folder, num
 def test_mistakes(server, changes, words):
     status, content = ask(server, "/jobs", REQUEST | changes)
     assert (status, words in content["message"]) == (400, True), content
-    assert not list(server.RequestHandlerClass.studio.folder.glob("*"))  # nothing is left of it
+    assert not list(server.studio.folder.glob("*"))  # nothing is left of it
 
 
 def test_an_instruction_is_never_the_name_of_a_file(server, tmp_path):
@@ -169,7 +169,7 @@ def test_a_failed_edit_is_told_and_the_next_one_has_its_turn(server, monkeypatch
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(server.RequestHandlerClass.studio.model, "decode", fail)
+        patch.setattr(server.studio.model, "decode", fail)
         job = edit(server)
     assert (job["state"], "there is not enough memory" in job["message"]) == ("failed", True)
     assert edit(server)["state"] == "done"
