@@ -122,3 +122,39 @@ class Recorder:
         elif step in self.guess_steps:
             self.guesses.append([part.float().cpu() for part in decode_small(self.model, latent)])
         self.step = step + 1
+
+    def guidance(self):
+        """Latents [steps, C, h, w] by name: the noisy latent, and Eq. 3 with each eps as the clean guess x - sigma eps.
+
+        The weights of the branches in Eq. 3 add up to 1, so that it holds for the clean guesses as it does for eps.
+        """
+        z, full, image, null, eps = torch.stack(self.latents).unbind(1)
+        sigma = torch.tensor(self.sigmas)[:, None, None, None]
+        x = z * (sigma**2 + 1).sqrt()
+        guesses = {"null": null, "image": image, "full": full, "result": eps}
+        latents = {"noisy": z} | {name: x - sigma * part for name, part in guesses.items()}
+        return latents | {"to_image": sigma * (null - image), "to_text": sigma * (image - full)}
+
+    def panels(self, result):
+        """`guidance` as images [steps, 3, h, w], a pixel a latent; result [3, H, W]: of the run.
+
+        A direction stands around grey, its largest value at full colour.
+        """
+        colours, panels = self.linear_colours(result), {}
+        for name, latents in self.guidance().items():
+            images = torch.einsum("nchw,cd->ndhw", latents, colours[:-1])
+            if name.startswith("to_"):
+                panels[name] = images / images.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-8)
+            else:
+                panels[name] = images + colours[-1][:, None, None]
+        return panels
+
+    def linear_colours(self, result):
+        """[C + 1, 3]: the linear map from a latent, and a 1, to its mean colour that fits the decoded guesses best.
+
+        So a latent can be shown at every step; to decode them all would take longer than the edit itself.
+        """
+        seen = [(latent[0], image[0]) for latent, image in self.guesses] + [(self.last[0], result)]
+        latents = torch.cat([latent.flatten(1).T for latent, _ in seen]).double()
+        colours = [F.adaptive_avg_pool2d(image, latent.shape[1:]).flatten(1).T for latent, image in seen]
+        return torch.linalg.lstsq(F.pad(latents, (0, 1), value=1), torch.cat(colours).double()).solution.float()

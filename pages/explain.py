@@ -27,10 +27,9 @@ def write_edit_page(recorder, out, text, whole, before, after, settings):
     data = common_data(recorder, [after], ["result"], settings)
     data |= {"kind": "edit", "title": text, "size_rule": size_rule(whole.size, before.size)}
     data |= {"pair": [["before", jpeg_url(enlarge(before, 512))], ["after", jpeg_url(enlarge(after, 512))]]}
-    colours = linear_colours(recorder, after)
     every = -(-max(recorder.last.shape[2:]) // LATENTS)
-    panels = guidance_panels(recorder).items()
-    data["panels"] = {x: urls(in_colours(latents[:, :, ::every, ::every], colours, x), 80) for x, latents in panels}
+    panels = recorder.panels(to_tensor(after)).items()
+    data["panels"] = {name: urls(images[:, :, ::every, ::every], 80) for name, images in panels}
     _, full, image, null, _ = torch.stack(recorder.latents).unbind(1)
     for name, direction in (("to_image", image - null), ("to_text", full - image)):
         data[name] = direction.square().mean(dim=(1, 2, 3)).sqrt().tolist()
@@ -70,39 +69,6 @@ def common_data(recorder, results, titles, settings):
         "layers": [f"{i}: {layer.place}, {layer.size[0]}x{layer.size[1]}" for i, layer in enumerate(layers, 1)],
         "subjects": subjects, "grid": recorder.grid, "code": CODE | {"steps": where(SAMPLERS[settings["sampler"]])},
     }  # fmt: skip
-
-
-def guidance_panels(recorder):
-    """Latents [steps, C, h, w] by name: the noisy latent, and Eq. 3 with each eps as the clean guess x - sigma eps.
-
-    The weights of the branches in Eq. 3 add up to 1, so that it holds for the clean guesses as it does for eps.
-    """
-    z, full, image, null, eps = torch.stack(recorder.latents).unbind(1)
-    sigma = torch.tensor(recorder.sigmas)[:, None, None, None]
-    x = z * (sigma**2 + 1).sqrt()
-    guesses = {"null": null, "image": image, "full": full, "result": eps}
-    panels = {"noisy": z} | {name: x - sigma * part for name, part in guesses.items()}
-    return panels | {"to_image": sigma * (null - image), "to_text": sigma * (image - full)}
-
-
-def linear_colours(recorder, result):
-    """[C + 1, 3]: the linear map from a latent, and a 1, to its mean colour that fits the decoded guesses best.
-
-    So a latent can be shown at every step; to decode them all would take longer than the edit itself.
-    """
-    seen = [(latent[0], image[0]) for latent, image in recorder.guesses] + [(recorder.last[0], to_tensor(result))]
-    latents = torch.cat([latent.flatten(1).T for latent, _ in seen])
-    colours = [F.adaptive_avg_pool2d(image, latent.shape[1:]).flatten(1).T for latent, image in seen]
-    ones = torch.ones(len(latents), 1)
-    return torch.linalg.lstsq(torch.cat([latents, ones], dim=1).double(), torch.cat(colours).double()).solution.float()
-
-
-def in_colours(latents, colours, name):
-    """Latents [n, C, h, w] -> images [n, 3, h, w]; a direction stands around grey, its largest value at full colour."""
-    images = torch.einsum("nchw,cd->ndhw", latents, colours[:-1])
-    if name.startswith("to_"):
-        return images / images.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=1e-8)
-    return images + colours[-1][:, None, None]
 
 
 def urls(images, quality):

@@ -46,7 +46,8 @@ class Handler(BaseHTTPRequestHandler):
         """A new job, or the end of one."""
         studio, length = self.server.studio, self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > BYTES * 4 // 3 + 10_000:
-            return self.answer(413, {"message": f"an image of at most {BYTES // 10**6} MB is needed"})
+            self.answer(413, {"message": f"an image of at most {BYTES // 10**6} MB is needed"})
+            return
         body = self.rfile.read(int(length))
         match self.path.strip("/").split("/"):
             case ["jobs"]:
@@ -61,7 +62,6 @@ class Handler(BaseHTTPRequestHandler):
                 self.answer(200, self.shown(job))
             case _:
                 self.answer(404, {"message": "there is nothing here"})
-        return None
 
     def shown(self, job):
         """A job, as the page takes it."""

@@ -18,7 +18,7 @@ from editing.record import Recorder, spread
 from formats.checkpoint import save_folder
 from images import open_image, read_settings, resize_and_crop, to_tensor
 from ip2p import InstructPix2Pix
-from pages.explain import guidance_panels, size_rule, write_edit_page
+from pages.explain import size_rule, write_edit_page
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -99,7 +99,7 @@ def test_what_is_recorded(sampler):
     assert recorder.sigmas == model.schedule.sigmas(10)[:-1].tolist()
     assert recorder.words == (["make", "the", "night", "brighter", "(start)", "(end and padding)"],)
     assert (len(recorder.cross), len(recorder.own), len(recorder.guesses)) == (8, 8, 9)
-    panels = guidance_panels(recorder)
+    panels = recorder.guidance()
     guided = panels["null"] + 1.5 * panels["to_image"] + 4 * panels["to_text"]
     assert torch.allclose(guided, panels["result"], atol=1e-4)
     assert torch.allclose(panels["result"][-1], recorder.last[0], atol=1e-5)
@@ -231,5 +231,5 @@ def test_the_page_of_a_pair_in_a_browser(browser, run_main, tmp_path):
         assert np.allclose(maps.sum(2), 1, atol=0.02)
     browser.get(page.as_uri())
     assert "blue" in browser.find_element("xpath", "//article[h2='Which words stand for which']").text
-    assert browser.find_element("id", "borrows").get_attribute("aria-label") == "maps are borrowed at 2 of 5 steps"
+    assert browser.find_element("id", "borrows").get_attribute("title") == "maps are borrowed at 2 of 5 steps"
     assert open_image(tmp_path / "x.png").width > 100
