@@ -231,5 +231,7 @@ def test_the_page_of_a_pair_in_a_browser(browser, run_main, tmp_path):
         assert np.allclose(maps.sum(2), 1, atol=0.02)
     browser.get(page.as_uri())
     assert "blue" in browser.find_element("xpath", "//article[h2='Which words stand for which']").text
-    assert browser.find_element("id", "borrows").get_attribute("title") == "maps are borrowed at 2 of 5 steps"
+    bar = browser.find_element("id", "borrows")
+    assert bar.get_attribute("title") == "maps are borrowed at 2 of 5 steps"
+    assert bar.size["width"] == pytest.approx(0.4 * browser.find_element("id", "step").size["width"], abs=1)
     assert open_image(tmp_path / "x.png").width > 100
