@@ -164,4 +164,8 @@ def test_in_a_browser(browser, choose, root):
     choose("direction", 1.0)
     assert 0 < coloured() < before
     browser.find_element("id", "reset").click()
+    assert summary().startswith(passing)
+    browser.execute_script("shown = 2; draw()")
+    assert len(listed()) == 2
+    browser.find_element("id", "more").click()
     assert len(listed()) == 4
