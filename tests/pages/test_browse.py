@@ -163,7 +163,7 @@ def test_in_a_browser(browser, choose, root):
     before = coloured()
     choose("direction", 1.0)
     assert 0 < coloured() < before
-    browser.find_element("id", "reset").click()
+    browser.find_element("id", "back").click()
     assert summary().startswith(passing)
     browser.execute_script("shown = 2; draw()")
     assert len(listed()) == 2
