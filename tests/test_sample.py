@@ -385,6 +385,7 @@ def test_one_edit(edit, photo, model_folder, tmp_path):
     expected |= {"device": note["device"], "dtype": note["dtype"], "compile": False, "low_memory": False}
     expected |= {"sampler": "euler_ancestral", "schedule": "authors"}
     expected |= dict.fromkeys(("cfg_above", "cfg_below", "null_every", "deep_every"))
+    expected |= dict.fromkeys(("best", "caption_before", "caption_after", "clip"))
     assert note == {**expected, "full_size": False, "sheet": False, "batch_size": 1}
     model = InstructPix2Pix.load(model_folder)
     assert np.array_equal(pixels(out), model.edit(open_image(photo), "make it night", 5.0, 1.5, 3, seed=3))
