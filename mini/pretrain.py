@@ -30,22 +30,23 @@ from formats.checkpoint import Model, load_clip, load_vae, save_clip, save_folde
 from formats.weights import write_json
 from images import enlarge, grid, save_png, to_image
 from mini.judge import Judge, in_batches, labels, right
-from mini.world import KINDS, SIZE, caption, random_edit, random_scene, render
+from mini.drawing import SIZE, render
+from mini.world import KINDS, caption, random_edit, random_scene
 from stable_diffusion import StableDiffusion
 from train import Settings, autocasting, fit
 from training.runs import PROCESSES, RANK, barrier, join, read_metrics
 from unet import Level, ResBlock, Transformer, UNet, UNetConfig
 from vae import VAE, VAEConfig
 
-MINI_VAE = VAEConfig(channels=(16, 40, 80), resblocks=1, groups=8, scaling=1.0)
+MINI_VAE = VAEConfig(channels=(24, 48, 96, 128), resblocks=1, latent_channels=8, groups=8, scaling=1.0)
 MINI_UNET = UNetConfig(
     levels=(
-        #   channels  attention  heads    a 64x64 image is here
+        #   channels  attention  heads    a 128x128 image is here
         Level(    64,      True,     2),  # 16x16 latents
         Level(   128,      True,     4),  # 8x8
         Level(   160,     False,     5),  # 4x4; only the middle's transformer uses these heads
     ),
-    resblocks=1, context_width=128, groups=16,
+    in_channels=8, out_channels=8, resblocks=1, context_width=128, groups=16,
 )  # fmt: skip
 MINI_SAMPLING = Sampling(steps=20, text_guidance=4.0, image_guidance=1.5, resolution=SIZE)
 
@@ -56,22 +57,23 @@ def scenes(count, test=False):
 
 
 def kept_pixels(scenes, path):
-    """The pixels of many scenes, uint8 [count, 64, 64, 3], drawn by all cores the first time and kept in a file."""
-    if not path.exists():
+    """The pixels of many scenes, uint8 [count, 128, 128, 3], drawn by all cores the first time and kept in a file."""
+    if RANK == 0 and not path.exists():
         with ProcessPoolExecutor() as pool, atomic_write(path) as beside, open(beside, "wb") as file:
             drawn = tqdm(pool.map(render, scenes, chunksize=256), total=len(scenes), desc="drawing", leave=False)
             np.save(file, [np.asarray(image) for image in drawn])
+    barrier()
     return np.load(path, mmap_mode="r")
 
 
 def to_images(pixels, device="cpu"):
-    """Pixels uint8 [B, 64, 64, 3] -> images [B, 3, 64, 64] in [-1, 1]."""
+    """Pixels uint8 [B, 128, 128, 3] -> images [B, 3, 128, 128] in [-1, 1]."""
     x = torch.from_numpy(np.array(pixels)).to(device)
     return (x.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
 
-# A stage is a function of the options, its settings, the training scenes with their pixels [count, 64, 64, 3], and the
-# held-out scenes with their images [count, 3, 64, 64]. It returns the network to train, loss_of and evaluate as
+# A stage is a function of the options, its settings, the training scenes with their pixels [count, 128, 128, 3], and the
+# held-out scenes with their images [count, 3, 128, 128]. It returns the network to train, loss_of and evaluate as
 # `train.fit` takes them, and finish(network), which saves what was trained and returns numbers for results.json.
 
 
@@ -81,7 +83,7 @@ def vae_stage(options, settings, drawn, pixels, held_out, images):
 
     def loss_of(network, draws):
         x = to_images(pixels[draws.integers(len(drawn)).numpy()], device)
-        if draws.step < 0.75 * settings.max_steps:  # a quarter of each image first, which is four times as fast
+        if draws.step < 0.8 * settings.max_steps:  # a quarter of each image first, which is four times as fast
             top, left = torch.randint(SIZE // 2 + 1, (2,), generator=draws.generator).tolist()
             x = x[:, :, top : top + SIZE // 2, left : left + SIZE // 2].contiguous()
         with options.autocast():
@@ -91,7 +93,7 @@ def vae_stage(options, settings, drawn, pixels, held_out, images):
         edges = sum(error.diff(dim=axis).abs().mean() for axis in (2, 3))
         mean, logvar = latent.mean.float(), latent.logvar.float()
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return error.abs().mean() + 2 * error.square().mean() + 0.3 * edges + 2e-4 * divergence
+        return error.abs().mean() + 2 * error.square().mean() + 0.5 * edges + 2e-4 * divergence
 
     def evaluate(step):
         some = [*images[:16], *vae.decode(vae.encode(images[:16]).mode())]
@@ -285,7 +287,7 @@ def start_at_zero(unet):
 
 
 STAGES = {  # batch_size: examples a step, of all processes together
-    "vae": (vae_stage, Settings(3600, lr=2e-3, batch_size=16, lr_decay=0.7, seed=2)),
+    "vae": (vae_stage, Settings(5600, lr=2e-3, batch_size=16, lr_decay=0.7, seed=2)),
     "clip": (clip_stage, Settings(1000, lr=1e-3, batch_size=128, lr_decay=0.7, beta2=0.98, weight_decay=0.05, seed=3)),
     "judge": (judge_stage, Settings(700, lr=2e-3, batch_size=64, seed=1)),
     "sd": (sd_stage, Settings(4200, lr=1e-3, batch_size=32, seed=4)),
