@@ -101,7 +101,7 @@ def blend(first, second, amount):
 
 
 def disc(cx, cy, radius, flat=1.0):
-    """How far a disc covers each pixel [128, 128]: 1 or more inside, 0 or less outside; flat > 1 squeezes its height."""
+    """How far a disc covers each pixel [128, 128]: >= 1 inside, <= 0 outside; flat > 1 squeezes its height."""
     return UNIT * (radius - np.hypot(X - cx, (Y - cy) * flat)) + 0.5
 
 
@@ -148,6 +148,7 @@ def draw_thing(pixels, shape, colour, radius, tilt, place, sketched):
     canvas = Image.new("RGBA", (SIZE * FINE, SIZE * FINE), (*(int(c) for c in colour), 0))
     draw = ImageDraw.Draw(canvas)
     ink = np.array([70, 70, 76]) if sketched else colour * 0.45
+    ink = (*(int(c) for c in ink), 255)
     cos, sin = math.cos(tilt), math.sin(tilt)
     x0, y0 = place[0], place[1] - radius
     for points, (other, amount), outlined in PARTS[shape]:
@@ -157,7 +158,7 @@ def draw_thing(pixels, shape, colour, radius, tilt, place, sketched):
         corners = [(FINE * UNIT * (x0 + radius * x), FINE * UNIT * (y0 + radius * y)) for x, y in turned]
         draw.polygon(corners, fill=(*(int(c) for c in fill), 255))
         if outlined:
-            draw.line([*corners, corners[0], corners[1]], fill=(*(int(c) for c in ink), 255), width=2 * FINE, joint="curve")
+            draw.line([*corners, corners[0], corners[1]], fill=ink, width=2 * FINE, joint="curve")
     if not sketched:  # a soft shadow on the ground
         distance = np.hypot((X - x0) / (0.95 * radius), (Y - place[1]) / (0.22 * radius))
         pixels = pixels * (1 - 0.3 * (1.6 - 1.2 * distance).clip(0, 1)[..., None])

@@ -11,10 +11,10 @@ from torch import nn
 from tqdm import tqdm
 
 from formats.weights import read_tensors, write_tensors
-from mini.world import BACKGROUNDS, COLOURS, MEDIA, SHAPES, SIZES
+from mini.world import OPTIONS
 
-THING = {"shape": ("nothing", *SHAPES), "colour": tuple(COLOURS), "size": tuple(SIZES)}
-ATTRIBUTES = {"medium": MEDIA, "background": tuple(BACKGROUNDS)}  # attribute: its classes
+THING = {"shape": ("nothing", *OPTIONS["shape"]), "colour": OPTIONS["colour"], "size": OPTIONS["size"]}
+ATTRIBUTES = {"medium": OPTIONS["medium"], "background": OPTIONS["background"]}  # attribute: its classes
 ATTRIBUTES |= {f"{side} {name}": classes for side in ("left", "right") for name, classes in THING.items()}
 
 
@@ -35,17 +35,17 @@ class Judge(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layers = [(3, 24, 1), (24, 48, 2), (48, 48, 1), (48, 96, 2), (96, 96, 1), (96, 96, 2)]  # width in, out, stride
+        layers = [(3, 24, 2), (24, 48, 2), (48, 48, 1), (48, 96, 2), (96, 96, 1), (96, 96, 2)]  # width in, out, stride
         self.features = nn.Sequential(*(
             nn.Sequential(nn.Conv2d(width, out, 3, stride, padding=1), nn.GroupNorm(8, out), nn.SiLU())
             for width, out, stride in layers
         ))  # fmt: skip
         self.squeeze = nn.Conv2d(96, 32, 1)
-        self.whole = nn.Linear(96, len(MEDIA) + len(BACKGROUNDS))
+        self.whole = nn.Linear(96, len(OPTIONS["medium"]) + len(OPTIONS["background"]))
         self.place = nn.Sequential(nn.Linear(32 * 8 * 4, 128), nn.SiLU(), nn.Linear(128, sum(map(len, THING.values()))))
 
     def forward(self, x):
-        """Images x [B, 3, 64, 64] in [-1, 1] -> logits {attribute: [B, classes]}."""
+        """Images x [B, 3, 128, 128] in [-1, 1] -> logits {attribute: [B, classes]}."""
         h = self.features(x)  # [B, C, 8, 8]
         parts = [self.whole(h.mean((2, 3)))]
         parts += [self.place(half.flatten(1)) for half in self.squeeze(h).chunk(2, dim=3)]
@@ -61,7 +61,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def read(self, x):
-        """Images x [B, 3, 64, 64] in [-1, 1] -> the classes that they show, [B, attributes]."""
+        """Images x [B, 3, 128, 128] in [-1, 1] -> the classes that they show, [B, attributes]."""
         return torch.stack([logits.argmax(1) for logits in self(x).values()], dim=1)
 
     def save(self, path):
@@ -78,7 +78,7 @@ class Judge(nn.Module):
 
 
 def right(judge, x, scenes):
-    """Does the judge read every attribute of these B scenes in the images x [B, 3, 64, 64]? Bools [B], in numpy."""
+    """Does the judge read every attribute of these B scenes in the images x [B, 3, 128, 128]? Bools [B], in numpy."""
     device, answers = next(judge.parameters()).device, labels(scenes)
     classes = in_batches(lambda x: judge.read(x.to(device)).cpu(), 256, x)
     return ((classes == answers) | (answers == -1)).all(dim=1).numpy()

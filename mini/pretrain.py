@@ -28,10 +28,12 @@ from clip_text import END, START, CLIPTextConfig, CLIPTokenizer
 from diffusion import NoiseSchedule, Sampling
 from formats.checkpoint import Model, load_clip, load_vae, save_clip, save_folder, save_vae
 from formats.weights import write_json
-from images import enlarge, grid, save_png, to_image
-from mini.judge import Judge, in_batches, labels, right
+from images import grid, save_png, to_image
 from mini.drawing import SIZE, render
-from mini.world import KINDS, caption, random_edit, random_scene
+from mini.judge import Judge, in_batches, labels, right
+from mini.wording import all_words
+from mini.words import caption
+from mini.world import random_edit, random_scene
 from stable_diffusion import StableDiffusion
 from train import Settings, autocasting, fit
 from training.runs import PROCESSES, RANK, barrier, join, read_metrics
@@ -72,8 +74,8 @@ def to_images(pixels, device="cpu"):
     return (x.float() / 127.5 - 1).permute(0, 3, 1, 2).contiguous()
 
 
-# A stage is a function of the options, its settings, the training scenes with their pixels [count, 128, 128, 3], and the
-# held-out scenes with their images [count, 3, 128, 128]. It returns the network to train, loss_of and evaluate as
+# A stage is a function of the options, its settings, the training scenes with their pixels [count, 128, 128, 3], and
+# the held-out scenes with their images [count, 3, 128, 128]. It returns the network to train, loss_of and evaluate as
 # `train.fit` takes them, and finish(network), which saves what was trained and returns numbers for results.json.
 
 
@@ -83,7 +85,7 @@ def vae_stage(options, settings, drawn, pixels, held_out, images):
 
     def loss_of(network, draws):
         x = to_images(pixels[draws.integers(len(drawn)).numpy()], device)
-        if draws.step < 0.8 * settings.max_steps:  # a quarter of each image first, which is four times as fast
+        if draws.step < 0.9 * settings.max_steps:  # a quarter of each image first, which is four times as fast
             top, left = torch.randint(SIZE // 2 + 1, (2,), generator=draws.generator).tolist()
             x = x[:, :, top : top + SIZE // 2, left : left + SIZE // 2].contiguous()
         with options.autocast():
@@ -97,7 +99,7 @@ def vae_stage(options, settings, drawn, pixels, held_out, images):
 
     def evaluate(step):
         some = [*images[:16], *vae.decode(vae.encode(images[:16]).mode())]
-        save_png(grid([enlarge(to_image(x)) for x in some], 8), options.out / "vae" / "samples.png")
+        save_png(grid([to_image(x) for x in some], 8), options.out / "vae" / "samples.png")
 
     def finish(vae):
         normalise_latents(vae, encode_all(vae, pixels[:2048], options).float())
@@ -138,41 +140,58 @@ def normalise_latents(vae, latents):
 def clip_stage(options, settings, drawn, pixels, held_out, images):
     """Both towers by the contrastive loss (Radford et al. 2021), on captions and images.
 
-    Captions hold no instructions, so a second loss, on texts alone, pulls an instruction towards the difference of the
-    captions after and before it. No edited image is shown. Each process contrasts its own rows of the total batch.
+    Captions hold no instructions, so two more losses, on texts alone, pull an instruction towards the plainest one that
+    asks for the same, and towards the difference of the captions after and before it. No edited image is shown. Each
+    process contrasts its own rows of the total batch.
     """
-    device, tokenizer = options.device, train_tokenizer(world_texts())
+    device, tokenizer = options.device, train_tokenizer(all_words())
     size = {"width": 128, "layers": 4, "heads": 4, "projection": 128}  # of either tower
     text = CLIPTextConfig(len(tokenizer.vocabulary), tokenizer.tokens, end_token=tokenizer.end, **size)
-    clip = CLIP(text, CLIPImageConfig(size=SIZE, patch=8, **size)).to(device)
+    clip = CLIP(text, CLIPImageConfig(size=SIZE, patch=16, **size)).to(device)
     for name, weight in clip.named_parameters():
         if "embedding" in name:  # small, as CLIP's authors start from; torch's own are fifty times larger
             nn.init.normal_(weight, std=0.02)
-    captions = tokenizer([caption(scene) for scene in drawn])
+    captions = tokenizer(styled_captions(drawn))
     rng = np.random.default_rng(settings.seed)
-    edits = [random_edit(rng) for _ in range(min(20_000, options.scenes))]
-    triplets = [tokenizer([caption(edit.before), edit.instruction, caption(edit.after)]) for edit in edits]
-    triplets = torch.stack(triplets, dim=1)  # [3, edits, L]
+    edits = [random_edit(rng) for _ in range(2 * options.scenes)]
+    texts = [(before, edit.instruction, edit.canonical, after) for edit in edits for before, after in [edit.captions]]
+    texts = torch.stack([tokenizer(of_kind) for of_kind in zip(*texts, strict=True)])  # [4, edits, L]
+    met = torch.cat([captions.unique(), texts.unique()]).unique()
 
     def loss_of(network, draws):
         chosen, picked = draws.integers(len(drawn)).numpy(), draws.integers(len(edits)).numpy()
-        ids = triplets[:, picked[: max(1, len(picked) // 4)]]
+        ids = texts[:, picked[: max(1, len(picked) // 2)]]
         x = (to_images(pixels[chosen], device) + 1) / 2
         with options.autocast():
             image = network.image.features(x).float()
             words = network.text.features(captions[chosen].to(device)).float()
-            before, instruction, after = network.text.features(ids.flatten(0, 1).to(device)).float().chunk(3)
+            features = network.text.features(ids.flatten(0, 1).to(device)).float()
+        before, instruction, plainest, after = features.chunk(4)
         scale = network.logit_scale.exp().clamp(max=100)
         turn = F.normalize(after - before, dim=-1)
         loss = contrast(scale * image @ words.T, captions[chosen])
-        return loss + 0.5 * contrast(10 * instruction @ turn.T, ids[1])
+        loss = loss + 0.5 * contrast(20 * instruction @ plainest.T, ids[2])
+        return loss + 0.5 * contrast(10 * instruction @ turn.T, ids[2])
 
     def finish(clip):
+        unmet = torch.ones(text.vocabulary, dtype=torch.bool, device=device)
+        unmet[met] = False
+        clip.text.token_embedding.weight[unmet] = 0  # rather than noise: bytes that no text of this world has
         save_clip(clip, tokenizer, options.out / "clip_model", torch.float16)
-        texts = [caption(scene) for scene in held_out]
+        texts = styled_captions(held_out)
         best = (clip.image.features((images + 1) / 2) @ clip.text.features(tokenizer(texts).to(device)).T).argmax(1)
         right = [texts[found] == text for found, text in zip(best.tolist(), texts, strict=True)]
-        return {f"image to caption, first of {len(texts)}": float(np.mean(right))}
+        rng = np.random.default_rng(settings.seed + 1)
+        asked = [random_edit(rng, wording="new") for _ in range(1000)]
+        plainest = list(dict.fromkeys(edit.canonical for edit in asked))
+        found = clip.text.features(tokenizer([edit.instruction for edit in asked]).to(device))
+        found = (found @ clip.text.features(tokenizer(plainest).to(device)).T).argmax(1).tolist()
+        alike = [plainest[at] == edit.canonical for at, edit in zip(found, asked, strict=True)]
+        return {
+            f"image to caption, first of {len(texts)}": float(np.mean(right)),
+            f"instruction in held-out words to its plainest one, first of {len(plainest)}": float(np.mean(alike)),
+            "tokens never met": int(unmet.sum()),
+        }
 
     return clip, loss_of, None, finish
 
@@ -184,25 +203,23 @@ def contrast(logits, ids):
     return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))
 
 
-def world_texts():
-    """Captions and instructions of training, a few of every kind: what the tokenizer and CLIP read."""
-    rng = np.random.default_rng(0)
-    edits = [random_edit(rng, kind) for kind in KINDS for _ in range(1500)]
-    return [text for edit in edits for text in (caption(edit.before), edit.instruction, caption(edit.after))]
+def styled_captions(scenes):
+    """A caption for every scene; every third one is plain."""
+    return [caption(scene, number if number % 3 else 0) for number, scene in enumerate(scenes)]
 
 
 def train_tokenizer(texts):
-    """A byte-level BPE in CLIP's format: after the merges, every word of the world is one token."""
+    """A byte-level BPE in CLIP's format: after the merges, every word of these texts is one token."""
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
     clip = CLIPTokenizer({START: 0, END: 1}, []).bpe
     bpe.normalizer, bpe.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
     letters, end = sorted(pre_tokenizers.ByteLevel.alphabet()), "</w>"
-    learning = {"initial_alphabet": letters, "end_of_word_suffix": end, "min_frequency": 2, "vocab_size": 2000}
+    learning = {"initial_alphabet": letters, "end_of_word_suffix": end, "min_frequency": 1, "vocab_size": 4000}
     bpe.train_from_iterator(texts, trainers.BpeTrainer(**learning, show_progress=False))
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     # CLIP's order: the bytes, the bytes that end a word, the merges, the two special tokens
     pieces = letters + [letter + end for letter in letters] + [a + b for a, b in merges] + [START, END]
-    return CLIPTokenizer({piece: number for number, piece in enumerate(dict.fromkeys(pieces))}, merges, tokens=24)
+    return CLIPTokenizer({piece: number for number, piece in enumerate(dict.fromkeys(pieces))}, merges, tokens=40)
 
 
 def judge_stage(options, settings, drawn, pixels, held_out, images):
@@ -246,7 +263,7 @@ def sd_stage(options, settings, drawn, pixels, held_out, images):
     clip.text.projection, clip.text.config = None, replace(clip.text.config, projection=None)  # which is CLIP's alone
     judge = Judge.load(out / "judge.safetensors", device)
     latents = encode_all(vae, pixels, options).contiguous()
-    captions, null = tokenizer([caption(scene) for scene in drawn]), tokenizer([""])
+    captions, null = tokenizer(styled_captions(drawn)), tokenizer([""])
     model = Model(unet, vae, clip.text, tokenizer, MINI_SAMPLING)
     sampler, schedule = StableDiffusion(model), NoiseSchedule()
 
@@ -259,19 +276,16 @@ def sd_stage(options, settings, drawn, pixels, held_out, images):
             eps = network(schedule.add_noise(z, noise, t), t, context, options.attend).float()
         return (schedule.min_snr(t) * (eps - noise).square().mean((1, 2, 3))).mean()
 
-    def sample(scenes, seeds):
-        return sampler.sample([caption(scene) for scene in scenes], seeds)
-
     def evaluate(step):
         some = held_out[:32]
-        x = sample(some, range(len(some)))
-        sheet = grid([enlarge(to_image(image)) for image in x], 8, [caption(scene) for scene in some])
+        x = sampler.sample(texts := styled_captions(some), range(len(some)))
+        sheet = grid([to_image(image) for image in x], 8, texts)
         save_png(sheet, out / "sd" / "samples.png")
         return {"all attributes right": right(judge, x, some).mean()}
 
     def finish(unet):
         save_folder(model, out / "sd_model", torch.float16)
-        x = in_batches(sample, 64, held_out, range(len(held_out)))
+        x = in_batches(sampler.sample, 64, styled_captions(held_out), range(len(held_out)))
         return {f"all attributes right on {len(held_out)} held-out captions": right(judge, x, held_out).mean()}
 
     return unet, loss_of, evaluate, finish
@@ -287,10 +301,10 @@ def start_at_zero(unet):
 
 
 STAGES = {  # batch_size: examples a step, of all processes together
-    "vae": (vae_stage, Settings(5600, lr=2e-3, batch_size=16, lr_decay=0.7, seed=2)),
-    "clip": (clip_stage, Settings(1000, lr=1e-3, batch_size=128, lr_decay=0.7, beta2=0.98, weight_decay=0.05, seed=3)),
-    "judge": (judge_stage, Settings(700, lr=2e-3, batch_size=64, seed=1)),
-    "sd": (sd_stage, Settings(4200, lr=1e-3, batch_size=32, seed=4)),
+    "vae": (vae_stage, Settings(4800, lr=2e-3, batch_size=16, lr_decay=0.7, seed=2)),
+    "clip": (clip_stage, Settings(2000, lr=1e-3, batch_size=128, lr_decay=0.7, beta2=0.98, weight_decay=0.05, seed=3)),
+    "judge": (judge_stage, Settings(1000, lr=2e-3, batch_size=64, seed=1)),
+    "sd": (sd_stage, Settings(8000, lr=1e-3, batch_size=32, seed=4)),
 }
 
 
