@@ -5,6 +5,7 @@ which measures edits, uses one vector a text: the state at the end token, projec
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,6 +131,14 @@ class CLIPTokenizer:
         pieces = self.bpe.encode(text)
         room = self.tokens - 2
         return text[pieces.offsets[room][0] :].strip() if len(pieces.ids) > room else ""
+
+    def unknown(self, text):
+        """The words of `text` that a model of few words does not know: they are spelt in several tokens.
+
+        CLIP's own vocabulary of 49,408 tokens spells rare words so, too, and is trained on them; to it all are known.
+        """
+        words = re.findall(r"[^\W\d_]+", text) if len(self.vocabulary) < 10_000 else []
+        return [word for word in words if len(self.bpe.encode(word).ids) > 1]
 
     @classmethod
     def load(cls, folder, tokens=77):

@@ -32,7 +32,7 @@ from formats.weights import fingerprint, write_json
 from gpu.compiled import NOTICE, compile_model
 from images import to_image, to_tensor
 from language.captions import FIELDS, read_edits
-from p2p import CONTROLS, PairNoise, sample_pairs
+from p2p import CONTROLS, P_RANGE, PairNoise, sample_pairs
 from pages.browse import write_page
 from stable_diffusion import StableDiffusion
 
@@ -70,7 +70,8 @@ class Sampler:
         side = options.resolution // model.vae.config.factor
         before, after = ([self.edits[number][field] for number, _ in jobs] for field in ("caption", "output"))
         shape, seeds = (model.vae.config.latent_channels, side, side), [seed for _, seed in jobs]
-        noise = PairNoise(seeds, shape, options.guidance, device=model.device)
+        p = [self.edits[number]["p"] or P_RANGE for number, _ in jobs]
+        noise = PairNoise(seeds, shape, options.guidance, p, model.device)
         # x: twice [B, 3, H, W]
         how = options.steps, options.sampler, options.schedule
         x = sample_pairs(model, before, after, noise, *how, control=options.control)
@@ -81,6 +82,8 @@ class Sampler:
         seen = [torch.stack([to_tensor(image) for image in half]).add(1).div(2).to(model.device) for half in images]
         ids = (self.tokenizer(texts).to(model.device) for texts in (before, after))
         scores = {"p2p_threshold": noise.p, "cfg_scale": noise.guidance, **self.clip.edit_similarities(*seen, *ids)}
+        same = torch.tensor([first == second for first, second in zip(before, after, strict=True)])
+        scores["clip_sim_dir"][same] = 1.0  # no change is asked for, and none is made: their cosine has no meaning
         pairs = []
         for index, (_, seed) in enumerate(jobs):
             metadata = {"seed": seed, **{name: round(values[index].item(), 6) for name, values in scores.items()}}

@@ -14,6 +14,7 @@ Splits go by position in seeds.json: the first 90 % are for training, 5 % for va
 
 import argparse
 import json
+import re
 import shutil
 import sys
 from collections import Counter, namedtuple
@@ -221,11 +222,14 @@ class EditDataset(Dataset):
                 raise UserError(f"{reason}: {error}") from error
             print(f"skipped: {error}", file=sys.stderr)
             return None
-        before, after = self.crop(images, generator) if self.resolution else images
-        return to_tensor(before), to_tensor(after), instruction
+        mirrored = False
+        if self.resolution:
+            *images, mirrored = self.crop(images, generator)
+        before, after = map(to_tensor, images)
+        return before, after, other_way_round(instruction) if mirrored else instruction
 
     def crop(self, images, generator):
-        """Two images of one size -> squares of `resolution`; in the middle, or with a generator augmented."""
+        """Two images of one size -> squares of `resolution`, in the middle, or with a generator augmented; mirrored?"""
         if generator is None:
             side, x, y, mirrored = self.resolution, 0.5, 0.5, False
         else:
@@ -240,6 +244,13 @@ class EditDataset(Dataset):
             cropped = image.resize(size, Image.Resampling.LANCZOS)
             cropped = cropped.crop((left, top, left + self.resolution, top + self.resolution))
             yield ImageOps.mirror(cropped) if mirrored else cropped
+        yield mirrored
+
+
+def other_way_round(text):
+    """An instruction for mirrored images: left for right, and right for left."""
+    sides = {"left": "right", "right": "left"}
+    return re.sub(r"(?i)\b(left|right)\b", lambda found: sides[found[0].lower()], text)
 
 
 # ---- the program ----

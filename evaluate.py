@@ -25,8 +25,8 @@ def main(arguments=None):
     add = world.add_argument
     add("--model", default=mini / "editor", metavar="M", help="the editor: a folder or a file (default: %(default)s)")
     add("--bound", metavar="M", help="an editor trained on true pairs, to compare with")
-    add("--count", type=WHOLE, default=504, metavar="N", help="edits, a multiple of 14 (default: 504)")
-    add("--batch-size", type=WHOLE, default=63, metavar="B", help="edits at a time (default: 63)")
+    add("--count", type=WHOLE, default=600, metavar="N", help="edits, a multiple of 30 (default: 600)")
+    add("--batch-size", type=WHOLE, default=60, metavar="B", help="edits at a time (default: 60)")
     add("--cfg-text", type=SCALE, metavar="S", help="text guidance s_T (default: each model's own)")
     add("--cfg-image", type=SCALE, metavar="S", help="image guidance s_I (default: each model's own)")
     add_sampler(add)

@@ -149,7 +149,7 @@ class PairNoise:
     """
 
     def __init__(self, seeds, shape, guidance, p=P_RANGE, device="cpu"):
-        """seeds: B whole numbers, shape (C, h, w) of a latent, guidance and p: the ranges to draw from."""
+        """seeds: B whole numbers, shape (C, h, w) of a latent, guidance and p: ranges to draw from, p: or B of them."""
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
         self.shape, self.device = shape, device
         self.first = self.draw()
@@ -157,9 +157,10 @@ class PairNoise:
             on_cpu = self.generators
         else:
             on_cpu = [torch.Generator().manual_seed(seed) for seed in seeds]
+        ranges = p if isinstance(p, list) else [p] * len(seeds)
         self.p, scales = (  # [B] each, on the CPU
-            low + (high - low) * torch.cat([torch.rand(1, generator=generator) for generator in on_cpu])
-            for low, high in (p, guidance)
+            torch.cat([low + (high - low) * torch.rand(1, generator=g) for g, (low, high) in drawn])
+            for drawn in (zip(on_cpu, ranges, strict=True), zip(on_cpu, [guidance] * len(seeds), strict=True))
         )
         self.guidance = scales.to(device)
 

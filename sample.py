@@ -179,6 +179,8 @@ def main(arguments=None):
             continue
         for cut_off in filter(None, map(model.tokenizer.cut_off, texts)):
             say(f'the instruction is too long; the model does not see its end: "{cut_off}"')
+        for word in (word for text in texts for word in model.tokenizer.unknown(text)):
+            say(f'this model was trained on few words, and knows no "{word}"')
         if waiting and (edit.before.size != waiting[0].before.size or len(waiting) >= options.batch_size):
             finish_waiting()
         waiting.append(edit)

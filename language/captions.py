@@ -25,7 +25,10 @@ def read_captions(path):
 
 
 def read_edits(*paths):
-    """The triplets of all these files: a list of dicts with the texts of FIELDS, and url. Raises UserError."""
+    """The triplets of all these files: a list of dicts with the texts of FIELDS, and url. Raises UserError.
+
+    A triplet may have "p": [LOW, HIGH], the range of Prompt-to-Prompt's p for its pairs; None without.
+    """
     edits = []
     for path in paths:
         for place, row in read_rows(path, NAMES["edit"]):
@@ -33,7 +36,10 @@ def read_edits(*paths):
                 edit = {field: text_of(row, names, field != "url") for field, names in NAMES.items()}
                 if empty := [field for field in FIELDS if not edit[field]]:
                     raise ValueError(f"{empty[0]} is empty")
-            edits.append(edit | {"url": edit["url"] or None})
+                p = row.get("p")
+                if p is not None and not 0 <= float(p[0]) <= float(p[1]) <= 1:
+                    raise ValueError(f"p should be [LOW, HIGH] within 0 and 1, not {p}")
+            edits.append(edit | {"url": edit["url"] or None, "p": p})
     if not edits:
         raise UserError(f"{paths[0]} holds no edits; datagen.py text writes such files")
     return edits

@@ -14,12 +14,8 @@ from tqdm import tqdm
 
 from dataset import Pair, begin_data_set, folder_name, write_edit, write_seeds
 from language.captions import begin_file
-from mini.world import caption, random_edit, render
-
-
-def triplet(edit):
-    """An edit of the miniature's world as a record."""
-    return {"caption": caption(edit.before), "edit": edit.instruction, "output": caption(edit.after), "url": None}
+from mini.drawing import render
+from mini.world import random_edit
 
 
 def main(arguments=None):
@@ -38,14 +34,14 @@ def main(arguments=None):
         begin_file(out, settings)
         if not out.exists():
             with atomic_write(out) as beside:
-                beside.write_text("".join(json.dumps(triplet(edit)) + "\n" for edit in edits), encoding="utf-8")
+                beside.write_text("".join(json.dumps(edit.triplet()) + "\n" for edit in edits), encoding="utf-8")
         print(f"{out}: {len(edits)} triplets")
     else:
         begin_data_set(out, settings)
         for number, edit in enumerate(tqdm(edits, desc="drawing", unit="pair", mininterval=5, leave=False)):
             if not (out / folder_name(number)).exists():
                 pair = Pair(render(edit.before), render(edit.after), {"seed": edit.before.layout})
-                write_edit(out, number, triplet(edit), [pair])
+                write_edit(out, number, edit.triplet(), [pair])
         print(f"{out}: {write_seeds(out)} true pairs")
 
 

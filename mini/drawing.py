@@ -20,11 +20,15 @@ COLOURS = {
 }  # fmt: skip
 SIZES = {"small": 8.0, "large": 13.0}  # half of a thing's height, about
 
-def render(scene):
-    """Draw a scene: an RGB image of 128x128 pixels. Equal scenes give equal pixels."""
+def render(scene, far=None, shifts=((0, 0), (0, 0))):
+    """Draw a scene: an RGB image of 128x128 pixels. Equal scenes give equal pixels.
+
+    far: x of the sun, the moon or a cloud, in place of the layout's. shifts: (x, y) by which the things are moved.
+    """
     rng, sketched = np.random.default_rng(scene.layout), scene.medium == "sketch"
-    pixels = draw_background(scene.background, rng)  # [128, 128, 3], float in [0, 255]
+    pixels = draw_background(scene.background, rng, far)  # [128, 128, 3], float in [0, 255]
     places = [(x + rng.uniform(-2, 2), 51 + rng.uniform(-3, 3)) for x in (18, 46)]
+    places = [(x + dx, y + dy) for (x, y), (dx, dy) in zip(places, shifts, strict=True)]
     tints, scales, tilts = rng.uniform(-10, 10, (2, 3)), rng.uniform(0.94, 1.06, 2), rng.uniform(-0.1, 0.1, 2)
     tiles = rng.uniform(0.92, 1.06, (WORLD // 4, WORLD // 4, 1))
     if sketched:
@@ -57,12 +61,13 @@ GRADIENTS = {  # background: the colours at the top and the bottom of the sky, a
 Y, X = (np.mgrid[:SIZE, :SIZE] + 0.5) / UNIT  # [128, 128], the centres of the pixels
 
 
-def draw_background(name, rng):
+def draw_background(name, rng, far=None):
     """A landscape [128, 128, 3]; every name draws the same numbers, so that a change of background keeps the rest."""
     horizon = 33 + rng.uniform(-4, 4)
     waves = [(rng.uniform(1, 2.5), rng.uniform(0.08, 0.14), rng.uniform(0, 6.3)) for _ in range(2)]
     spots = rng.uniform(0, WORLD, (16, 2))  # (x, y) of stars, snowflakes, leaves
-    far = rng.uniform(14, 50)  # x of the sun, the moon or a cloud
+    layout_far = rng.uniform(14, 50)
+    far = layout_far if far is None else far  # x of the sun, the moon or a cloud
     hills = horizon + sum(height * np.sin(pace * X + phase) for height, pace, phase in waves)
     if name == "paper":
         return blend((254, 254, 252), (244, 243, 238), Y / WORLD)

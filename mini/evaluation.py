@@ -1,6 +1,6 @@
 """What evaluate.py measures in the miniature world: editors on edits whose true result is known, and generated pairs.
 
-All scenes are held-out compositions; half of the editors' edits have phrasings that training never uses.
+All scenes are held-out compositions; the editors' edits are worded plainly, as in training, and as it never words them.
 """
 
 import json
@@ -16,41 +16,49 @@ from dataset import Filter
 from formats import hub
 from formats.checkpoint import load_clip
 from gpu.savings import Savings
-from images import enlarge, grid, save_png, to_image, to_tensor
+from images import grid, save_png, to_image, to_tensor
 from ip2p import InstructPix2Pix
+from mini.drawing import render
+from mini.faults import VISIBLE, clean
 from mini.judge import Judge, in_batches, right
-from mini.world import KINDS, caption, random_edit, render
+from mini.wording import CLASSES, STYLES
+from mini.world import KINDS, P_RANGE, random_edit
+from p2p import P_RANGE as PAPERS_P_RANGE
 from p2p import PairNoise, sample_pairs
 from stable_diffusion import StableDiffusion
 
 CHANGED = 0.02  # a pixel whose true change is larger, in any channel in [0, 1], belongs to the edited region ...
-MARGIN = 4  # ... and so do the pixels at most this far from it: one latent, which an edit changes as a whole
+MARGIN = 8  # ... and so do the pixels at most this far from it: one latent, which an edit changes as a whole
 TOUCHED = 0.05  # the largest mean L1 outside the region, in [0, 1], at which an edit still succeeds
 EDITOR, BOUND = "this editor", "the same, trained on true pairs (upper bound)"
 COPY, FLOOR, TRUE = "copy the input", "true image through the VAE (floor)", "true image (the judge's own error)"
 MEANING = f"""\
 A success: the judge reads every attribute of the edited image as in the true edited scene, and outside the edited
 region the image differs from the true one by at most {TOUCHED} (mean L1 in [0, 1]). Edits that leave less than 1 % of
-the image outside, as those of the medium do, are judged by the attributes alone and do not count in the mean L1."""
+the image outside, as those of the medium do, are judged by the attributes alone and do not count in the mean L1.
+Clean: a success without a fault that anyone would see, as a second moon or a ghost of what was removed (mini/faults.py:
+averaged colours differ nowhere by more than {VISIBLE}). Wordings: plain templates; whatever training uses; and
+constructions and words that it never uses."""
 SIMILARITIES = ("clip_sim_0", "clip_sim_1", "clip_sim_dir", "clip_sim_image")
 
 
 def held_out_edits(count, seed=0, validation=False):
-    """`count` edits, all kinds equally often, half of each kind in training's phrasings and half in new ones.
+    """`count` edits, all kinds equally often, and of each kind all wordings.
 
     Equal seeds give equal edits; fewer edits are the first of more. validation: a separate stream of edits.
     """
-    if count % (2 * len(KINDS)):
-        raise UserError(f"the count of edits should be a multiple of {2 * len(KINDS)} (kinds x phrasings), not {count}")
+    if count % (len(KINDS) * len(CLASSES)):
+        multiple = len(KINDS) * len(CLASSES)
+        raise UserError(f"the count of edits should be a multiple of {multiple} (kinds x wordings), not {count}")
     edits, stream = [], 8_002 if validation else 8_001
     for number in range(count):
-        rng, new = np.random.default_rng([stream, seed, number]), number // len(KINDS) % 2 == 1
-        edits.append(random_edit(rng, KINDS[number % len(KINDS)], test=True, new_phrasing=new))
+        rng, wording = np.random.default_rng([stream, seed, number]), CLASSES[number // len(KINDS) % len(CLASSES)]
+        edits.append(random_edit(rng, KINDS[number % len(KINDS)], test=True, wording=wording))
     return edits
 
 
 def true_images(edits):
-    """The images before and after the edits: two tensors [count, 3, 64, 64] in [-1, 1]."""
+    """The images before and after the edits: two tensors [count, 3, 128, 128] in [-1, 1]."""
     pairs = [(to_tensor(render(edit.before)), to_tensor(render(edit.after))) for edit in edits]
     return tuple(torch.stack(images) for images in zip(*pairs, strict=True))
 
@@ -71,25 +79,36 @@ def edit_all(model, edits, before, sampling, batch_size, savings=None):
 
 
 def measure(images, edits, before, after, judge):
-    """How well do `images` show `edits`? All images [count, 3, 64, 64] in [-1, 1]; before, after: the true ones.
+    """How well do `images` show `edits`? All images [count, 3, 128, 128] in [-1, 1]; before, after: the true ones.
 
     Returns fractions in [0, 1]; l1_outside is the mean of the edits that leave anything outside.
     """
     attributes = right(judge, images, [edit.after for edit in edits])
     l1, counts = (values.numpy() for values in l1_outside(images, before, after))
     success = attributes & (l1 <= TOUCHED)
-    kinds, new = np.array([edit.kind for edit in edits]), np.array([edit.new_phrasing for edit in edits])
+    spotless = success & clean(images, edits).numpy()
+
+    def by(name, values):
+        of = np.array([getattr(edit, name) for edit in edits])
+        return {value: fractions(success[of == value], spotless[of == value]) for value in values}
+
     return {
         "count": len(edits),
         "success": float(success.mean()),
         "interval": wilson(int(success.sum()), len(edits)),
         "attributes": float(attributes.mean()),
         "l1_outside": float(l1[counts].mean()),
-        "known_phrasings": float(success[~new].mean()),
-        "new_phrasings": float(success[new].mean()),
-        "kinds": {kind: float(success[kinds == kind].mean()) for kind in KINDS},
+        "clean": float(spotless.mean()),
+        "wordings": by("wording", CLASSES),
+        "styles": by("style", STYLES),
+        "kinds": by("kind", KINDS),
         "failed": np.flatnonzero(~success).tolist(),
     }
+
+
+def fractions(*counted):
+    """The means of arrays of bools; None of empty ones."""
+    return [float(values.mean()) if len(values) else None for values in counted]
 
 
 def edited_region(before, after):
@@ -128,19 +147,21 @@ def clip_scores(clip, tokenizer, images, edits, before, batch_size=63):
 
 def tables(results):
     """The results in Markdown: {title: table}, the overall one first."""
-    overall, kinds = {}, {}
+    overall, parts = {}, {title: {} for title in ("wordings", "kinds", "styles")}
     for name, row in results["rows"].items():
         low, high = row["interval"]
         success = f"**{percent(row['success'])}** [{100 * low:.1f} to {percent(high)}]"
-        phrasings = percent(row["known_phrasings"]), percent(row["new_phrasings"])
-        overall[name] = [success, percent(row["attributes"]), f"{row['l1_outside']:.4f}", *phrasings]
-        kinds[name] = map(percent, row["kinds"].values())
+        overall[name] = [success, percent(row["clean"]), percent(row["attributes"]), f"{row['l1_outside']:.4f}"]
+        for title, table_rows in parts.items():
+            table_rows[name] = [" / ".join(map(percent, pair)) for pair in row[title].values()]
     scores = {name: [f"{score:.3f}" for score in row.values()] for name, row in results["clip"].items()}
-    columns = "success [95 % interval]", "all attributes right", "L1 outside", "known phrasings", "new phrasings"
+    columns = "success [95 % interval]", "clean", "all attributes right", "L1 outside"
     of_scores = "before to edited image", "directional", "edited image to its caption"
     return {
         "Overall": table(columns, overall),
-        "Success by the kind of edit": table(KINDS, kinds),
+        "Success / clean, by the wording": table(CLASSES, parts["wordings"]),
+        "Success / clean, by the kind of edit": table(KINDS, parts["kinds"]),
+        "Success / clean, by the style of the request": table(STYLES, parts["styles"]),
         "Mean CLIP similarities": table(of_scores, scores),
     }
 
@@ -177,12 +198,12 @@ def evaluate_world(options, settings):
         texts.append(f"- {name}: " + ", ".join(f"{key} {value}" for key, value in chosen.items()))
     texts += [f"## {title}\n\n{text}" for title, text in tables(results).items()]
     print(tables(results)["Overall"])
-    images, labels = [], []  # the first two edits of every kind, one in a known and one in a new phrasing; a row a kind
-    for position in (start + kind for kind in range(len(KINDS)) for start in (0, len(KINDS))):
+    images, labels = [], []  # two edits of every kind, a plain one and one in a wording that is held out; a row a kind
+    for position in (start + kind for kind in range(len(KINDS)) for start in (0, 2 * len(KINDS))):
         images += [before[position], edited[EDITOR][position], after[position]]
         success = "fails" if position in rows[EDITOR]["failed"] else "succeeds"
         labels += [edits[position].instruction, success, ""]
-    title = "The first edits of every kind, not selected: in phrasings of the training, and in new ones"
+    title = "The first edits of every kind, not selected: plainly worded, and in wordings that training never uses"
     layout = 6, labels, ["before", "ours", "true"] * 2, KINDS, title
     write_results(options.out, "world", results, texts, images, layout)
 
@@ -200,8 +221,9 @@ def generate(model, judge, edits, guidance, steps, batch_size):
     shape = (model.vae.config.latent_channels, side, side)
 
     def compute(edits, seeds):
-        texts = [caption(edit.before) for edit in edits], [caption(edit.after) for edit in edits]
-        x = sample_pairs(model, *texts, PairNoise(seeds, shape, guidance, device=model.device), steps)
+        p = [PAPERS_P_RANGE if edit.before.background == edit.after.background else P_RANGE for edit in edits]
+        noise = PairNoise(seeds, shape, guidance, p, model.device)
+        x = sample_pairs(model, *zip(*(edit.captions for edit in edits), strict=True), noise, steps)
         return torch.stack(x, dim=1).clamp(-1, 1).cpu()
 
     x, y = in_batches(compute, batch_size, edits, range(len(edits)), desc="pairs").unbind(1)
@@ -232,7 +254,9 @@ def evaluate_pairs(options, settings):
     rng = np.random.default_rng([8_004, options.seed])
     edits = [random_edit(rng, KINDS[number % len(KINDS)], test=True) for number in range(options.count)]
     before, after, found = generate(model, judge, edits, options.guidance, options.steps, options.batch_size)
-    scores = clip_similarities(*clip, edits, before, after, options.batch_size).T.tolist()
+    scores = clip_similarities(*clip, edits, before, after, options.batch_size)
+    scores[2, [index for index, edit in enumerate(edits) if edit.before == edit.after]] = 1  # as in datagen.py
+    scores = scores.T.tolist()
     kept = np.array([wanted.keeps(dict(zip(SIMILARITIES, row, strict=True))) for row in scores])
     rows = pair_rows(edits, found, kept)
 
@@ -242,7 +266,7 @@ def evaluate_pairs(options, settings):
     texts = ["# Generated pairs", f"`{settings['command']}`; the filter: {thresholds}", table(columns, cells)]
     print(texts[-1])
     images = torch.stack([before[:8], after[:8]], dim=1).flatten(0, 1)
-    captions = [caption(scene) for edit in edits[:8] for scene in (edit.before, edit.after)]
+    captions = [text for edit in edits[:8] for text in edit.captions]
     layout = 8, captions, ["before", "after"] * 4
     write_results(options.out, "pairs", {"settings": settings, "rows": rows}, texts, images, layout)
 
@@ -256,7 +280,7 @@ def clip_similarities(clip, tokenizer, edits, before, after, batch_size):
 
     def compute(edits, before, after):
         images = ((x.to(device) + 1) / 2 for x in (before, after))
-        texts = [caption(edit.before) for edit in edits], [caption(edit.after) for edit in edits]
+        texts = zip(*(edit.captions for edit in edits), strict=True)
         found = clip.edit_similarities(*images, *(tokenizer(captions).to(device) for captions in texts))
         return torch.stack([found[name] for name in SIMILARITIES], dim=1)
 
@@ -277,7 +301,7 @@ def table(columns, rows):
 
 def write_results(out, name, results, paragraphs, images, layout):
     """Write NAME.json, NAME.md and NAME.png into the folder `out`; images [3, H, W], layout: as for `grid`."""
-    save_png(grid([enlarge(to_image(x)) for x in images], *layout), out / f"{name}.png")
+    save_png(grid([to_image(x) for x in images], *layout), out / f"{name}.png")
     for ending, text in (("json", json.dumps(results, indent=2, default=str)), ("md", "\n\n".join(paragraphs))):
         with atomic_write(out / f"{name}.{ending}") as beside:
             beside.write_text(text + "\n", encoding="utf-8")

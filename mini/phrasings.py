@@ -236,7 +236,7 @@ TWO = {  # style: two requests in one
 NOTHING = (  # asked for nothing
     *("leave it as it is", "do nothing", "change nothing", "keep it as it is", "do not change anything", "no change"),
     *("it is fine as it is", "keep everything the same", "don't change anything, please", "it is perfect", "nothing"),
-    *("leave everything alone", "it should stay as it is", "please keep it like this", "i like it as it is", ""),
+    *("leave everything alone", "it should stay as it is", "please keep it like this", "i like it as it is"),
     *("~don't touch it", "~all is well", "~let it stay the same", "~no edit, please"),
 )
 STRANGE_REQUESTS = (  # for what this world does not have

@@ -68,7 +68,7 @@ class Edit:
         """The edit as a record of a file of edits."""
         before, after = self.captions
         record = {"caption": before, "edit": self.instruction, "output": after, "url": None}
-        return record | ({"p_range": P_RANGE} if self.before.background != self.after.background else {})
+        return record | ({"p": P_RANGE} if self.before.background != self.after.background else {})
 
 
 def held_out(scene):

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dataset import other_way_round
 from training.runs import PROCESSES, RANK
 
 ENCODED_AT_ONCE = 16 * 256 * 256  # pixels; the encoder should take less memory than the backward pass
@@ -108,7 +109,7 @@ class LatentBatches:
             for before, after, text in pairs:
                 copies = [torch.stack([x, x.flip(2)] if flip else [x]) for x in (before, after)]
                 latents.append(encode(*copies).cpu())
-                self.texts.append(text)
+                self.texts.append([text, other_way_round(text)])
                 if latents[-1].shape != latents[0].shape:
                     raise UserError("the images of the data set differ in size; use --resolution")
             if pairs:
@@ -122,4 +123,5 @@ class LatentBatches:
         edit = draws.integers(len(self.counts))
         pair = self.first[edit] + (draws.uniform() * self.counts[edit]).long()
         copy = draws.integers(self.latents.shape[2])
-        return self.latents[:, pair, copy], [self.texts[i] for i in pair.tolist()]
+        texts = [self.texts[i][k] for i, k in zip(pair.tolist(), copy.tolist(), strict=True)]
+        return self.latents[:, pair, copy], texts
