@@ -3,7 +3,8 @@
 import numpy as np
 
 from dataset import Pair, write_edit, write_seeds
-from mini.world import caption, random_edit, render
+from mini.drawing import render
+from mini.world import random_edit
 
 
 def write_pairs(root, count, size=(64, 64), different=None):

@@ -37,7 +37,7 @@ def certain(answers, seed=0):
 
 def test_a_judge_that_is_right_reads_the_truth(judge, scenes, monkeypatch):
     monkeypatch.setattr(judge, "forward", lambda x: certain(labels(scenes)))
-    x = torch.zeros(len(scenes), 3, 64, 64)
+    x = torch.zeros(len(scenes), 3, 128, 128)
     assert right(judge, x, scenes).all()
     assert right(judge, x, scenes[1:] + scenes[:1]).mean() < 0.02
 
@@ -47,19 +47,19 @@ def test_the_logits_of_a_place_come_from_its_half(judge, monkeypatch):
     class Features(nn.Module):
         def forward(self, x):
             channels = judge.squeeze.in_channels
-            return F.avg_pool2d(x, 8).repeat(1, channels, 1, 1)[:, :channels]
+            return F.avg_pool2d(x, 16).repeat(1, channels, 1, 1)[:, :channels]
 
     monkeypatch.setattr(judge, "features", Features())
-    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     logits = judge(x)
     assert {name: part.shape for name, part in logits.items()} == {n: (1, len(o)) for n, o in ATTRIBUTES.items()}
-    x[:, :, :, 40:] += 1
+    x[:, :, :, 80:] += 1
     changed = {name for name, part in judge(x).items() if not torch.equal(part, logits[name])}
     assert changed == {name for name in ATTRIBUTES if not name.startswith("left")}
 
 
 def test_the_loss_asks_for_the_truth_and_for_nothing_about_nothing(judge, scenes, monkeypatch):
-    x, answers = torch.zeros(len(scenes), 3, 64, 64), labels(scenes)
+    x, answers = torch.zeros(len(scenes), 3, 128, 128), labels(scenes)
     for seed in (0, 1):  # the logits that differ are those of the colour and the size of nothing, and far from the rest
         monkeypatch.setattr(judge, "forward", lambda x, seed=seed: certain(answers, seed))
         assert judge.loss(x, answers).item() < 1e-6
@@ -71,7 +71,7 @@ def test_the_loss_asks_for_the_truth_and_for_nothing_about_nothing(judge, scenes
 @torch.no_grad()
 def test_a_judge_survives_being_saved(judge, tmp_path):
     """In float16, and used in float32."""
-    x = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     judge.half().float().save(tmp_path / "judge.safetensors")
     assert {tensor.dtype for tensor in load_file(tmp_path / "judge.safetensors").values()} == {torch.float16}
     again = Judge.load(tmp_path / "judge.safetensors")

@@ -20,9 +20,10 @@ from reference import relative_error
 from clip_text import CLIPTokenizer
 from formats.checkpoint import load, load_clip, load_vae
 from mini import pretrain
+from mini.drawing import SIZE
 from mini.judge import Judge
-from mini.pretrain import contrast, normalise_latents, train_tokenizer, world_texts
-from mini.world import SIZE
+from mini.pretrain import contrast, normalise_latents, train_tokenizer
+from mini.wording import all_words
 from stable_diffusion import StableDiffusion
 from training.runs import read_metrics
 from vae import VAE, VAEConfig
@@ -61,15 +62,15 @@ def test_latents_are_normalised_and_images_stay():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer(world_texts()[::16])
+    return train_tokenizer(all_words())
 
 
 def test_the_tokenizer_equals_transformers(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
-    again = CLIPTokenizer.load(tmp_path, 24)
+    again = CLIPTokenizer.load(tmp_path, 40)
     theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
-    texts = [*world_texts()[::500], "", "unknown words, naïve 밤 😀 123!", "word " * 50]
-    ids = theirs(texts, padding="max_length", truncation=True, max_length=24, return_tensors="pt").input_ids
+    texts = [*all_words()[::5], "", "unknown words, naïve 밤 😀 123!", "word " * 50]
+    ids = theirs(texts, padding="max_length", truncation=True, max_length=40, return_tensors="pt").input_ids
     assert tokenizer(texts).tolist() == again(texts).tolist() == ids.tolist()
 
 
