@@ -19,7 +19,7 @@ from gpu.savings import Savings
 from images import grid, save_png, to_image, to_tensor
 from ip2p import InstructPix2Pix
 from mini.drawing import render
-from mini.faults import VISIBLE, clean
+from mini.faults import VISIBLE, fault
 from mini.judge import Judge, in_batches, right
 from mini.wording import CLASSES, STYLES
 from mini.world import KINDS, P_RANGE, random_edit
@@ -86,7 +86,7 @@ def measure(images, edits, before, after, judge):
     attributes = right(judge, images, [edit.after for edit in edits])
     l1, counts = (values.numpy() for values in l1_outside(images, before, after))
     success = attributes & (l1 <= TOUCHED)
-    spotless = success & clean(images, edits).numpy()
+    spotless = np.array([ok and fault(*of) <= VISIBLE for ok, *of in zip(success, images, edits, strict=True)])
 
     def by(name, values):
         of = np.array([getattr(edit, name) for edit in edits])

@@ -6,7 +6,6 @@ cannot know is tried out: where in its place a new thing stands, and a sun or mo
 
 from itertools import product
 
-import torch
 import torch.nn.functional as F
 
 from images import to_tensor
@@ -21,7 +20,7 @@ HORIZON = slice(25 * UNIT, 44 * UNIT)  # rows that hold it; white paper does not
 def fault(image, edit):
     """The largest difference that anyone would see, in [0, 1]: image [3, H, W] in [-1, 1] and the edit's true result.
 
-    It is the smallest that any of the true drawings gives; a clean image has at most VISIBLE.
+    It is that to the drawing of the layout or, if that is VISIBLE, the smallest that any of the true drawings gives.
     """
     seen, after = blurred(image), edit.after
     hidden = edit.before.background == "paper" and after.background != "paper"
@@ -32,6 +31,9 @@ def fault(image, edit):
             error[HORIZON] = 0
         return error.max().item()
 
+    found = difference(None, ((0, 0), (0, 0)))
+    if found <= VISIBLE:
+        return found
     shown = edit.before.background in WITH_FAR or after.background not in WITH_FAR
     fars = [None] if shown else [None, *range(14, 51, 3)]
     far = min(fars, key=lambda far: difference(far, ((0, 0), (0, 0))))
@@ -47,8 +49,3 @@ def blurred(image):
     """An image [3, H, W] in [-1, 1] -> its averaged colours [3, H, W] in [0, 1]; those beyond its border repeat it."""
     padded = F.pad(image[None], [BLUR // 2] * 4, mode="replicate")
     return (F.avg_pool2d(padded, BLUR, stride=1)[0].clamp(-1, 1) + 1) / 2
-
-
-def clean(images, edits):
-    """Is each image free of faults? images [B, 3, H, W] in [-1, 1]; bool [B]."""
-    return torch.tensor([fault(image, edit) <= VISIBLE for image, edit in zip(images, edits, strict=True)])

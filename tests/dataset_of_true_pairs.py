@@ -12,8 +12,7 @@ def write_pairs(root, count, size=(64, 64), different=None):
     root.mkdir()
     for number in range(count):
         edit = random_edit(np.random.default_rng(number % (different or count)))
-        prompt = {"caption": caption(edit.before), "edit": edit.instruction, "output": caption(edit.after), "url": None}
         before, after = (render(scene).resize(size) for scene in (edit.before, edit.after))
-        write_edit(root, number, prompt, [Pair(before, after, {"seed": number})])
+        write_edit(root, number, edit.triplet(), [Pair(before, after, {"seed": number})])
     write_seeds(root)
     return root

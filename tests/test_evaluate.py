@@ -1,6 +1,7 @@
 """evaluate.py: what it takes for a success, that the edits are what they claim to be, and the program end to end."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,10 +16,15 @@ import evaluate
 from clip_image import CLIP, CLIPImageConfig
 from clip_text import CLIPTextConfig
 from formats.checkpoint import save_clip, save_folder
+from images import to_tensor
 from mini import evaluation
+from mini.drawing import render
 from mini.evaluation import clip_scores, edited_region, held_out_edits, l1_outside, measure, true_images, wilson
+from mini.faults import VISIBLE, fault
 from mini.judge import Judge, labels
-from mini.world import KINDS, caption
+from mini.wording import CLASSES, STYLES
+from mini.world import KINDS, P_RANGE
+from p2p import P_RANGE as PAPERS_P_RANGE
 from p2p import PairNoise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,7 +43,8 @@ class Oracle(nn.Module):
         self.where = nn.Parameter(torch.zeros(1))
         scenes = [scene for edit in edits for scene in (edit.before, edit.after)]
         self.classes, self.known = labels(scenes), torch.stack(true_images(edits), dim=1).flatten(0, 1)
-        self.drawn = {caption(scene): x for scene, x in zip(scenes, self.known, strict=True)}
+        texts = [text for edit in edits for text in edit.captions]
+        self.drawn = dict(zip(texts, self.known, strict=True))
 
     def read(self, x):
         return self.classes[torch.cdist(x.flatten(1), self.known.flatten(1)).argmin(1)]
@@ -48,7 +55,7 @@ class Oracle(nn.Module):
 
 @pytest.fixture(scope="module")
 def edits():
-    return held_out_edits(28)
+    return held_out_edits(30)
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +81,9 @@ def clip():
 
 
 def test_equal_seeds_give_equal_edits_and_other_streams_others(edits):
-    assert held_out_edits(28) == edits
-    assert held_out_edits(14) == edits[:14]
-    for others in (held_out_edits(28, validation=True), held_out_edits(28, seed=1)):
+    assert held_out_edits(60)[:30] == edits == held_out_edits(30)
+    assert [edit.wording for edit in edits[::10]] == list(CLASSES)
+    for others in (held_out_edits(30, validation=True), held_out_edits(30, seed=1)):
         assert not {edit.before.layout for edit in others} & {edit.before.layout for edit in edits}  # nor the noise
 
 
@@ -85,14 +92,17 @@ def test_equal_seeds_give_equal_edits_and_other_streams_others(edits):
 
 def test_true_images_succeed_and_copies_fail(edits, images, oracle):
     before, after = images
-    fractions = ("success", "attributes", "known_phrasings", "new_phrasings")
     row = measure(after, edits, before, after, oracle)
-    assert (row["count"], row["l1_outside"], row["failed"]) == (28, 0, [])
-    assert {row[name] for name in fractions} == set(row["kinds"].values()) == {1}
+    assert (row["count"], row["l1_outside"], row["failed"]) == (30, 0, [])
+    assert row["success"] == row["clean"] == row["attributes"] == 1
+    parts = [pair for name in ("kinds", "wordings", "styles") for pair in row[name].values()]
+    assert all(pair in ([1, 1], [None, None]) for pair in parts)
+    assert (len(row["styles"]), len(row["wordings"])) == (len(STYLES), len(CLASSES))
     row = measure(before, edits, before, after, oracle)
-    assert {row[name] for name in fractions} == {0}
     assert row["l1_outside"] < 1e-3  # it did leave everything alone
-    assert row["failed"] == list(range(28))
+    assert row["success"] == row["clean"] == row["attributes"] == 0.1  # of requests for nothing
+    assert row["kinds"] == {kind: [1, 1] if kind == "nothing" else [0, 0] for kind in KINDS}
+    assert row["failed"] == [number for number, edit in enumerate(edits) if edit.kind != "nothing"]
 
 
 def test_right_attributes_do_not_excuse_damage_elsewhere(edits, images, oracle):
@@ -103,33 +113,33 @@ def test_right_attributes_do_not_excuse_damage_elsewhere(edits, images, oracle):
     row = measure(worse, edits, before, after, oracle)
     assert row["attributes"] == 1
     assert row["failed"] == np.flatnonzero(counts).tolist()
-    assert row["kinds"]["medium"] == 1  # which changes the whole image
-    assert row["kinds"]["colour"] == 0
+    assert row["kinds"]["medium"][0] == 1  # which changes the whole image
+    assert row["kinds"]["colour"] == [0, 0]
     assert row["l1_outside"] == pytest.approx(0.06, abs=1e-4)
     assert measure(fine, edits, before, after, oracle)["success"] == 1
 
 
 def test_region_is_what_changes_and_a_cell_of_the_latent_around():
-    before = torch.zeros(3, 3, 16, 12)
+    before = torch.zeros(3, 3, 20, 16)
     after = before.clone()
     after[0, 1, 8, 5] = 2 * 0.03
     after[1, 1, 8, 5] = 2 * 0.015  # too little
     after[2, 2, 0, 0] = -1.0  # in a corner
-    expected = torch.zeros(3, 1, 16, 12, dtype=torch.bool)
-    expected[0, :, 4:13, 1:10] = True
-    expected[2, :, :5, :5] = True
+    expected = torch.zeros(3, 1, 20, 16, dtype=torch.bool)
+    expected[0, :, 0:17, 0:14] = True
+    expected[2, :, :9, :9] = True
     assert torch.equal(edited_region(before, after), expected)
 
 
 def test_l1_outside_by_hand():
-    before = torch.zeros(4, 3, 20, 20)
+    before = torch.zeros(4, 3, 24, 20)
     after = before.clone()
-    after[:, :, 10:, :] = 1.0  # the region: rows 6 to 19
+    after[:, :, 14:, :] = 1.0  # the region: rows 6 to 23
     after[2:] = 1.0
     after[3, :, 0, :3] = 0.0
     after[3, :, 3:, :] = 0.0
     images = after.clone()
-    images[0, :, 10, :] = -1.0  # inside
+    images[0, :, 14, :] = -1.0  # inside
     images[1, 0, 2, :10] = 1.0  # 0.5 in [0, 1], at 10 of 120 pixels, in one channel of three
     images[2] = -1.0  # everything is inside
     distances, counts = l1_outside(images, before, after)
@@ -155,8 +165,7 @@ def test_clip_scores_by_their_definition(edits, images, clip):
     for number in range(5):
         pairs = torch.stack([before[number], after[number]])
         image = model.image.features((pairs + 1) / 2).numpy()
-        texts = [caption(scene) for scene in (edits[number].before, edits[number].after)]
-        text = model.text.features(tokenizer(texts)).numpy()
+        text = model.text.features(tokenizer(list(edits[number].captions))).numpy()
         turn, said = image[1] - image[0], text[1] - text[0]
         directional = turn @ said / np.linalg.norm(turn) / np.linalg.norm(said)
         expected.append([image[0] @ image[1], directional, image[1] @ text[1]])
@@ -168,12 +177,29 @@ def test_clip_scores_by_their_definition(edits, images, clip):
     assert copied["directional"] == 0
 
 
+def test_faults_that_anyone_would_see(edits, images):
+    """A second moon, a ghost of what should be gone, a spot; not a blur, nor a new thing a little aside."""
+    before, after = images
+    assert all(fault(x, edit) == 0 for x, edit in zip(after, edits, strict=True))
+    (position,) = [number for number, edit in enumerate(edits[:10]) if edit.kind == "remove"]
+    edit, x = edits[position], after[position]
+    assert fault(0.5 * x + 0.5 * before[position], edit) > VISIBLE
+    spot = x.clone()
+    spot[:, 20:30, 50:60] = 1 - spot[:, 20:30, 50:60].clamp(0, 1)
+    assert fault(spot, edit) > VISIBLE
+    blurred = torch.nn.functional.avg_pool2d(torch.nn.functional.pad(x[None], [1] * 4, mode="replicate"), 3, 1)[0]
+    assert fault(blurred, edit) < VISIBLE
+    (edit,) = [edit for edit in edits[:10] if edit.kind == "add"]
+    aside = [(1.5, -2) if getattr(edit.before, side) is None else (0, 0) for side in ("left", "right")]
+    assert fault(to_tensor(render(edit.after, shifts=aside)), edit) == 0
+
+
 # ---- generated pairs ----
 
 
 MODEL = SimpleNamespace(
-    sampling=SimpleNamespace(resolution=64),
-    vae=SimpleNamespace(config=SimpleNamespace(factor=4, latent_channels=4)),
+    sampling=SimpleNamespace(resolution=128),
+    vae=SimpleNamespace(config=SimpleNamespace(factor=8, latent_channels=4)),
     device="cpu",
 )
 
@@ -188,7 +214,8 @@ def test_the_noise_of_pairs(edits, oracle, monkeypatch):
 
     monkeypatch.setattr(evaluation, "sample_pairs", sample_pairs)
     evaluation.generate(MODEL, oracle, edits, (3.0, 6.0), 7, 10)
-    expected = PairNoise(range(28), (4, 16, 16), (3.0, 6.0))
+    p = [P_RANGE if edit.before.background != edit.after.background else PAPERS_P_RANGE for edit in edits]
+    expected = PairNoise(range(30), (4, 16, 16), (3.0, 6.0), p)
     for name in ("p", "guidance"):
         assert torch.equal(torch.cat([getattr(noise, name) for noise in drawn]), getattr(expected, name))
     first = torch.cat([noise.first.chunk(2)[0] for noise in drawn])
@@ -196,19 +223,19 @@ def test_the_noise_of_pairs(edits, oracle, monkeypatch):
 
 
 def test_pairs_are_counted_by_kind(edits):
-    """Of 28 pairs, four of a kind: a colour is wrong, the filter keeps a wrong shape among others, and no size."""
+    """Of 30 pairs, three of a kind: a colour is wrong, the filter keeps a wrong shape among others, and no size."""
     kinds = [edit.kind for edit in edits]
     colour, shape, size = ([i for i, own in enumerate(kinds) if own == kind] for kind in ("colour", "shape", "size"))
-    found, kept = np.ones(28, bool), np.ones(28, bool)
+    found, kept = np.ones(30, bool), np.ones(30, bool)
     found[[colour[0], shape[1]]] = False
-    kept[[colour[0], shape[2], shape[3], *size]] = False
+    kept[[colour[0], shape[2], *size]] = False
     rows = evaluation.pair_rows(edits, found, kept)
     assert list(rows) == ["all", *KINDS]
-    assert rows["all"] == {"pairs": 28, "right": 26 / 28, "kept": 21 / 28, "right_kept": 20 / 21}
-    assert rows["colour"] == {"pairs": 4, "right": 0.75, "kept": 0.75, "right_kept": 1}
-    assert rows["shape"] == {"pairs": 4, "right": 0.75, "kept": 0.5, "right_kept": 0.5}
-    assert rows["size"] == {"pairs": 4, "right": 1, "kept": 0, "right_kept": None}
-    assert rows["add"] == {"pairs": 4, "right": 1, "kept": 1, "right_kept": 1}
+    assert rows["all"] == {"pairs": 30, "right": 28 / 30, "kept": 25 / 30, "right_kept": 24 / 25}
+    assert rows["colour"] == {"pairs": 3, "right": 2 / 3, "kept": 2 / 3, "right_kept": 1}
+    assert rows["shape"] == {"pairs": 3, "right": 2 / 3, "kept": 2 / 3, "right_kept": 0.5}
+    assert rows["size"] == {"pairs": 3, "right": 1, "kept": 0, "right_kept": None}
+    assert rows["add"] == {"pairs": 3, "right": 1, "kept": 1, "right_kept": 1}
 
 
 # ---- the program ----
@@ -220,7 +247,9 @@ def folder(tmp_path_factory, clip):
     folder = tmp_path_factory.mktemp("evaluate")
     save_folder(tiny_model(), folder / "editor")
     save_folder(tiny_model(seed=9), folder / "bound")
-    save_folder(tiny_model(in_channels=4), folder / "sd")
+    sd = tiny_model(in_channels=4)
+    sd.sampling = replace(sd.sampling, resolution=128)  # as large as the judge looks at
+    save_folder(sd, folder / "sd")
     save_clip(*clip, folder / "clip")
     (folder / "clip" / "filter.json").write_text('{"image_text": -1, "image_image": 0.5, "direction": -1}')
     torch.manual_seed(0)
@@ -231,7 +260,7 @@ def folder(tmp_path_factory, clip):
 def arguments(folder, **changed):
     """The command line, with some values changed."""
     own = {"model": folder / "editor", "judge": folder / "judge.safetensors", "clip": folder / "clip"}
-    values = {**own, "count": 14, "batch_size": 8, **changed}
+    values = {**own, "count": 30, "batch_size": 10, **changed}
     return ["world", *(f"--{name.replace('_', '-')}={value}" for name, value in values.items())]
 
 
@@ -251,7 +280,7 @@ def test_the_program_writes_its_results(folder, tmp_path, capsys):
     assert results["settings"]["sampling"] == {evaluation.EDITOR: chosen, evaluation.BOUND: chosen}
 
     text, tables = (out / "world.md").read_text(), evaluation.tables(results)
-    assert "14 held-out edits" in text
+    assert "30 held-out edits" in text
     for title, table in tables.items():
         assert f"## {title}\n\n{table}\n" in text
         assert len({line.count("|") for line in table.splitlines()}) == 1  # every line has as many cells
@@ -265,7 +294,7 @@ def test_the_pairs_program(folder, tmp_path, capsys):
     own = [f"--{name}={path}" for name, path in paths.items()]
     evaluate.main(["pairs", *own, "--count=3", "--batch-size=2", "--steps=1", "--guidance", "2", "3"])
     results = json.loads((tmp_path / "pairs.json").read_text())
-    assert [row["pairs"] for row in results["rows"].values()] == [3, 1, 1, 1, 0, 0, 0, 0]
+    assert [row["pairs"] for row in results["rows"].values()] == [3, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
     assert results["rows"]["all"]["kept"] == 1
     assert results["rows"]["all"]["right"] == results["rows"]["all"]["right_kept"]
     report = (tmp_path / "pairs.md").read_text()
@@ -277,7 +306,7 @@ def test_the_pairs_program(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"count": 10}, "the count of edits should be a multiple of 14 (kinds x phrasings), not 10"),
+        ({"count": 10}, "the count of edits should be a multiple of 30 (kinds x wordings), not 10"),
         ({"cfg_text": "nan"}, "--cfg-text: should be from 0 to 100, not nan"),
         ({"device": "nonsense"}, "this machine or this torch has no device nonsense"),
         ({"model": "no/such/folder"}, "there are no weights at no/such/folder"),
