@@ -30,7 +30,6 @@ def render(scene, far=None, shifts=((0, 0), (0, 0))):
     places = [(x + rng.uniform(-2, 2), 51 + rng.uniform(-3, 3)) for x in (18, 46)]
     places = [(x + dx, y + dy) for (x, y), (dx, dy) in zip(places, shifts, strict=True)]
     tints, scales, tilts = rng.uniform(-10, 10, (2, 3)), rng.uniform(0.94, 1.06, 2), rng.uniform(-0.1, 0.1, 2)
-    tiles = rng.uniform(0.92, 1.06, (WORLD // 4, WORLD // 4, 1))
     if sketched:
         pixels = 0.62 * PAPER + 0.38 * (0.75 * pixels + 0.25 * pixels.mean(2, keepdims=True))
     for side, thing in enumerate((scene.left, scene.right)):
@@ -42,10 +41,10 @@ def render(scene, far=None, shifts=((0, 0), (0, 0))):
         pixels = pixels * (0.965 + 0.025 * np.sin(math.pi / 2 * (X + Y)))[..., None]  # soft pencil strokes
     if scene.medium == "mosaic":
         tile = 4 * UNIT
-        blocks = pixels.reshape(SIZE // tile, tile, SIZE // tile, tile, 3).mean((1, 3)) * tiles
-        pixels = 0.6 * blocks.repeat(tile, 0).repeat(tile, 1) + 0.4 * pixels
-        pixels[::tile] *= 0.75  # the joints between the tiles
-        pixels[:, ::tile] *= 0.75
+        blocks = pixels.reshape(SIZE // tile, tile, SIZE // tile, tile, 3).mean((1, 3))
+        pixels = 0.5 * blocks.repeat(tile, 0).repeat(tile, 1) + 0.5 * pixels
+        pixels[::tile] *= 0.78  # the joints between the tiles
+        pixels[:, ::tile] *= 0.78
     return Image.fromarray(pixels.clip(0, 255).round().astype(np.uint8))
 
 
@@ -65,7 +64,7 @@ def draw_background(name, rng, far=None):
     """A landscape [128, 128, 3]; every name draws the same numbers, so that a change of background keeps the rest."""
     horizon = 33 + rng.uniform(-4, 4)
     waves = [(rng.uniform(1, 2.5), rng.uniform(0.08, 0.14), rng.uniform(0, 6.3)) for _ in range(2)]
-    spots = rng.uniform(0, WORLD, (16, 2))  # (x, y) of stars, snowflakes, leaves
+    spots = rng.uniform(0, WORLD, (12, 2))  # (x, y) of stars, snowflakes, leaves
     layout_far = rng.uniform(14, 50)
     far = layout_far if far is None else far  # x of the sun, the moon or a cloud
     hills = horizon + sum(height * np.sin(pace * X + phase) for height, pace, phase in waves)

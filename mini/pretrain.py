@@ -301,7 +301,7 @@ def start_at_zero(unet):
 
 
 STAGES = {  # batch_size: examples a step, of all processes together
-    "vae": (vae_stage, Settings(12_000, lr=1e-3, batch_size=16, lr_decay=0.7, seed=2)),
+    "vae": (vae_stage, Settings(16_000, lr=1e-3, batch_size=16, lr_decay=0.7, seed=2)),
     "clip": (clip_stage, Settings(2000, lr=1e-3, batch_size=128, lr_decay=0.7, beta2=0.98, weight_decay=0.05, seed=3)),
     "judge": (judge_stage, Settings(1000, lr=2e-3, batch_size=64, seed=1)),
     "sd": (sd_stage, Settings(8000, lr=1e-3, batch_size=32, seed=4)),
