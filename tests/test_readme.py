@@ -1,7 +1,7 @@
 """The README is true: its commands and snippets run as printed, its names, links and line counts are those of the code.
 
-Blocks marked `sh` and `python` run, in their order, in one copy of the checkout (a training is among the slow tests);
-what needs a download, a GPU, a key or more than a minute is marked `text`.
+Blocks marked `sh` and `python` run, in their order, in one copy of the checkout (a training and the explain pages among
+the slow tests); what needs a download, a GPU, a key or more than a minute is marked `text`.
 """
 
 import os
@@ -16,8 +16,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+SLOW = re.compile("train.py|--explain")
 BLOCKS = [
-    pytest.param(language, code, marks=[pytest.mark.slow] * ("train.py" in code), id=code.splitlines()[0][:40])
+    pytest.param(language, code, marks=[pytest.mark.slow] * bool(SLOW.search(code)), id=code.splitlines()[0][:40])
     for language, code in re.findall(r"^```(sh|python)\n(.*?)^```$", README, flags=re.M | re.S)
 ]
 

@@ -105,6 +105,7 @@ def test_null_texts_bring_every_step_below_the_threshold(mini):
     assert (free > limits).sum() > 25
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_reconstruction_is_the_image(mini):
     """As well as the autoencoder can give it back, about; without guidance, or with a null text made for it."""

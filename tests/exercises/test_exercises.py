@@ -16,7 +16,7 @@ from images import open_image
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-FAST = "align.refine", "training.runs.update_ema"
+FAST = ("align.refine",)
 MISTAKES = {  # of each function two, as (what is right, what is written instead)
     "diffusion.NoiseSchedule.add_noise": [
         ("abar.sqrt() * z + (1 - abar).sqrt() * noise", "(1 - abar).sqrt() * z + abar.sqrt() * noise"),
