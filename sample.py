@@ -183,6 +183,14 @@ def run(model, edits, options, callback=None):
             edit.results.append(results)
 
 
+def edit_one(model, options, image, out, callback):
+    """Edit one image and write the results; callback as in `run`. Returns the `Edit`."""
+    edit = Edit(options, image, [options.instr], out, model)
+    run(model, [edit], options, callback)
+    edit.write()
+    return edit
+
+
 def say(message):
     """Tell the user something, on stderr: stdout is for the paths of what was written."""
     print(f"sample.py: {' '.join(message.splitlines())}", file=sys.stderr)

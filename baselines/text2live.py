@@ -4,8 +4,8 @@ The layer is a colour C and an opacity a, and the edited image (1 - a) I + a C. 
 structure loss keeps it like the input and a sparsity loss keeps the opacity low. It adds and recolours textures; it can
 neither move things nor change the layout. Images are [B, 3, H, W] in [0, 1].
 
-Other than in the released code, CLIP's views are squeezed to squares (as everywhere here), and there is no bootstrap by
-a region's relevancy.
+Unlike in the released code, CLIP's views are resized to squares, as all images of CLIP are here, and the bootstrap by
+a region's relevancy is left out.
 """
 
 from dataclasses import dataclass

@@ -15,7 +15,6 @@ from queue import SimpleQueue
 import cli
 from cli import UserError, reported_as
 
-import sample
 from editing.flags import variants
 from editing.record import decode_small, spread
 from images import open_image, save_png, to_image
@@ -47,9 +46,9 @@ class Job:
 class Studio:
     """A model, its jobs, and the folder where each has a folder of its own."""
 
-    def __init__(self, model, options, folder):
-        """options: of sample.py, as `sample.load_model` leaves them."""
-        self.model, self.options, self.folder = model, options, folder
+    def __init__(self, model, options, folder, edit_one):
+        """options: of sample.py, as `sample.load_model` leaves them; edit_one: `sample.edit_one`."""
+        self.model, self.options, self.folder, self.edit_one = model, options, folder, edit_one
         self.jobs, self.queue = {}, SimpleQueue()  # jobs by name, in the order in which they came
         threading.Thread(target=self.work, daemon=True).start()
 
@@ -121,9 +120,7 @@ class Studio:
             if step in previews:
                 job.preview = to_image(decode_small(self.model, denoised)[1][0])
 
-        edit = sample.Edit(options, str(folder / "input"), [options.instr], folder / "edit.png", self.model)
-        sample.run(self.model, [edit], options, step_done)
-        edit.write()
+        edit = self.edit_one(self.model, options, str(folder / "input"), folder / "edit.png", step_done)
         save_png(edit.before, folder / "before.png")
         edits = [path.name for path in variants(edit.out, options).values()] or ["edit.png"]
         job.files = ["input", "before.png", *edits, *["explain.html"] * single]

@@ -106,7 +106,7 @@ class Server(ThreadingHTTPServer):
 def make_server(model, options, folder, port):
     """A server of a new `Studio`."""
     server = Server(("127.0.0.1", port), Handler)
-    server.studio = Studio(model, options, folder)
+    server.studio = Studio(model, options, folder, sample.edit_one)
     own = {name: getattr(options, name) for name in ("cfg_text", "cfg_image", "steps", "seed", "weights", "resolution")}
     own |= {"bytes": BYTES, "variants": VARIANTS, "example": data_url(EXAMPLE.read_bytes(), "image/png")}
     server.page = fill("serve.html", own).encode()

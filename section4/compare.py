@@ -1,4 +1,4 @@
-"""Fig. 9: the edits of all methods side by side, of one's own image or of chosen edits."""
+"""Fig. 9: the edits of all methods side by side, of a user's image or of chosen edits."""
 
 from functools import partial
 from pathlib import Path

@@ -2,7 +2,7 @@
 
     GENERATED/139/139_1.png        the first turn's edit; alone where there is one turn
     GENERATED/139/139_inde_2.png   the second turn's, of the true image of the first one
-    GENERATED/139/139_iter_2.png   the second turn's, of one's own edit of the first one
+    GENERATED/139/139_iter_2.png   the second turn's, of the model's own edit of the first one
     TRUTH/139/139-output1.png      the true images of all turns
     CAPTIONS                       {"139": {"139-output1.png": "what this image shows"}}
 

@@ -1,4 +1,4 @@
-"""Which edits are measured: lists and data sets of one's own, and what is missing in them."""
+"""Which edits are measured: a user's lists and data sets, and what is missing in them."""
 
 import json
 from argparse import Namespace
