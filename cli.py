@@ -32,6 +32,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help shows what is possible)\n")
 
 
+def html_file(text):
+    """The type of an option that names a page to write."""
+    if not text.lower().endswith((".html", ".htm")) or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"should be a file that ends in .html, not {text}")
+    return Path(text)
+
+
 def between(least, most=math.inf, kind=int):
     """The type of an option that is a number in this range, ends included."""
 

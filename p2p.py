@@ -12,7 +12,7 @@ correspond are mixed on the side of the values, (A M) V = A (M V).
 import sys
 from pathlib import Path
 
-from cli import FRACTION, PIXELS, SCALE, SEED, STEPS, WHOLE, Parser, UserError, check_device, run_program
+from cli import FRACTION, PIXELS, SCALE, SEED, STEPS, WHOLE, Parser, UserError, check_device, html_file, run_program
 
 import torch
 import torch.nn.functional as F
@@ -325,7 +325,7 @@ def parse(arguments=None):
     add("--seed", type=SEED, default=0, metavar="S", help="of the first row (default: 0)")
     add("--num", type=WHOLE, default=2, metavar="N", help="rows, a seed each (default: 2)")
     add("--out", type=Path, default=Path("runs/p2p.png"), metavar="FILE.png", help="(default: %(default)s)")
-    add("--explain", type=Path, metavar="FILE.html", help="write a page that shows the first seed with the last P, too")
+    add("--explain", type=html_file, metavar="FILE.html", help="a page of the first seed with the last P, too")
     add("--device", default="cpu", metavar="D", help="cpu or cuda (default: cpu)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="number format")
     add("--low-memory", action="store_true", help="one P at a time: slower, in less memory")
